@@ -1,0 +1,1 @@
+"""cellpatch-fast."""

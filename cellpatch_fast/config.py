@@ -1,0 +1,124 @@
+"""CellPatchConfig: every choice that makes a model what it is, with the paper's numbers.
+
+The configuration holds the architecture *and* the preprocessing, because weights are only
+meaningful together with the way values were prepared for them. It is what ``config.json`` in a
+model directory holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+
+ValueEmbedding = Literal["affine", "binned"]
+ValueRounding = Literal["round", "truncate", "none"]
+
+
+@dataclass(frozen=True)
+class CellPatchConfig:
+    """Architecture and preprocessing of a CellPatch model.
+
+    Parameters
+    ----------
+    max_genes
+        Rows of the gene embedding: the largest gene token plus one. Token 0 is padding.
+    patches, dim, heads, mlp_dim
+        Learned patch tokens, their width, attention heads, width inside the MLPs.
+    self_attention_blocks
+        Self-attention blocks after the one cross-attention block.
+    projection_dim
+        Width of the final linear projection; None for no projection.
+    value_embedding
+        ``"affine"``: e(v) = v·w + b (the released model). ``"binned"``: e(v) = E[bin(v)], a
+        table of ``value_bins`` rows (the paper's text); needs discrete values.
+    value_bins
+        Number of bins: values are 0 .. value_bins - 1.
+    attention_dropout
+        Dropout on the attention weights while training (0.1 in the original).
+    padded_length
+        The original code attends to its padding. A model trained that way may be run with
+        the padding of a fixed length L: a cell with n genes gets (L - n) times the weight of
+        token (gene 0, value 0). None: no padding.
+    target_sum, value_clip, value_rounding
+        Library size after normalisation; largest value after log1p (None: no clipping); how
+        values become integers. ``"truncate"`` is what the released code does, ``"none"``
+        leaves them continuous.
+    """
+
+    max_genes: int = 70_000
+    patches: int = 64
+    dim: int = 32
+    heads: int = 2
+    mlp_dim: int = 64
+    self_attention_blocks: int = 2
+    projection_dim: int | None = 10
+    value_embedding: ValueEmbedding = "affine"
+    value_bins: int = 6
+    attention_dropout: float = 0.1
+    padded_length: int | None = None
+    target_sum: float = 1e4
+    value_clip: float | None = 5.0
+    value_rounding: ValueRounding = "round"
+
+    def __post_init__(self) -> None:
+        for name in ("max_genes", "patches", "dim", "heads", "mlp_dim", "value_bins"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.dim % self.heads:
+            raise ValueError(f"dim ({self.dim}) must be a multiple of heads ({self.heads})")
+        if self.self_attention_blocks < 0:
+            raise ValueError("self_attention_blocks must not be negative")
+        if self.value_embedding not in ("affine", "binned"):
+            raise ValueError(f"value_embedding must be affine or binned: {self.value_embedding!r}")
+        if self.value_rounding not in ("round", "truncate", "none"):
+            raise ValueError(
+                f"value_rounding must be round, truncate or none: {self.value_rounding!r}"
+            )
+        if self.target_sum <= 0 or (self.value_clip is not None and self.value_clip <= 0):
+            raise ValueError("target_sum and value_clip must be positive")
+        if self.value_rounding != "none" and not 0 < (self.value_clip or 256) <= 255:
+            raise ValueError("discrete values need a value_clip of at most 255: they are uint8")
+        if self.value_embedding == "binned" and (
+            self.value_rounding == "none" or self.value_bins <= int(self.value_clip or 0)
+        ):
+            raise ValueError(
+                f"a binned value embedding needs discrete values below value_bins "
+                f"({self.value_bins}); they are rounded by {self.value_rounding!r} and clipped "
+                f"at {self.value_clip}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def output_dim(self) -> int:
+        """Width of a patch feature: projection_dim, or dim without projection."""
+        return self.dim if self.projection_dim is None else self.projection_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> CellPatchConfig:
+        """The inverse of `to_dict`.
+
+        Raises
+        ------
+        ValueError
+            If the format is newer than this package, or fields are unknown or wrong.
+        """
+        fields = dict(fields)
+        version = fields.pop("format_version", None)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ValueError(
+                f"model format version {version!r} is not supported (this package reads up to "
+                f"{FORMAT_VERSION}): install a newer cellpatch-fast"
+            )
+        unknown = fields.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown configuration fields: {', '.join(sorted(unknown))}")
+        return cls(**fields)

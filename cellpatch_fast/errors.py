@@ -1,0 +1,10 @@
+"""The one exception for input that cannot be used."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """What was found, where, and what to do about it.
+
+    The command line prints its message without a traceback; Python code sees a ValueError.
+    """

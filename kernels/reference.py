@@ -1,0 +1,217 @@
+"""The encoder in plain PyTorch: the definition, and the oracle of every test.
+
+Nothing here is clever. The cross-attention gathers one row per entry, takes a softmax over
+each cell's entries by segment operations, and sums; everything is differentiable, runs on any
+device and in any floating-point type. The order of summation over a cell's entries is PyTorch's
+(``index_add_``), so results of different batches agree to rounding, not bit for bit: the bit
+promise is kept by the fast backends.
+
+The projected tables of the design are used here too, because they are exact: projecting 60,000
+table rows and gathering is the same sum as gathering and projecting every entry.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .weights import BlockWeights, EncoderWeights
+
+LAYER_NORM_EPSILON = 1e-5
+
+
+class Encoded(NamedTuple):
+    """What the encoder returns.
+
+    ``cross_attention`` [entries, heads, patches] holds each entry's attention weight, in the
+    order of the entries; ``pad_attention`` [cells, heads, patches] that of *all* of a cell's
+    pads together; ``self_attention`` one [cells, heads, patches, patches] per block. All are
+    None unless asked for.
+    """
+
+    features: Tensor  # [c, p, E]
+    cross_attention: Tensor | None = None
+    pad_attention: Tensor | None = None
+    self_attention: tuple[Tensor, ...] | None = None
+
+
+class CrossAttended(NamedTuple):
+    """Result of `patch_cross_attention`."""
+
+    attended: Tensor  # [c, p, D], heads side by side, before the output projection
+    weights: Tensor  # [n, h, p]
+    pad_weights: Tensor  # [c, h, p]
+
+
+def encode(
+    weights: EncoderWeights,
+    offsets: Tensor,
+    genes: Tensor,
+    values: Tensor,
+    *,
+    pads: Tensor | None = None,
+    attention: bool = False,
+    dropout: float = 0.0,
+) -> Encoded:
+    """Encode ragged cells into patch features.
+
+    Parameters
+    ----------
+    weights
+        The encoder's weights, all of one floating dtype, which is the dtype computed in.
+    offsets, genes, values
+        Ragged cells: [cells + 1], [entries], [entries].
+    pads
+        Padding tokens (gene 0, value 0) that each cell attends to besides its entries, [cells];
+        None for none.
+    attention
+        Also return attention weights.
+    dropout
+        Probability of dropping an attention weight (training).
+
+    Returns
+    -------
+    Encoded
+        Features [cells, patches, E].
+    """
+    crossed = patch_cross_attention(weights, offsets, genes, values, pads=pads, dropout=dropout)
+    x = _finish_block(weights.cross, weights.patches, crossed.attended)  # [c, p, D]
+    self_attention = []
+    for block in weights.self_blocks:
+        attended, attention_weights = _self_attention(block, x, weights.heads, dropout)
+        x = _finish_block(block, x, attended)
+        self_attention.append(attention_weights)
+    if weights.projection_weight is not None:
+        x = F.linear(x, weights.projection_weight, weights.projection_bias)
+    if not attention:
+        return Encoded(x)
+    return Encoded(x, crossed.weights, crossed.pad_weights, tuple(self_attention))
+
+
+def patch_cross_attention(
+    weights: EncoderWeights,
+    offsets: Tensor,
+    genes: Tensor,
+    values: Tensor,
+    *,
+    pads: Tensor | None = None,
+    dropout: float = 0.0,
+) -> CrossAttended:
+    """Patches attend over each cell's entries. An empty cell attends to nothing: zeros."""
+    cells, heads = len(offsets) - 1, weights.heads
+    dtype = weights.patches.dtype
+    cell = torch.repeat_interleave(  # [n]: the cell each entry belongs to
+        torch.arange(cells, device=genes.device), offsets.long().diff()
+    )
+    queries, keys_table, values_table = project_tables(weights)  # [p, h, d], [g, h, d] twice
+    value_keys, value_values = project_values(weights, values)  # [n, h, d] twice
+    tokens = genes.long()
+    keys = keys_table[tokens] + value_keys
+    rows = values_table[tokens] + value_values
+    scores = torch.einsum("phd,nhd->nhp", queries, keys)
+
+    # The pads of a cell are one more key, weighted by their number.
+    zero = torch.zeros(1, dtype=values.dtype, device=values.device)
+    pad_key, pad_row = (
+        table[:1] + part
+        for table, part in zip(
+            (keys_table, values_table), project_values(weights, zero), strict=True
+        )
+    )
+    number = torch.zeros(cells, device=genes.device) if pads is None else pads.to(genes.device)
+    pad_scores = torch.einsum("phd,chd->chp", queries, pad_key) + number.to(dtype).log()[
+        :, None, None
+    ]  # [c, h, p]; -inf without pads
+
+    highest = pad_scores.detach().clone()
+    highest.scatter_reduce_(0, _expand(cell, scores), scores.detach(), "amax")
+    # the highest score of a cell that attends to nothing is -inf: any finite number does
+    highest = highest.masked_fill(highest == -math.inf, 0.0)
+    exps = torch.exp(scores - highest[cell])
+    pad_exps = torch.exp(pad_scores - highest)
+    total = pad_exps.index_add(0, cell, exps)  # [c, h, p]
+    total = torch.where(total == 0, torch.ones_like(total), total)
+    attention = exps / total[cell]
+    pad_attention = pad_exps / total
+    kept = F.dropout(attention, dropout)
+    kept_pads = F.dropout(pad_attention, dropout)
+    attended = torch.einsum("chp,ahd->cphd", kept_pads, pad_row)
+    attended = attended.index_add(0, cell, torch.einsum("nhp,nhd->nphd", kept, rows))
+    attended = attended.reshape(cells, len(weights.patches), -1)  # heads side by side
+    assert heads * queries.shape[-1] == attended.shape[-1]
+    return CrossAttended(attended, attention, pad_attention)
+
+
+def project_tables(weights: EncoderWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [p, h, d], scaled by 1/sqrt(d), and the gene part of keys and values [g, h, d].
+
+    All constant terms of keys and values (attention biases) are in the value part, see
+    `project_values`.
+    """
+    heads = weights.heads
+    wq, wk, wv = weights.cross.in_weight.chunk(3)
+    bq, _, _ = weights.cross.in_bias.chunk(3)
+    head_dim = len(wq) // heads
+    queries = F.linear(weights.patches, wq, bq) / math.sqrt(head_dim)
+    return tuple(  # type: ignore[return-value]
+        t.unflatten(-1, (heads, head_dim))
+        for t in (queries, F.linear(weights.genes, wk), F.linear(weights.genes, wv))
+    )
+
+
+def project_values(weights: EncoderWeights, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The value part of keys and values, [n, h, d] each, for values [n]."""
+    if weights.value_bins is not None:
+        embedded = weights.value_bins[values.long()]  # [n, D]
+    else:
+        assert weights.value_weight is not None and weights.value_bias is not None
+        embedded = torch.outer(values.to(weights.value_weight.dtype), weights.value_weight)
+        embedded = embedded + weights.value_bias
+    _, wk, wv = weights.cross.in_weight.chunk(3)
+    _, bk, bv = weights.cross.in_bias.chunk(3)
+    heads = weights.heads
+    return (
+        F.linear(embedded, wk, bk).unflatten(-1, (heads, -1)),
+        F.linear(embedded, wv, bv).unflatten(-1, (heads, -1)),
+    )
+
+
+def _self_attention(
+    block: BlockWeights, x: Tensor, heads: int, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """Attention among the patches of each cell: [c, p, D] and its weights [c, h, p, p]."""
+    projected = F.linear(x, block.in_weight, block.in_bias).unflatten(-1, (3, heads, -1))
+    queries, keys, values = projected.permute(2, 0, 3, 1, 4)  # [c, h, p, d] each
+    scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
+    attention = torch.softmax(scores, -1)
+    attended = F.dropout(attention, dropout) @ values
+    return attended.transpose(1, 2).flatten(2), attention
+
+
+def _finish_block(block: BlockWeights, x: Tensor, attended: Tensor) -> Tensor:
+    """Output projection, residual, norm, MLP, residual, norm."""
+    width = (x.shape[-1],)
+    attended = F.linear(attended, block.out_weight, block.out_bias)
+    x = F.layer_norm(
+        x + attended,
+        width,
+        block.attention_norm_weight,
+        block.attention_norm_bias,
+        LAYER_NORM_EPSILON,
+    )
+    inner = F.gelu(F.linear(x, block.up_weight, block.up_bias))
+    return F.layer_norm(
+        x + F.linear(inner, block.down_weight, block.down_bias),
+        width,
+        block.mlp_norm_weight,
+        block.mlp_norm_bias,
+        LAYER_NORM_EPSILON,
+    )
+
+
+def _expand(cell: Tensor, like: Tensor) -> Tensor:
+    return cell[:, None, None].expand_as(like)
