@@ -1,0 +1,1 @@
+"""The Numba backend: the whole encoder on a CPU, one cell at a time."""
