@@ -7,6 +7,10 @@ in pyproject.toml.
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["cellpatch_fast*"]), "cellpatch_fast.kernels"],
+    packages=[
+        *find_packages(include=["cellpatch_fast*"]),
+        "cellpatch_fast.kernels",
+        *(f"cellpatch_fast.kernels.{package}" for package in find_packages("kernels")),
+    ],
     package_dir={"cellpatch_fast.kernels": "kernels"},
 )

@@ -1,1 +1,60 @@
-"""cellpatch-fast."""
+"""cellpatch-fast: fast, exact embeddings of single cells with the CellPatch model.
+
+The public names, nothing else. Each is imported when it is first used, so that
+``import cellpatch_fast`` costs milliseconds and those who need only a part (the kernels, say)
+never load the rest.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import atlas, io, kernels, pp, tl
+    from .cells import RaggedCells
+    from .config import CellPatchConfig
+    from .errors import InputError
+    from .genes import GeneVocabulary
+    from .model import CellPatch, accelerate
+
+__all__ = [
+    "CellPatch",
+    "CellPatchConfig",
+    "GeneVocabulary",
+    "InputError",
+    "RaggedCells",
+    "accelerate",
+    "atlas",
+    "io",
+    "kernels",
+    "pp",
+    "tl",
+]
+
+__version__ = version("cellpatch-fast")
+
+# The module that defines each name; a name that is missing here is a module itself.
+_DEFINED_IN = {
+    "CellPatch": "model",
+    "CellPatchConfig": "config",
+    "GeneVocabulary": "genes",
+    "InputError": "errors",
+    "RaggedCells": "cells",
+    "accelerate": "model",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name at its first use (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f".{_DEFINED_IN.get(name, name)}", __name__)
+    value = getattr(module, name) if name in _DEFINED_IN else module
+    globals()[name] = value  # the next use finds it without coming here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
