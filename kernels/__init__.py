@@ -11,11 +11,20 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from . import reference
+from . import ops, reference
 from .reference import Encoded
 from .weights import BlockWeights, EncoderWeights
 
-__all__ = ["Backend", "BlockWeights", "Encoded", "EncoderWeights", "encode", "resolve_backend"]
+__all__ = [
+    "Backend",
+    "BlockWeights",
+    "Encoded",
+    "EncoderWeights",
+    "encode",
+    "ops",
+    "reference",
+    "resolve_backend",
+]
 
 Backend = Literal["reference", "numba", "triton"]
 
@@ -50,5 +59,86 @@ def encode(
     attention: bool = False,
     backend: str | None = None,
 ) -> Encoded:
-    """Placeholder until the fast backend is wired: runs the reference."""
-    return reference.encode(weights, offsets, genes, values, pads=pads, attention=attention)
+    """Encode ragged cells into patch features.
+
+    Parameters
+    ----------
+    weights
+        The encoder's weights. The reference computes in their dtype, the other backends in
+        float32.
+    offsets
+        int32 or int64 [cells + 1]; cell ``c`` owns the entries ``offsets[c] : offsets[c + 1]``.
+    genes
+        Gene tokens [entries], below ``len(weights.genes)``: uint16, uint32, int32 or int64.
+    values
+        Expression values [entries]: uint8 or floating point. A table of value bins needs uint8.
+    pads
+        Padding tokens (gene 0, value 0) that each cell attends to besides its entries, [cells].
+    attention
+        Also return attention weights.
+    backend
+        ``"reference"`` or ``"numba"``; None chooses. The choice is the reference wherever
+        gradients are needed.
+
+    Returns
+    -------
+    Encoded
+        Features [cells, patches, E] and, if asked for, attention weights.
+
+    Raises
+    ------
+    ValueError
+        If tokens, offsets, values or the backend do not fit.
+    """
+    _check(weights, offsets, genes, values, pads)
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in weights.tensors())
+    chosen = resolve_backend(backend, genes.device)
+    if needs_gradient and chosen == "numba":
+        if backend == "numba":
+            raise ValueError(
+                "the numba backend computes no gradients: encode under torch.no_grad(), or use "
+                "backend='reference'"
+            )
+        chosen = "reference"
+    if chosen == "reference":
+        return reference.encode(weights, offsets, genes, values, pads=pads, attention=attention)
+    tensors, structure = weights.flatten()
+    features, *attentions = torch.ops.cellpatch.encode(
+        tensors, structure, offsets, genes, values, pads, attention
+    )
+    if not attention:
+        return Encoded(features)
+    cross, pad, *blocks = attentions
+    return Encoded(features, cross, pad, tuple(blocks))
+
+
+def _check(
+    weights: EncoderWeights, offsets: Tensor, genes: Tensor, values: Tensor, pads: Tensor | None
+) -> None:
+    """Refuse what would read outside a table. One pass over the entries."""
+    if torch.compiler.is_compiling():  # values are not known while tracing
+        return
+    if weights.value_bins is not None and values.dtype != torch.uint8:
+        raise ValueError(f"a table of value bins needs uint8 values, found {values.dtype}")
+    if len(genes) != len(values):
+        raise ValueError(f"{len(genes)} genes but {len(values)} values")
+    if len(offsets) == 0 or int(offsets[0]) != 0 or int(offsets[-1]) != len(genes):
+        raise ValueError(f"offsets must run from 0 to the number of entries, {len(genes)}")
+    if bool((offsets[1:] < offsets[:-1]).any()):
+        raise ValueError("offsets must not decrease")
+    if pads is not None and (pads.shape != (len(offsets) - 1,) or bool((pads < 0).any())):
+        raise ValueError("pads must hold one number, not negative, for each cell")
+    if len(genes) == 0:
+        return
+    tokens = genes.to(torch.int32) if genes.dtype in (torch.uint16, torch.uint32) else genes
+    lowest, highest = (int(bound) for bound in tokens.aminmax())
+    if lowest < 0 or highest >= len(weights.genes):
+        raise ValueError(
+            f"gene tokens run from {lowest} to {highest}, but the model has tokens 0 to "
+            f"{len(weights.genes) - 1}"
+        )
+    if weights.value_bins is not None and int(values.max()) >= len(weights.value_bins):
+        raise ValueError(
+            f"the largest value is {int(values.max())}, but there are "
+            f"{len(weights.value_bins)} value bins"
+        )

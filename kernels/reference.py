@@ -123,9 +123,9 @@ def patch_cross_attention(
         )
     )
     number = torch.zeros(cells, device=genes.device) if pads is None else pads.to(genes.device)
-    pad_scores = torch.einsum("phd,chd->chp", queries, pad_key) + number.to(dtype).log()[
-        :, None, None
-    ]  # [c, h, p]; -inf without pads
+    pad_scores = (
+        torch.einsum("phd,chd->chp", queries, pad_key) + number.to(dtype).log()[:, None, None]
+    )  # [c, h, p]; -inf without pads
 
     highest = pad_scores.detach().clone()
     highest.scatter_reduce_(0, _expand(cell, scores), scores.detach(), "amax")
@@ -168,7 +168,8 @@ def project_values(weights: EncoderWeights, values: Tensor) -> tuple[Tensor, Ten
     if weights.value_bins is not None:
         embedded = weights.value_bins[values.long()]  # [n, D]
     else:
-        assert weights.value_weight is not None and weights.value_bias is not None
+        assert weights.value_weight is not None
+        assert weights.value_bias is not None
         embedded = torch.outer(values.to(weights.value_weight.dtype), weights.value_weight)
         embedded = embedded + weights.value_bias
     _, wk, wv = weights.cross.in_weight.chunk(3)

@@ -58,5 +58,39 @@ class EncoderWeights(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in a fixed order."""
-        own = [t for t in self if isinstance(t, Tensor)]
-        return own + [t for block in (self.cross, *self.self_blocks) for t in block]
+        return self.flatten()[0]
+
+    def flatten(self) -> tuple[list[Tensor], list[int]]:
+        """Tensors, and the numbers that `unflatten` needs: what an operator can take."""
+        optional = {name: getattr(self, name) for name in _OPTIONAL}
+        blocks = (self.cross, *self.self_blocks)
+        tensors = [self.genes, self.patches]
+        tensors += [tensor for tensor in optional.values() if tensor is not None]
+        tensors += [tensor for block in blocks for tensor in block]
+        present = [int(tensor is not None) for tensor in optional.values()]
+        return tensors, [self.heads, len(self.self_blocks), *present]
+
+    @classmethod
+    def unflatten(cls, tensors: list[Tensor], structure: list[int]) -> EncoderWeights:
+        """The inverse of `flatten`."""
+        heads, self_blocks, *present = structure
+        rest = iter(tensors)
+        genes, patches = next(rest), next(rest)
+        optional = {
+            name: next(rest) if there else None
+            for name, there in zip(_OPTIONAL, present, strict=True)
+        }
+        cross, *others = (
+            BlockWeights(*(next(rest) for _ in BlockWeights._fields))
+            for _ in range(1 + self_blocks)
+        )
+        return cls(heads, genes, patches, cross, tuple(others), **optional)
+
+
+_OPTIONAL = (
+    "value_weight",
+    "value_bias",
+    "value_bins",
+    "projection_weight",
+    "projection_bias",
+)

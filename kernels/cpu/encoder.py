@@ -1,0 +1,167 @@
+"""The whole encoder on a CPU: what `kernels.encode` calls.
+
+Cells are shared out among threads in blocks; each cell is computed by one thread from its tokens
+to its patch features, so a cell's bits depend on nothing but the cell. Tables are kept for the
+weights used last, see `prepared`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ..reference import Encoded
+from ..threads import run_blocks
+from ..weights import EncoderWeights
+from .attention import cross_attend, entry, log_sum_exp, score
+from .blocks import Blocks, make_block_scratch, make_blocks, run_blocks_of_cell
+from .simd import borrow
+from .tables import Tables, make_scratch, make_tables
+
+CELLS_AT_ONCE = 64  # per call of compiled code: some milliseconds, so that threads balance
+_KEPT_WEIGHTS = 2
+
+
+class Prepared(NamedTuple):
+    """Everything derived from one set of weights, and the weights, which keep it valid."""
+
+    weights: EncoderWeights
+    tables: Tables
+    blocks: Blocks
+
+
+class Batch(NamedTuple):
+    """Inputs and outputs of one call."""
+
+    offsets: np.ndarray  # int64 [c + 1]
+    genes: np.ndarray  # int32 [n]
+    values: np.ndarray  # float32 [n]
+    pads: np.ndarray  # float32 [c]
+    features: np.ndarray  # float32 [c · p · E]
+    cross_attention: np.ndarray  # float32 [n · h · p], or empty
+    pad_attention: np.ndarray  # float32 [c · h · p], or empty
+    self_attention: np.ndarray  # float32 [c · block · h · p · p], or empty
+
+
+_prepared: OrderedDict[tuple, Prepared] = OrderedDict()
+
+
+def prepared(weights: EncoderWeights) -> Prepared:
+    """The tables of ``weights``, made anew when a weight has changed.
+
+    A change is noticed by a tensor's address and version, which every in-place operation of
+    PyTorch counts up (writing through ``.data`` does not: call `forget` after that). The cache
+    holds on to the weights, so an address cannot be given to another tensor meanwhile.
+    """
+    tensors = weights.tensors()
+    if any(tensor.is_inference() for tensor in tensors):  # these count no versions
+        return Prepared(weights, make_tables(weights), make_blocks(weights))
+    key = (weights.heads, *((t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors))
+    if key not in _prepared:
+        _prepared[key] = Prepared(weights, make_tables(weights), make_blocks(weights))
+        while len(_prepared) > _KEPT_WEIGHTS:
+            _prepared.popitem(last=False)
+    _prepared.move_to_end(key)
+    return _prepared[key]
+
+
+def forget() -> None:
+    """Drop all kept tables."""
+    _prepared.clear()
+
+
+def encode(
+    weights: EncoderWeights,
+    offsets: Tensor,
+    genes: Tensor,
+    values: Tensor,
+    *,
+    pads: Tensor | None = None,
+    attention: bool = False,
+) -> Encoded:
+    """As `reference.encode`, in float32, without gradients. See there for shapes."""
+    _, tables, blocks = prepared(weights)
+    cells, entries = len(offsets) - 1, len(genes)
+    heads, patches = tables.heads, tables.patches
+    kept = int(attention)
+    self_blocks = blocks.count - 1
+    batch = Batch(
+        np.ascontiguousarray(offsets.numpy(), np.int64),
+        np.ascontiguousarray(genes.numpy()).astype(np.int32, copy=False),
+        values.float().contiguous().numpy(),
+        np.zeros(cells, np.float32) if pads is None else pads.float().contiguous().numpy(),
+        np.empty(cells * patches * blocks.output_dim, np.float32),
+        np.empty(kept * entries * heads * patches, np.float32),
+        np.empty(kept * cells * heads * patches, np.float32),
+        np.empty(kept * cells * self_blocks * heads * patches * patches, np.float32),
+    )
+    discrete = not values.dtype.is_floating_point
+
+    def task(start: int, stop: int) -> None:
+        scratch, block_scratch = make_scratch(tables), make_block_scratch(blocks)
+        _encode(batch, tables, blocks, scratch, block_scratch, discrete, attention, start, stop)
+
+    run_blocks(task, cells, CELLS_AT_ONCE)
+    features = torch.from_numpy(batch.features).view(cells, patches, blocks.output_dim)
+    if not attention:
+        return Encoded(features)
+    stacked = torch.from_numpy(batch.self_attention)
+    stacked = stacked.view(cells, self_blocks, heads, patches, patches)
+    return Encoded(
+        features,
+        torch.from_numpy(batch.cross_attention).view(entries, heads, patches),
+        torch.from_numpy(batch.pad_attention).view(cells, heads, patches),
+        tuple(stacked.unbind(1)),
+    )
+
+
+@njit(nogil=True, cache=True)
+def _encode(  # type: ignore[no-untyped-def]
+    batch_, tables_, blocks_, scratch_, block_scratch_, discrete, attention, start, stop
+):
+    """Encode cells start to stop."""
+    batch, tables, blocks = borrow(batch_), borrow(tables_), borrow(blocks_)
+    scratch, block_scratch = borrow(scratch_), borrow(block_scratch_)
+    patches, lanes, width = blocks.patches, blocks.lanes, blocks.output_dim
+    kept = (blocks.count - 1) * blocks.heads * patches * patches
+    for cell in range(start, stop):
+        first, last = batch.offsets[cell], batch.offsets[cell + 1]
+        pads = batch.pads[cell]
+        cross_attend(
+            batch.genes, batch.values, first, last, discrete, pads,
+            tables, scratch, block_scratch.mixed,
+        )  # fmt: skip
+        if attention:
+            _weigh_entries(batch, first, last, cell, tables)
+        run_blocks_of_cell(blocks, block_scratch, batch.self_attention, cell * kept, attention)
+        for p in range(patches):
+            place = (cell * patches + p) * width
+            for e in range(width):
+                batch.features[place + e] = block_scratch.output[e * lanes + p]
+
+
+@njit(nogil=True)
+def _weigh_entries(batch, first, last, cell, tables):  # type: ignore[no-untyped-def]
+    """Attention weights of a cell's entries and pads, computed in float64."""
+    heads, patches, pads = tables.heads, tables.patches, batch.pads[cell]
+    for h in range(heads):
+        for p in range(patches):
+            if pads == 0:
+                batch.pad_attention[(cell * heads + h) * patches + p] = np.float32(0.0)
+            if last == first and pads == 0:
+                continue
+            log_total = log_sum_exp(batch.genes, batch.values, first, last, pads, h, p, tables)
+            for i in range(first, last + (pads > 0)):
+                gene, value, number = entry(batch.genes, batch.values, last, pads, i)
+                weight = number * math.exp(score(gene, value, h, p, tables) - log_total)
+                if i < last:
+                    batch.cross_attention[(i * heads + h) * patches + p] = np.float32(weight)
+                else:
+                    place = (cell * heads + h) * patches + p
+                    batch.pad_attention[place] = np.float32(weight)
