@@ -1,0 +1,201 @@
+"""Checkpoints of the original code.
+
+The original's classes are ``PathFormer`` (pretraining) and ``PathFormer_lp`` (annotation). What
+they are is told by the names of their parameters alone; their package is never imported.
+`original_name` is the one translation of names, for checkpoints here and for live objects in
+`live`.
+
+A checkpoint must hold every tensor of the encoder that its arguments describe, in the right
+shape, and nothing that is unknown. Decoder and annotation head are known, and left out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from cellpatch_fast.config import CellPatchConfig, ValueRounding
+from cellpatch_fast.errors import InputError
+
+from .encoder import CellPatch
+from .storage import empty, listed, misfits
+
+if TYPE_CHECKING:
+    from cellpatch_fast.genes import GeneVocabulary
+
+logger = logging.getLogger(__name__)
+
+CellPatchT = TypeVar("CellPatchT", bound=CellPatch)
+
+# Parts of a checkpoint that the encoder does not have, by how their names start.
+OTHER_PARTS = {
+    "decoder": "decoder_",
+    "annotation head": "lp_",
+    "value norm (not used by the released model)": "count2vector_norm.",
+}
+
+
+def original_name(name: str) -> str:
+    """The original's name of a `CellPatch` parameter.
+
+    >>> original_name("self_blocks.1.mlp_norm.bias")
+    'self_extract_blocks_mlp_norm.1.bias'
+    """
+    for ours, theirs in (
+        (r"gene_embedding\.", "gene2vector."),
+        (r"value_embedding\.", "count2vector."),
+        (r"patches", "pathway_token"),
+        (r"projection\.", "encoder_projection."),
+        (r"cross_block\.attention(_norm)?\.", r"cross_extract_blocks_attn\1."),
+        (r"cross_block\.mlp(_norm)?\.", r"cross_extract_blocks_mlp\1."),
+        (r"self_blocks\.(\d+)\.attention(_norm)?\.", r"self_extract_blocks_attn\2.\1."),
+        (r"self_blocks\.(\d+)\.mlp(_norm)?\.", r"self_extract_blocks_mlp\2.\1."),
+    ):
+        if match := re.match(ours, name):
+            return match.expand(theirs) + name[match.end() :]
+    raise AssertionError(f"no original name for parameter {name}")
+
+
+def import_checkpoint(
+    model_class: type[CellPatchT],
+    checkpoint: str | os.PathLike[str],
+    *,
+    args: str | os.PathLike[str] | Mapping[str, Any],
+    vocabulary: str | os.PathLike[str] | GeneVocabulary,
+    value_rounding: ValueRounding,
+    padded_length: int | None,
+) -> CellPatchT:
+    """See `CellPatch.from_original`."""
+    from cellpatch_fast.genes import GeneVocabulary
+
+    checkpoint = Path(checkpoint)
+    state = _read_checkpoint(checkpoint)
+    config = _read_config(args, state, value_rounding, padded_length)
+    if not isinstance(vocabulary, GeneVocabulary):
+        vocabulary = GeneVocabulary.from_original(Path(vocabulary))
+    model = empty(model_class, config, vocabulary, checkpoint)
+
+    encoder = {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.startswith(tuple(OTHER_PARTS.values()))
+    }
+    shapes = {original_name(name): list(t.shape) for name, t in model.state_dict().items()}
+    shapes["pathway_token"].insert(0, 1)  # the original's patches are [1, p, D]
+    problems = misfits(shapes, encoder)
+    if problems:
+        raise InputError(
+            f"{checkpoint} does not hold the encoder that args describe (was it trained with "
+            f"other arguments?):{listed(problems)}"
+        )
+    encoder["pathway_token"] = encoder["pathway_token"][0]
+    # clones, because tensors of a checkpoint may share memory
+    model.load_state_dict(
+        {name: encoder[original_name(name)].clone() for name in model.state_dict()}, assign=True
+    )
+    left_out = [
+        f"{number} of the {part}"
+        for part, prefix in OTHER_PARTS.items()
+        if (number := sum(name.startswith(prefix) for name in state))
+    ]
+    logger.warning(
+        "%s: loaded the %d tensors of the encoder; left out: %s",
+        checkpoint,
+        len(encoder),
+        ", ".join(left_out) or "none",
+    )
+    return model.eval()
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The state dict in a ``.pth`` file, without running code that a pickle may hold."""
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}: check the path")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise InputError(
+            f"{path} is not a checkpoint of tensors alone"
+            + (f": it refers to {found[1]}" if found else "")
+            + ". Pickled code is never run. If you trust the file's source, load it in the "
+            "original's environment and save the state dict alone: "
+            'torch.save({"model_state_dict": model.state_dict()}, path)'
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise InputError(f"{path} cannot be read as a PyTorch checkpoint: {error}") from error
+    if isinstance(content, dict):
+        content = content.get("model_state_dict", content)
+    if not isinstance(content, dict) or not content:
+        raise InputError(
+            f"{path} holds a {type(content).__name__} instead of a state dict: expected names "
+            'and tensors, or {"model_state_dict": names and tensors}'
+        )
+    strangers = [
+        str(name)
+        for name, value in content.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
+    if strangers:
+        raise InputError(
+            f"{path} is not a state dict; besides tensors it holds: {', '.join(strangers)}"
+        )
+    if all(name.startswith("module.") for name in content):  # saved from a data-parallel model
+        content = {name.removeprefix("module."): t for name, t in content.items()}
+    return dict(content)
+
+
+def _read_config(
+    args: str | os.PathLike[str] | Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    value_rounding: ValueRounding,
+    padded_length: int | None,
+) -> CellPatchConfig:
+    """The configuration that the original's arguments describe."""
+    source = "args"
+    if not isinstance(args, Mapping):
+        source = os.fspath(args)
+        try:
+            args = json.loads(Path(args).read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{source} cannot be read as the arguments' JSON: {error}") from error
+        if not isinstance(args, Mapping):
+            raise InputError(f"{source} must hold a JSON object with the training arguments")
+    needed = ("max_gene_num", "n_pathway", "embedding_dim", "n_head", "encoder_self_attn_depth")
+    missing = [name for name in needed if name not in args]
+    if missing:
+        raise InputError(f"{source} lacks the training arguments {', '.join(missing)}")
+    if args.get("encoder_cross_attn_depth", 1) != 1:
+        raise InputError(
+            f"{source}: encoder_cross_attn_depth is {args['encoder_cross_attn_depth']}, but only "
+            "models with one cross-attention block are supported"
+        )
+    if not args.get("log_transform", True):
+        raise InputError(
+            f"{source}: log_transform is false, but only models of log-transformed values are "
+            "supported"
+        )
+    mlp = state.get("cross_extract_blocks_mlp.0.weight")  # no argument tells its width
+    try:
+        return CellPatchConfig(
+            max_genes=args["max_gene_num"],
+            patches=args["n_pathway"],
+            dim=args["embedding_dim"],
+            heads=args["n_head"],
+            mlp_dim=CellPatchConfig.mlp_dim if mlp is None else len(mlp),
+            self_attention_blocks=args["encoder_self_attn_depth"],
+            projection_dim=args.get("encoder_projection_dim"),
+            value_rounding=value_rounding,
+            padded_length=padded_length,
+        )
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{source}: {error}") from error

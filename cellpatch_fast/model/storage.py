@@ -1,0 +1,288 @@
+"""The model directory: ``config.json``, ``model.safetensors`` and ``vocabulary.json``.
+
+A directory is complete when it has its ``config.json``: everything is first written beside it,
+then moved in with ``config.json`` last, so a save that is killed or runs out of disk leaves
+either the old model or one that loading refuses. Nothing in a directory can hold code. Loading
+checks every tensor against what the configuration describes and reports all that do not fit,
+draws no random numbers, and keeps the weights' dtype, so what was saved comes back bit for bit.
+
+The Hugging Face Hub's mixin provides the interface (`save_pretrained`, `from_pretrained`,
+`push_to_hub`); its own loading is replaced, because it accepts missing tensors and pickles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from cellpatch_fast.config import CellPatchConfig
+from cellpatch_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from cellpatch_fast.genes import GeneVocabulary
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+VOCABULARY = "vocabulary.json"
+FILES = (CONFIG, WEIGHTS, VOCABULARY)
+
+ModelT = TypeVar("ModelT", bound="StoredModel")
+
+
+class StoredModel(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="cellpatch-fast",
+    tags=["single-cell", "transcriptomics"],
+):
+    """A module that is saved in a model directory.
+
+    A subclass is constructed from a configuration and a vocabulary, and keeps both.
+    """
+
+    config: CellPatchConfig
+    vocabulary: GeneVocabulary
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        config: None = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Write the model directory, replacing a model that is there.
+
+        Parameters
+        ----------
+        save_directory
+            Directory to write; made where missing. Other files in it stay.
+        config, model_card_kwargs
+            Part of the mixin's interface. The configuration is the model's own, and no model
+            card is written, so these must be left at None.
+        repo_id, push_to_hub, **push_to_hub_kwargs
+            Also upload it to the Hugging Face Hub; ``repo_id`` defaults to the directory's name.
+
+        Returns
+        -------
+        str or None
+            Address of the upload, None without one.
+
+        Raises
+        ------
+        InputError
+            If ``save_directory`` is a file.
+        OSError
+            If it cannot be written. What was there before is untouched.
+        """
+        if config is not None or model_card_kwargs:
+            raise ValueError(
+                "config and model_card_kwargs are not supported: a model saves its own "
+                "configuration and no model card"
+            )
+        directory = Path(save_directory)
+        if directory.exists() and not directory.is_dir():
+            raise InputError(f"{directory} is a file: choose a directory to save the model in")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        try:
+            self._save_pretrained(staging)
+            _move_files(staging, directory)
+        finally:
+            shutil.rmtree(staging)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or directory.name, **push_to_hub_kwargs)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the model's files into an empty directory. A subclass may add its own."""
+        (save_directory / CONFIG).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        self.vocabulary.save(save_directory / VOCABULARY)
+        # as bytes: safetensors' own writer makes files that other users cannot read
+        (save_directory / WEIGHTS).write_bytes(save_tensors(_state(self)))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        map_location: str | torch.device = "cpu",
+    ) -> Self:
+        """Load a model directory, or fetch one from the Hugging Face Hub.
+
+        Parameters
+        ----------
+        pretrained_model_name_or_path
+            A directory, or the name of a repository on the Hub (``"owner/name"``).
+        force_download, token, cache_dir, local_files_only, revision
+            How to fetch from the Hub; see ``huggingface_hub.snapshot_download``.
+        map_location
+            Device to put the model on.
+
+        Returns
+        -------
+        The model, in evaluation mode.
+
+        Raises
+        ------
+        InputError
+            If it is no complete model directory, was written by a newer version, or its tensors
+            are not those of its configuration (all are listed).
+        """
+        directory = Path(pretrained_model_name_or_path)
+        if directory.is_file():
+            raise InputError(
+                f"{directory} is a file, but a model is a directory with {', '.join(FILES)} (a "
+                "checkpoint of the original code is read by CellPatch.from_original)"
+            )
+        if not directory.is_dir():
+            directory = _fetch(
+                os.fspath(pretrained_model_name_or_path),
+                force_download=force_download,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                revision=revision,
+            )
+        return cls._load(directory).to(map_location).eval()
+
+    @classmethod
+    def _load(cls, directory: Path) -> Self:
+        missing = [name for name in FILES if not (directory / name).is_file()]
+        if missing:
+            raise InputError(
+                f"{directory} is not a complete model directory: {', '.join(missing)} is missing. "
+                "Save the model again, or check the path"
+            )
+        from cellpatch_fast.genes import GeneVocabulary
+
+        config = _read_config(directory / CONFIG)
+        vocabulary = GeneVocabulary.load(directory / VOCABULARY)
+        state = _read_tensors(directory / WEIGHTS)
+        model = empty(cls, config, vocabulary, directory)
+        problems = misfits({name: t.shape for name, t in model.state_dict().items()}, state)
+        if problems:
+            raise InputError(
+                f"{directory / WEIGHTS} does not hold the tensors of the model in {CONFIG}:"
+                + listed(problems)
+            )
+        model.load_state_dict(state, assign=True)
+        return model
+
+
+def fingerprint(model: StoredModel) -> str:
+    """SHA-256 over configuration, vocabulary and weights, in hexadecimal.
+
+    Equal for equal models, wherever and whenever they were saved and loaded; any changed
+    setting, gene or bit of a weight changes it.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps(dataclasses.asdict(model.config), sort_keys=True).encode())
+    digest.update(model.vocabulary.fingerprint.encode())
+    for name, tensor in sorted(_state(model).items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def empty(
+    model_class: type[ModelT], config: CellPatchConfig, vocabulary: GeneVocabulary, source: Path
+) -> ModelT:
+    """A model without memory for its weights, to be filled by ``load_state_dict(assign=True)``.
+
+    No weights are drawn only to be overwritten, and the global random state stays as it is.
+    """
+    try:
+        with torch.device("meta"):
+            return model_class(config, vocabulary)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def misfits(expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor]) -> list[str]:
+    """Everything that keeps ``found`` from being a state dict of the ``expected`` shapes."""
+    problems = [f"{name}: missing" for name in expected if name not in found]
+    for name, tensor in found.items():
+        if name not in expected:
+            problems.append(f"{name}: unexpected")
+        elif tensor.shape != torch.Size(expected[name]):
+            problems.append(
+                f"{name}: has shape {list(tensor.shape)}, expected {list(expected[name])}"
+            )
+        elif not tensor.is_floating_point():
+            problems.append(f"{name}: has dtype {tensor.dtype}, expected floating point")
+        elif not tensor.isfinite().all():
+            problems.append(f"{name}: holds NaN or infinite values")
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in found.values()}
+    if not problems and len(dtypes) > 1:
+        problems.append(f"all tensors: expected one dtype, found {', '.join(sorted(dtypes))}")
+    return problems
+
+
+def listed(problems: Sequence[str]) -> str:
+    """One problem per line, to end a message with."""
+    return "".join(f"\n  {problem}" for problem in problems)
+
+
+def _state(model: Any) -> dict[str, Tensor]:
+    """The state dict on the CPU, contiguous."""
+    return {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+
+
+def _move_files(staging: Path, directory: Path) -> None:
+    """Move a complete model into ``directory``, which counts as complete by its config.json."""
+    directory.mkdir(exist_ok=True)
+    (directory / CONFIG).unlink(missing_ok=True)
+    for file in sorted(staging.iterdir(), key=lambda file: file.name == CONFIG):  # it comes last
+        os.replace(file, directory / file.name)
+
+
+def _read_config(path: Path) -> CellPatchConfig:
+    try:
+        return CellPatchConfig.from_dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:  # JSON and UTF-8 errors are ValueErrors
+        raise InputError(f"{path}: {error}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_tensors(path.read_bytes())
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} is damaged ({error}): save or download the model again"
+        ) from error
+
+
+def _fetch(name: str, **options: Any) -> Path:
+    """Download a model directory from the Hugging Face Hub, all files of one revision."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES), **options))
+    except HFValidationError as error:  # no repository can have such a name: it is a path
+        raise InputError(f"there is no model directory {name}: check the path") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise InputError(
+            f"there is no model directory {name}, and it could not be fetched from the Hugging "
+            f"Face Hub: {error}"
+        ) from error
