@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellpatch_fast.detect import InputKindWarning, detect_input
+from cellpatch_fast.detect import Expected, InputKindWarning, detect_input
 from cellpatch_fast.errors import InputError
 from cellpatch_fast.io.sources import CellBlock
 
@@ -116,7 +116,7 @@ def test_scanpys_bundled_data() -> None:
 @pytest.mark.parametrize("base", [2, 10])
 @pytest.mark.parametrize("step", [1, 2], ids=["all genes", "half of the genes"])
 @pytest.mark.parametrize("expected", ["auto", "counts", "lognorm"])
-def test_other_bases_are_refused(base: int, step: int, expected: str) -> None:
+def test_other_bases_are_refused(base: int, step: int, expected: Expected) -> None:
     matrix = (np.log1p(normalise(COUNTS)) / np.log(base))[:, ::step]
     with pytest.raises(InputError, match=f"b.h5ad: found logarithms to base {base} "):
         detect_input(block_of(matrix), "b.h5ad", expected)
