@@ -1,0 +1,1 @@
+"""What is on disk: AnnData sources, the token store, the embedding store."""

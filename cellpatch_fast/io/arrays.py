@@ -1,0 +1,256 @@
+"""Arrays on disk, read in file order: each compressed chunk is decoded once.
+
+HDF5 datasets, Zarr arrays and temporary files look the same from here: a `StoredArray` copies a
+range of its first axis into memory that the caller owns. On top of it, a `SequentialReader` asks
+for whole chunks only and carries the decoded tail of one range over to the next, so the ranges
+that callers want need not know about chunks.
+
+Whatever goes wrong below (a cut file, a damaged chunk) becomes one `InputError` that names the
+file, the chunk and the cells in it. Zarr reads a chunk that is *absent* as zeros without a word,
+which is how half-copied stores turn into wrong results; `absent_chunks` finds those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    import h5py
+    import zarr
+
+COPY_AGAIN = "The file is truncated or damaged: copy or download it again"
+
+
+@contextlib.contextmanager
+def reading(name: str, what: str, advice: str = COPY_AGAIN) -> Iterator[None]:
+    """Turn any error of the libraries below into an `InputError`: ``name``, ``what``, advice.
+
+    HDF5, Zarr and their codecs report damage with whatever exception is at hand (OSError,
+    KeyError, RuntimeError, ValueError, zlib.error, ...), so nothing narrower would do. Keep the
+    body to calls of those libraries.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{name}: cannot read {what} ({summary(error)}). {advice}.") from error
+
+
+def summary(error: Exception) -> str:
+    """One line about ``error``: its type says what a bare KeyError message does not."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+class StoredArray(Protocol):
+    """An array of which ranges of the first axis can be read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """In the machine's byte order."""
+
+    @property
+    def chunk(self) -> int:
+        """Rows that are decoded together; 1 if any range costs what it holds."""
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Copy the rows ``start : start + len(out)`` into ``out``."""
+
+    def place(self, start: int) -> str:
+        """Where the row ``start`` is stored, for messages."""
+
+
+class Hdf5Array:
+    """A dataset of an HDF5 file.
+
+    Raises
+    ------
+    InputError
+        If it is compressed with a filter that is not installed.
+    """
+
+    def __init__(self, dataset: h5py.Dataset) -> None:
+        self.shape = dataset.shape
+        self.dtype = dataset.dtype.newbyteorder("=")
+        self.chunk = dataset.chunks[0] if dataset.chunks else 1
+        self._dataset = dataset
+        _require_filters(dataset)
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        self._dataset.read_direct(out, np.s_[start : start + len(out)])
+
+    def place(self, start: int) -> str:
+        where = f"dataset {self._dataset.name}"
+        return f"{where}, chunk {start // self.chunk}" if self.chunk > 1 else where
+
+
+def _require_filters(dataset: h5py.Dataset) -> None:
+    """Make sure that HDF5 has the decompression filters of ``dataset``."""
+    import h5py
+
+    settings = dataset.id.get_create_plist()
+    for position in range(settings.get_nfilters()):
+        code, _, _, description = settings.get_filter(position)
+        if not h5py.h5z.filter_avail(code):
+            with contextlib.suppress(ImportError):
+                importlib.import_module("hdf5plugin")  # registers its filters
+        if not h5py.h5z.filter_avail(code):
+            filter_name = description.decode(errors="replace") or "unnamed"
+            raise InputError(
+                f"{dataset.file.filename}: {dataset.name} is compressed with the HDF5 filter "
+                f"{code} ({filter_name}), which is not installed. Install the package hdf5plugin."
+            )
+
+
+class ZarrArray:
+    """An array of a Zarr store, version 2 or 3, sharded or not."""
+
+    def __init__(self, array: zarr.Array[Any]) -> None:
+        self.shape = array.shape
+        self.dtype = array.dtype.newbyteorder("=")
+        self.chunk = array.chunks[0]
+        self._array = array
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        from zarr.buffer.cpu import NDBuffer
+
+        rows = slice(start, start + len(out))
+        if self._array.dtype == self.dtype:
+            self._array.get_basic_selection(rows, out=NDBuffer.from_numpy_array(out))
+        else:  # a foreign byte order
+            out[...] = self._array[rows]
+
+    def place(self, start: int) -> str:
+        stored = self._array.shards or self._array.chunks
+        first = (start // stored[0], *(0 for _ in stored[1:]))
+        key = f"{self._array.path}/{self._array.metadata.encode_chunk_key(first)}"
+        return f"the chunk file {key}" if len(stored) == 1 else f"the chunk files from {key} on"
+
+
+def absent_chunks(array: zarr.Array[Any], path: Path) -> list[tuple[str, int, int]]:
+    """Key, first row and end of every chunk (or shard) of ``array`` that the store lacks."""
+    present = _store_keys(path, array.path)
+    stored = array.shards or array.chunks
+    counts = [-(-size // chunk) for size, chunk in zip(array.shape, stored, strict=True)]
+    absent = []
+    for position in itertools.product(*map(range, counts)):
+        key = array.metadata.encode_chunk_key(position)
+        if key not in present:
+            start = position[0] * stored[0]
+            absent.append((key, start, min(start + stored[0], array.shape[0])))
+    return absent
+
+
+def _store_keys(path: Path, inside: str) -> set[str]:
+    """What a Zarr folder or zip file holds below the array ``inside``, relative to it."""
+    if path.is_dir():
+        top = path / inside
+        return {
+            (Path(folder) / file).relative_to(top).as_posix()
+            for folder, _, files in os.walk(top)
+            for file in files
+        }
+    import zipfile
+
+    with zipfile.ZipFile(path) as archive:
+        prefix = f"{inside}/"
+        return {key.removeprefix(prefix) for key in archive.namelist() if key.startswith(prefix)}
+
+
+class SequentialReader:
+    """Reads ascending ranges of an array and decodes each chunk once.
+
+    Parameters
+    ----------
+    array
+        What to read; an array in memory is sliced without a copy.
+    name
+        File (and element) for messages.
+    owners
+        int64 [owners + 1]: owner ``o`` has the rows ``owners[o] : owners[o + 1]``. None: each
+        row is its own owner. Only messages need it.
+    noun
+        What an owner is: ``"cells"`` or ``"genes"``.
+    most
+        At most so many rows are held, even if a chunk has more (and is then decoded again).
+    """
+
+    def __init__(
+        self,
+        array: StoredArray | np.ndarray,
+        name: str,
+        owners: np.ndarray | None = None,
+        noun: str = "cells",
+        most: int | None = None,
+    ) -> None:
+        self._array, self._name, self._owners, self._noun = array, name, owners, noun
+        if not isinstance(array, np.ndarray):
+            self._chunk = min(array.chunk, most or array.chunk)
+            self._buffer = np.empty((0, *array.shape[1:]), array.dtype)
+            self._first = 0  # the row that the buffer starts with
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        """The rows ``first : last``: a view, valid for as long as the caller keeps it."""
+        if isinstance(self._array, np.ndarray):
+            return self._array[first:last]
+        decoded = self._first + len(self._buffer)
+        if last > decoded or first < self._first:
+            carried = self._buffer[:0]
+            begin = position = first // self._chunk * self._chunk
+            if self._first <= first < decoded:
+                carried = self._buffer[first - self._first :]
+                begin, position = first, decoded
+            end = min(-(-last // self._chunk) * self._chunk, self._array.shape[0])
+            # A new buffer each time: the views handed out before stay what they were.
+            buffer = np.empty((end - begin, *self._array.shape[1:]), self._array.dtype)
+            buffer[: len(carried)] = carried
+            self._decode(self._array, position, buffer[len(carried) :])
+            self._buffer, self._first = buffer, begin
+        return self._buffer[first - self._first : last - self._first]
+
+    def _decode(self, array: StoredArray, start: int, out: np.ndarray) -> None:
+        if not len(out):
+            return
+        try:
+            array.read(start, out)
+        except MemoryError:
+            raise
+        except Exception as error:
+            first, last = self._damage(array, start, start + len(out))
+            raise InputError(
+                f"{self._name}: cannot read {self._noun} {self._owned(first, last)}, stored in "
+                f"{array.place(first)} ({summary(error)}). {COPY_AGAIN}."
+            ) from error
+
+    def _damage(self, array: StoredArray, start: int, stop: int) -> tuple[int, int]:
+        """The rows of the first chunk in ``start : stop`` that cannot be read."""
+        if array.chunk == 1:
+            return start, stop
+        for first in range(start, stop, self._chunk):
+            last = min(first + self._chunk, stop)
+            try:
+                array.read(first, np.empty((last - first, *array.shape[1:]), array.dtype))
+            except Exception:  # the error itself is being reported by the caller
+                return first, last
+        return start, stop
+
+    def _owned(self, first: int, last: int) -> str:
+        """The owners of the rows ``first : last``, in words."""
+        if self._owners is not None:
+            first = int(np.searchsorted(self._owners, first, side="right")) - 1
+            last = int(np.searchsorted(self._owners, last, side="left"))
+        return f"{first} to {last - 1}" if last - first > 1 else str(first)

@@ -1,0 +1,187 @@
+"""AnnData on disk: where an .h5ad file or a .zarr store keeps its matrix, obs and var.
+
+h5py and zarr-python give both formats the same face (groups with keys and attributes), and
+anndata's ``read_elem`` reads obs and var from either, in the encodings of every anndata version
+that it knows. Only the matrix is read by our own code, because it must never be loaded whole.
+What anndata's ``read_elem`` leaves to ``read_h5ad`` is repeated here: obs and var as one
+compound dataset, with their categories in ``uns``, and ``raw.X`` beside ``X`` (anndata < 0.7).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import InputError
+from .arrays import COPY_AGAIN, Hdf5Array, StoredArray, ZarrArray, absent_chunks, reading
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NOT_ANNDATA = (
+    "Expected an AnnData file (.h5ad or .zarr) or 10x Genomics output (.h5, or a folder with "
+    "matrix.mtx)"
+)
+ZARR_METADATA = ("zarr.json", ".zgroup", ".zarray", ".zattrs", ".zmetadata")
+
+
+@dataclass(frozen=True, eq=False)
+class Container:
+    """An open .h5ad file or .zarr store.
+
+    Parameters
+    ----------
+    root
+        h5py.Group or zarr.Group that holds ``obs``, ``var`` and the rest.
+    name
+        The file, for messages.
+    path
+        The file or folder itself.
+    file_format
+        In words, such as ``"Zarr v3"``.
+    close
+        Closes the file.
+    """
+
+    root: Any
+    name: str
+    path: Path
+    file_format: str
+    close: Callable[[], None]
+
+    def __contains__(self, key: str) -> bool:
+        with reading(self.name, f"its element {key!r}"):
+            return key in self.root
+
+    def element(self, key: str) -> Any:
+        """The group or array ``key``."""
+        with reading(self.name, f"its element {key!r}"):
+            return self.root[key]
+
+    def array(self, element: Any, key: str) -> StoredArray:
+        """``element``, an array of this container, ready to be read."""
+        if not hasattr(element, "shape"):
+            raise InputError(f"{self.name}: {key} is a group, not an array. {COPY_AGAIN}.")
+        return ZarrArray(element) if self._is_zarr else Hdf5Array(element)
+
+    def absent_chunks(self, element: Any) -> list[tuple[str, int, int]]:
+        """The chunks of a Zarr array that are not stored; an HDF5 file is checked as a whole."""
+        return absent_chunks(element, self.path) if self._is_zarr else []
+
+    @property
+    def _is_zarr(self) -> bool:
+        return self.file_format.startswith("Zarr")
+
+
+def open_hdf5(path: Path) -> Container:
+    """Open an HDF5 file; whether it holds AnnData is for the caller to see."""
+    import h5py
+
+    with reading(str(path), "the file"):
+        file = h5py.File(path, "r")
+    return Container(file, str(path), path, "h5ad", file.close)
+
+
+def open_zarr(path: Path) -> Container:
+    """Open a Zarr folder or a zip file of one."""
+    import zarr
+    from zarr.storage import ZipStore
+
+    with reading(str(path), "the Zarr store"):
+        if path.is_dir():
+            root = zarr.open_group(path, mode="r")
+        else:
+            root = zarr.open_group(ZipStore(path, mode="r"), path=_zipped_root(path), mode="r")
+        version = root.metadata.zarr_format
+    return Container(root, str(path), path, f"Zarr v{version}", root.store.close)
+
+
+def _zipped_root(path: Path) -> str:
+    """The folder inside a zip file that is the store: the top, or the only folder there."""
+    import zipfile
+
+    with zipfile.ZipFile(path) as archive:
+        tops = {name.split("/")[0] for name in archive.namelist()}
+    return tops.pop() if len(tops) == 1 else ""
+
+
+def identity(path: Path, key: str) -> str:
+    """Changes when the file, or the metadata of the Zarr folder, at ``path`` does."""
+    if path.is_file():
+        return files_identity([path])
+    matrix = path / key
+    parts = (matrix / part for part in ("indptr", "indices", "data"))
+    folders = (path, path / "obs", path / "var", matrix, *parts)
+    files = (folder / name for folder in folders for name in ZARR_METADATA)
+    return files_identity([file for file in files if file.exists()])
+
+
+def files_identity(files: list[Path]) -> str:
+    """Path, size and time of the last change of ``files``."""
+    facts = [(str(file.resolve()), file.stat()) for file in files]
+    return repr([(name, facts.st_size, facts.st_mtime_ns) for name, facts in facts])
+
+
+def layer_names(container: Container) -> list[str]:
+    return sorted(container.element("layers")) if "layers" in container else []
+
+
+def raw_prefix(container: Container) -> str | None:
+    """``"raw/"``, ``"raw."`` (anndata < 0.7) or None."""
+    return next((prefix for prefix in ("raw/", "raw.") if f"{prefix}X" in container), None)
+
+
+def refuse_absent(absent: list[tuple[str, int, int]], part: str, name: str) -> None:
+    if absent:
+        raise InputError(
+            f"{name}: {len(absent)} chunks of {part} are missing (the first is {absent[0][0]!r}) "
+            f"and would be read as zeros. The store is incomplete: copy or download it again."
+        )
+
+
+def table_length(container: Container, key: str) -> int:
+    """Rows of the data frame ``key`` (``"obs"`` or ``"var"``), without reading it."""
+    element = container.element(key)
+    if hasattr(element, "shape"):  # anndata < 0.7
+        return int(element.shape[0])
+    with reading(container.name, f"the index of {key}"):
+        index_key = text(element.attrs["_index"])
+        index = element[index_key]
+        if not hasattr(index, "shape"):  # e.g. a categorical or nullable index
+            index = index["codes"] if "codes" in index else index["values"]
+        length = int(index.shape[0])
+        absent = container.absent_chunks(index)
+    refuse_absent(absent, f"the index of {key}", container.name)
+    return length
+
+
+def read_table(container: Container, key: str) -> pd.DataFrame:
+    """The data frame ``key``: ``"obs"``, ``"var"``, ``"raw/var"``, ..."""
+    import pandas as pd
+    from anndata import OldFormatWarning
+    from anndata.io import read_elem
+
+    with reading(container.name, key), warnings.catch_warnings():
+        warnings.simplefilter("ignore", OldFormatWarning)
+        table = read_elem(container.root[key])
+        if isinstance(table, np.ndarray):  # anndata < 0.7
+            table = pd.DataFrame(table)
+            table = table.set_index(table.columns[0])
+            for column in table.columns:
+                categories = f"uns/{column}_categories"
+                if categories in container.root:
+                    names = np.atleast_1d(read_elem(container.root[categories]))
+                    if table[column].max() < len(names):  # else they are of var, or of obs
+                        table[column] = pd.Categorical.from_codes(table[column], names)
+    if not isinstance(table, pd.DataFrame):
+        raise InputError(f"{container.name}: {key} is not a table. {NOT_ANNDATA}.")
+    return table
+
+
+def text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
