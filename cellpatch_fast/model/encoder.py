@@ -150,8 +150,8 @@ class CellPatch(StoredModel):
             Gene tokens of the model's vocabulary, values prepared as its config says.
         backend
             ``"reference"``, ``"numba"`` or ``"triton"``; None for the fastest that can do the
-            job. Only the reference backend can record gradients or drop attention weights; use
-            ``torch.inference_mode()`` and ``model.eval()`` for the fast ones.
+            job. Only the reference can record gradients, drop attention weights or compute in
+            fp64; use ``torch.inference_mode()`` and ``model.eval()`` for the others.
 
         Returns
         -------
@@ -302,10 +302,14 @@ def run_encoder(
     """
     _check_cells(weights, cells)
     arguments = (weights, cells.offsets, cells.genes, cells.values)
+    dtype = weights.patches.dtype
     # in the parameters' own precision, also where the caller autocasts
     with torch.autocast(cells.device.type, enabled=False):
         if dropout is None and not records_gradients(weights, cells):
-            return kernels.encode(*arguments, pads=pads, attention=attention, backend=backend)
+            if backend is None and dtype == torch.float64:
+                backend = "reference"  # the others compute in float32
+            found = kernels.encode(*arguments, pads=pads, attention=attention, backend=backend)
+            return _cast(found, dtype)
         if backend is not None and kernels.resolve_backend(backend, cells.device) != "reference":
             reason = "records gradients" if dropout is None else "is in training mode"
             raise ValueError(
@@ -319,6 +323,19 @@ def records_gradients(weights: EncoderWeights, cells: RaggedCells) -> bool:
     """Whether autograd would record an encoding of these cells."""
     return torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (*weights.tensors(), cells.values)
+    )
+
+
+def _cast(encoded: Encoded, dtype: torch.dtype) -> Encoded:
+    """Results in ``dtype``."""
+    if encoded.features.dtype == dtype:
+        return encoded
+    features, cross, pad, blocks = encoded
+    return Encoded(
+        features.to(dtype),
+        None if cross is None else cross.to(dtype),
+        None if pad is None else pad.to(dtype),
+        None if blocks is None else tuple(block.to(dtype) for block in blocks),
     )
 
 

@@ -12,6 +12,7 @@ data-parallel replicas) would silently compute with the wrong parameters.
 from __future__ import annotations
 
 import functools
+import re
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
@@ -171,12 +172,13 @@ def _new_accelerated(original: type, *arguments: Any) -> Any:
 def _check_names(model: nn.Module) -> None:
     """Refuse an object that lacks a parameter or the method of the original's models."""
     names = {name for name, _ in model.named_parameters()}
-    blocks = sum(name.startswith("self_extract_blocks_attn_norm.") for name in names) // 2
+    indices = (re.match(r"self_extract_blocks_\w+\.(\d+)\.", name) for name in names)
+    blocks = 1 + max((int(index[1]) for index in indices if index), default=-1)
     needed: list[str] = []
 
     def need(name: str) -> Tensor:
         needed.append(original_name(name))
-        return torch.empty(0, 0)
+        return torch.empty(1, 1)  # stands in for the parameter
 
     projected = "encoder_projection.weight" in names
     gather_weights(need, heads=1, self_blocks=blocks, binned=False, projected=projected)

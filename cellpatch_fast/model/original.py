@@ -65,6 +65,7 @@ def original_name(name: str) -> str:
     raise AssertionError(f"no original name for parameter {name}")
 
 
+@torch.inference_mode(False)  # weights that a backend may keep tables for, wherever loaded
 def import_checkpoint(
     model_class: type[CellPatchT],
     checkpoint: str | os.PathLike[str],

@@ -119,6 +119,7 @@ class StoredModel(
         (save_directory / WEIGHTS).write_bytes(save_tensors(_state(self)))
 
     @classmethod
+    @torch.inference_mode(False)  # weights that a backend may keep tables for, wherever loaded
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],

@@ -110,6 +110,12 @@ def test_loading_draws_no_random_numbers(directory: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_weights_loaded_in_inference_mode_are_ordinary(directory: Path) -> None:
+    with torch.inference_mode():
+        loaded = CellPatch.from_pretrained(directory)
+    assert not any(parameter.is_inference() for parameter in loaded.parameters())
+
+
 def test_a_loaded_model_does_not_depend_on_its_file(model: CellPatch, directory: Path) -> None:
     loaded = CellPatch.from_pretrained(directory)
     (directory / "model.safetensors").write_bytes(b"")
