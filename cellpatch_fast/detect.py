@@ -46,6 +46,7 @@ Expected = Literal["auto", "counts", "lognorm"]
 
 LARGEST_LOGARITHM = 20.0  # log2(1e6 + 1); natural logarithms of as much end at 13.8
 LARGEST_NATURAL_LOGARITHM = 15.0
+TELLING_ENTRIES = 500_000  # whole cells up to so many show the structure well enough
 BASES = {"natural logarithms": np.e, "logarithms to base 2": 2.0, "logarithms to base 10": 10.0}
 
 
@@ -172,6 +173,9 @@ def _find(sample: CellBlock) -> _Found:
         reason = f"counts up to {highest:,.6g}, {whole:.0%} of them whole: raw counts"
         return _Found("counts", reason, highest)
 
+    enough = max(1, int(np.searchsorted(entries, TELLING_ENTRIES, side="right")) - 1)  # cells
+    entries = entries[: enough + 1]
+    values = values[: entries[-1]]
     structure = [("values", _structure(values, entries))]
     if highest <= LARGEST_LOGARITHM:
         structure += [
