@@ -50,7 +50,9 @@ class RaggedCells:
             ("values", self.values, VALUE_DTYPES),
         ):
             if tensor.ndim != 1:
-                raise ValueError(f"{name} must be one-dimensional, found shape {list(tensor.shape)}")
+                raise ValueError(
+                    f"{name} must be one-dimensional, found shape {list(tensor.shape)}"
+                )
             if tensor.dtype not in dtypes:
                 allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
                 raise ValueError(f"{name} must have dtype {allowed}; found {tensor.dtype}")

@@ -91,7 +91,8 @@ def encode(
         If tokens, offsets, values or the backend do not fit.
     """
     _check(weights, offsets, genes, values, pads)
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in weights.tensors())
+    inputs = (*weights.tensors(), values)
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     chosen = resolve_backend(backend, genes.device)
     if needs_gradient and chosen == "numba":
         if backend == "numba":
@@ -130,15 +131,22 @@ def _check(
         raise ValueError("pads must hold one number, not negative, for each cell")
     if len(genes) == 0:
         return
-    tokens = genes.to(torch.int32) if genes.dtype in (torch.uint16, torch.uint32) else genes
-    lowest, highest = (int(bound) for bound in tokens.aminmax())
+    lowest, highest = _range(genes)
     if lowest < 0 or highest >= len(weights.genes):
         raise ValueError(
             f"gene tokens run from {lowest} to {highest}, but the model has tokens 0 to "
             f"{len(weights.genes) - 1}"
         )
-    if weights.value_bins is not None and int(values.max()) >= len(weights.value_bins):
+    if weights.value_bins is not None and (largest := _range(values)[1]) >= len(weights.value_bins):
         raise ValueError(
-            f"the largest value is {int(values.max())}, but there are "
-            f"{len(weights.value_bins)} value bins"
+            f"the largest value is {largest}, but there are {len(weights.value_bins)} value bins"
         )
+
+
+def _range(integers: Tensor) -> tuple[int, int]:
+    """Lowest and highest of at least one integer."""
+    if integers.device.type == "cpu":  # NumPy takes a sixth of the time, and knows uint16
+        array = integers.numpy()
+        return int(array.min()), int(array.max())
+    lowest, highest = torch.aminmax(integers.long())
+    return int(lowest), int(highest)

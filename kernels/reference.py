@@ -102,7 +102,7 @@ def patch_cross_attention(
     dropout: float = 0.0,
 ) -> CrossAttended:
     """Patches attend over each cell's entries. An empty cell attends to nothing: zeros."""
-    cells, heads = len(offsets) - 1, weights.heads
+    cells = len(offsets) - 1
     dtype = weights.patches.dtype
     cell = torch.repeat_interleave(  # [n]: the cell each entry belongs to
         torch.arange(cells, device=genes.device), offsets.long().diff()
@@ -141,8 +141,7 @@ def patch_cross_attention(
     kept_pads = F.dropout(pad_attention, dropout)
     attended = torch.einsum("chp,ahd->cphd", kept_pads, pad_row)
     attended = attended.index_add(0, cell, torch.einsum("nhp,nhd->nphd", kept, rows))
-    attended = attended.reshape(cells, len(weights.patches), -1)  # heads side by side
-    assert heads * queries.shape[-1] == attended.shape[-1]
+    attended = attended.flatten(2)  # [c, p, D]: heads side by side
     return CrossAttended(attended, attention, pad_attention)
 
 

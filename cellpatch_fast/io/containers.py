@@ -139,8 +139,8 @@ def raw_prefix(container: Container) -> str | None:
 def refuse_absent(absent: list[tuple[str, int, int]], part: str, name: str) -> None:
     if absent:
         raise InputError(
-            f"{name}: {len(absent)} chunks of {part} are missing (the first is {absent[0][0]!r}) "
-            f"and would be read as zeros. The store is incomplete: copy or download it again."
+            f"{name}: missing chunks of {part}: {len(absent)} (the first is {absent[0][0]!r}). "
+            f"They would be read as zeros. The store is incomplete: copy or download it again."
         )
 
 

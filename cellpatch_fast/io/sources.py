@@ -15,6 +15,7 @@ What a file is gets decided by its content, not by its name.
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -216,6 +217,10 @@ def open_source(
 def _open_container(path: Path) -> containers.Container:
     import h5py
 
+    if not os.access(path, os.R_OK):
+        raise InputError(
+            f"{path}: no permission to read it. Ask its owner, or use another account."
+        )
     if path.is_dir():
         if any((path / key).exists() for key in ("zarr.json", ".zgroup")):
             return containers.open_zarr(path)

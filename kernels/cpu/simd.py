@@ -163,6 +163,17 @@ def prefetch(typing_context: Any, pointer: Any, index: Any) -> Any:
     return types.none(pointer, _index), generate
 
 
+@intrinsic
+def never_inline(typing_context: Any) -> Any:
+    """Keep the calling function out of line: one copy of its code instead of one per call."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.none(), generate
+
+
 def _vector_at(builder: Any, data: Any, index: Any) -> Any:
     return builder.bitcast(builder.gep(data, [index]), _FLOATS.as_pointer())
 
@@ -319,6 +330,7 @@ def multiply_add(  # type: ignore[no-untyped-def]
     ``a_column`` is the distance of a's columns, so that a may be transposed. ``columns`` must be
     a multiple of `LANES`.
     """
+    never_inline()
     j = 0
     while j < columns:
         wide = columns - j >= _WIDE_COLUMNS
