@@ -76,7 +76,8 @@ def _genes_only(adata: AnnData, path: Path) -> AnnData:
         return adata
     others = ", ".join(f"{n} {kind}" for kind, n in kinds[kinds != GENES].value_counts().items())
     warnings.warn(f"{path}: features that are not genes are left out: {others}", stacklevel=4)
-    return adata[:, (kinds == GENES).to_numpy()].copy()
+    with _without_name_warnings():
+        return adata[:, (kinds == GENES).to_numpy()].copy()
 
 
 def _without_name_warnings() -> warnings.catch_warnings:
