@@ -110,14 +110,11 @@ class Hdf5Array:
     def _read_in_threads(self, start: int, out: np.ndarray) -> None:
         """Decompress outside HDF5, whose lock would let one thread work at a time."""
         stop = start + len(out)
+        chunk_bytes = self.chunk * self._dataset.dtype.itemsize
 
         def decode(chunk_start: int) -> None:
             skipped, packed = self._dataset.id.read_direct_chunk((chunk_start,))
-            content = (
-                packed
-                if skipped
-                else zlib.decompress(packed, bufsize=self.chunk * self._dataset.dtype.itemsize)
-            )
+            content = packed if skipped else zlib.decompress(packed, bufsize=chunk_bytes)
             first, last = max(start, chunk_start), min(stop, chunk_start + self.chunk)
             values = np.frombuffer(content, self._dataset.dtype)
             out[first - start : last - start] = values[first - chunk_start : last - chunk_start]

@@ -160,6 +160,15 @@ def table_length(container: Container, key: str) -> int:
     return length
 
 
+def column_names(container: Container, key: str) -> list[str]:
+    """The columns of the data frame ``key``, without reading it."""
+    element = container.element(key)
+    if hasattr(element, "shape"):  # anndata < 0.7
+        return list(element.dtype.names[1:])
+    with reading(container.name, f"the columns of {key}"):
+        return [text(name) for name in element.attrs["column-order"]]
+
+
 def read_table(container: Container, key: str) -> pd.DataFrame:
     """The data frame ``key``: ``"obs"``, ``"var"``, ``"raw/var"``, ..."""
     import pandas as pd

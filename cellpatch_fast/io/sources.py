@@ -255,7 +255,11 @@ def _container_source(
         matrix=matrix,
         var=containers.read_table(container, f"{raw}var" if use_raw else "var"),
         read_obs=lambda: containers.read_table(container, "obs"),
-        contents={"layers": layers, "raw": raw is not None},
+        contents={
+            "layers": layers,
+            "raw": raw is not None,
+            "obs_columns": containers.column_names(container, "obs"),
+        },
         identity=lambda: containers.identity(container.path, key),
         close=container.close,
     )
@@ -276,7 +280,11 @@ def _memory_source(
         matrix=matrix,
         var=raw.var if use_raw else adata.var,
         read_obs=lambda: adata.obs,
-        contents={"layers": layers, "raw": raw is not None},
+        contents={
+            "layers": layers,
+            "raw": raw is not None,
+            "obs_columns": list(adata.obs.columns),
+        },
         identity=lambda: identity() + memory.names_identity(adata),
     )
 
@@ -298,7 +306,7 @@ def _tenx_source(
         matrix=matrix,
         var=adata.var,
         read_obs=lambda: adata.obs,
-        contents={"layers": [], "raw": False},
+        contents={"layers": [], "raw": False, "obs_columns": list(adata.obs.columns)},
         identity=lambda: containers.files_identity(tenx.files(path)),
     )
 

@@ -70,7 +70,7 @@ def write_csr(path: Path, pieces: int) -> str:
     data = RANDOM.integers(1, 9, len(indices)).astype(np.float32)
     cells, entries = pieces * CELLS_PER_PIECE, pieces * len(indices)
     is_zarr = path.suffix == ".zarr"
-    root = zarr.open_group(path, mode="w", zarr_format=3) if is_zarr else h5py.File(path, "w")
+    root: Any = zarr.open_group(path, mode="w", zarr_format=3) if is_zarr else h5py.File(path, "w")
     skeleton(root, sparse.csr_matrix((cells, GENES), dtype=np.float32))
     for key, piece in {"X/indices": indices, "X/data": data}.items():
         del root[key]
