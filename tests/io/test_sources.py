@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -226,18 +225,6 @@ def test_obs_and_var_as_anndata_reads_them(stored: Store, container: str) -> Non
     with open_source(path, use_raw=True) as source:
         pd.testing.assert_frame_equal(source.var, adata.raw.var)
         pd.testing.assert_frame_equal(source.read_obs(), adata.obs)
-
-
-def test_nothing_is_left_in_the_temporary_folder(
-    stored: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = stored("h5ad", "csc")
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    (tmp_path / "temporary").mkdir()
-    with open_source(path, memory_limit=TOO_LITTLE_MEMORY) as source:
-        blocks = source.blocks(max_entries=50)
-        next(blocks)
-        assert list((tmp_path / "temporary").iterdir()) == []  # not even while in use
 
 
 @pytest.mark.parametrize("place", PLACES)

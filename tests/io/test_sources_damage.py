@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -364,40 +362,3 @@ def test_object_without_a_usable_matrix() -> None:
         adata.X, index=adata.obs_names, columns=adata.var_names
     ).astype("complex64")
     assert "dtype complex64" in refusal(adata, layer="odd")
-
-
-def test_disk_too_small_for_reordering(tmp_path: Path) -> None:
-    """A file that claims to have 10**13 entries, none of which is stored."""
-    entries, genes = 10**13, 5
-    path = tmp_path / "huge.h5ad"
-    anndata.AnnData(sparse.csc_matrix((7, genes), dtype=np.float32)).write_h5ad(path)
-    with h5py.File(path, "r+") as file:
-        for key, dtype in (("X/indices", np.int32), ("X/data", np.float32)):
-            del file[key]
-            file.create_dataset(key, (entries,), dtype, chunks=(10**6,))
-    replace(path, "X/indptr", lambda _: np.linspace(0, entries, genes + 1).astype(np.int64))
-    message = refusal(path)
-    assert "needs 100000.0 GB" in message
-    assert "TMPDIR" in message
-
-
-FULL_DISK = """
-import resource, sys
-from cellpatch_fast.errors import InputError
-from cellpatch_fast.io.sources import open_source
-
-with open_source(sys.argv[1], memory_limit=5_000) as source:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, 1_000))
-    try:
-        next(source.blocks())
-    except InputError as error:
-        print(error)
-"""
-
-
-def test_disk_that_fills_up_while_reordering(stored: Store) -> None:
-    path = stored("h5ad", "csc")
-    command = [sys.executable, "-c", FULL_DISK, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"{path} (X): cannot write its temporary copy" in done.stdout
-    assert "TMPDIR" in done.stdout

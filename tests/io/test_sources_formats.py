@@ -30,10 +30,7 @@ def write_old(folder: Path, container: str, layout: str) -> Path:
     """As anndata 0.6 wrote: no encoding metadata, tables as compound arrays, raw beside X."""
     path = folder / f"old.{container}"
     root: Any
-    if container == "h5ad":
-        root = h5py.File(path, "w")
-    else:
-        root = zarr.open_group(path, zarr_format=2)
+    root = h5py.File(path, "w") if container == "h5ad" else zarr.open_group(path, zarr_format=2)
     create = root.create_dataset if container == "h5ad" else root.create_array
     for key, matrix in {"X": EXPECTED["X"], "raw.X": EXPECTED["raw"]}.items():
         compressed = matrix if layout == "csr" else matrix.tocsc()
