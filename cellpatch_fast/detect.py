@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, InputWarning
 
 if TYPE_CHECKING:
     from .io.sources import CellBlock
@@ -50,7 +50,7 @@ TELLING_ENTRIES = 500_000  # whole cells up to so many show the structure well e
 BASES = {"natural logarithms": np.e, "logarithms to base 2": 2.0, "logarithms to base 10": 10.0}
 
 
-class InputKindWarning(UserWarning):
+class InputKindWarning(InputWarning):
     """A matrix is usable, but not quite what the model expects."""
 
 

@@ -1,4 +1,4 @@
-"""The one exception for input that cannot be used."""
+"""The one exception for input that cannot be used, and the warnings about what can."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class InputError(ValueError):
 
     The command line prints its message without a traceback; Python code sees a ValueError.
     """
+
+
+class InputWarning(UserWarning):
+    """Input that can be used, but that someone should look at."""

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellpatch_fast.errors import InputError
+from cellpatch_fast.errors import InputError, InputWarning
 from cellpatch_fast.gene_names import (
     first_names,
     human_genes,
@@ -48,7 +48,7 @@ UNKNOWN = -1
 LARGEST_TOKEN = 2**31 - 1  # tokens are int32
 
 
-class GeneMatchWarning(UserWarning):
+class GeneMatchWarning(InputWarning):
     """Fewer than half of the genes of a file are in the vocabulary."""
 
 

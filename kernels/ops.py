@@ -14,8 +14,16 @@ from .cpu import encoder as cpu
 from .weights import EncoderWeights
 
 
-@torch.library.custom_op("cellpatch::encode", mutates_args=(), device_types="cpu")
-def encode(
+# define and impl rather than custom_op, whose first call imports torch._dynamo: 2 s of CPU time
+torch.library.define(
+    "cellpatch::encode",
+    "(Tensor[] weights, int[] structure, Tensor offsets, Tensor genes, Tensor values, "
+    "Tensor? pads, bool attention) -> Tensor[]",
+)
+
+
+@torch.library.impl("cellpatch::encode", "CPU")
+def _encode_on_cpu(
     weights: list[Tensor],
     structure: list[int],
     offsets: Tensor,
@@ -48,8 +56,8 @@ def encode(
     return [encoded.features, encoded.cross_attention, encoded.pad_attention, *self_attention]
 
 
-@encode.register_fake
-def _(
+@torch.library.register_fake("cellpatch::encode")
+def _encode_fake(
     weights: list[Tensor],
     structure: list[int],
     offsets: Tensor,

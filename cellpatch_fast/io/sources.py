@@ -26,6 +26,7 @@ from ..errors import InputError
 from . import containers, memory, tenx
 from .arrays import COPY_AGAIN
 from .matrices import MAX_CELLS, MAX_ENTRIES, CellBlock, CsrMatrix, DenseMatrix, Matrix
+from .obs import FrameTable, StoredTable, Table
 from .stored import stored_matrix
 from .transpose import MEMORY_LIMIT, CscMatrix
 
@@ -62,6 +63,7 @@ class CellSource:
         contents: dict[str, Any],
         identity: Callable[[], str],
         close: Callable[[], None] = lambda: None,
+        obs_table: Callable[[], Table] | None = None,
     ) -> None:
         self.name = name
         self.var = var
@@ -69,6 +71,7 @@ class CellSource:
         self._format, self._element, self._matrix = file_format, element, matrix
         self._read_obs, self._contents, self._identity = read_obs, contents, identity
         self._close = close
+        self._obs_table = obs_table
         self._closed = False
         for count, noun in ((self.n_cells, "cells"), (self.n_genes, "genes")):
             if not count:
@@ -126,6 +129,10 @@ class CellSource:
                 f"{len(obs)} cells. {COPY_AGAIN}."
             )
         return obs
+
+    def obs_table(self) -> Table:
+        """The same, read by columns and ranges: for files whose obs takes gigabytes."""
+        return FrameTable(self.read_obs()) if self._obs_table is None else self._obs_table()
 
     def fingerprint(self) -> str:
         """A string that changes when the input does, for resuming; costs no reading of a file."""
@@ -242,6 +249,7 @@ def _container_source(
     key = f"{raw}X" if use_raw else element
     matrix = stored_matrix(container, key, memory_limit)
     cells = containers.table_length(container, "obs")
+    by_columns = StoredTable.can_read(container, "obs")
     containers.table_length(container, "var")
     if cells != matrix.shape[0]:
         raise InputError(
@@ -262,6 +270,7 @@ def _container_source(
         },
         identity=lambda: containers.identity(container.path, key),
         close=container.close,
+        obs_table=(lambda: StoredTable(container, "obs", cells)) if by_columns else None,
     )
 
 

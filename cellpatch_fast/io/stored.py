@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, InputWarning
 from .arrays import COPY_AGAIN, StoredArray, reading
 from .containers import Container, refuse_absent, text
 from .matrices import CsrMatrix, DenseMatrix, Matrix, check_dtype, check_offsets
@@ -98,6 +98,7 @@ def _dense(container: Container, element: Any, key: str, name: str) -> DenseMatr
         warnings.warn(
             f"{name}: {len(absent)} chunks (the first is {absent[0][0]!r}) are not stored, so "
             f"they are read as zeros. If that is not meant, copy the store again.",
+            InputWarning,
             stacklevel=4,
         )
     return DenseMatrix(name, element.shape, array)

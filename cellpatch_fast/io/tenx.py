@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ..errors import InputError
+from ..errors import InputError, InputWarning
 from .arrays import reading
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def _genes_only(adata: AnnData, path: Path) -> AnnData:
     if kinds is None or (kinds == GENES).all():
         return adata
     others = ", ".join(f"{n} {kind}" for kind, n in kinds[kinds != GENES].value_counts().items())
-    warnings.warn(f"{path}: features that are not genes are left out: {others}", stacklevel=4)
+    found = f"{path}: features that are not genes are left out: {others}"
+    warnings.warn(found, InputWarning, stacklevel=4)
     with _without_name_warnings():
         return adata[:, (kinds == GENES).to_numpy()].copy()
 

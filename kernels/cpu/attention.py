@@ -95,7 +95,7 @@ def cross_attend(  # type: ignore[no-untyped-def]
     _divide(tables, sums, attended)
 
 
-@njit(nogil=True)
+@njit(nogil=True, inline="always")
 def _prepare_cell(values, first, last, discrete, pads, tables, scratch):  # type: ignore[no-untyped-def]
     """Fix the power of two that the cell's factors are relative to; make rows for integers."""
     if tables.binned:
@@ -155,7 +155,7 @@ def _stage(gene, value, row, k, tables, scratch, factors):  # type: ignore[no-un
         source, place, part = source + head_dim, place + block, part + head_dim
 
 
-@njit(nogil=True)
+@njit(nogil=True, inline="always")
 def _accumulate(count, genes, first, ahead, tables, scratch):  # type: ignore[no-untyped-def]
     """sums[h] += rows[:, h]ᵀ · weights[:, h] over ``count`` staged entries.
 
@@ -178,7 +178,7 @@ def _accumulate(count, genes, first, ahead, tables, scratch):  # type: ignore[no
         )  # fmt: skip
 
 
-@njit(nogil=True)
+@njit(nogil=True, inline="always")
 def _divide(tables, sums, attended):  # type: ignore[no-untyped-def]
     """attended = sums / totals; 0 where there is nothing to attend to."""
     lanes, head_dim = tables.lanes, tables.head_dim

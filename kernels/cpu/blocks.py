@@ -156,7 +156,7 @@ def _add_linear(weight, weight_at, bias, bias_at, rows, count, x, out, lanes):  
     multiply_add(out, 0, lanes, rows, lanes, weight, weight_at, count, 1, x, 0, lanes, count)
 
 
-@njit(nogil=True)
+@njit(nogil=True, inline="always")
 def _finish_block(block, blocks, scratch):  # type: ignore[no-untyped-def]
     """Output projection, residual, norm, MLP, residual, norm; state is updated in place."""
     dim, mlp_dim, lanes = blocks.dim, blocks.mlp_dim, blocks.lanes
@@ -196,7 +196,7 @@ def _layer_norm(weight, bias, at, blocks, scratch):  # type: ignore[no-untyped-d
         )  # fmt: skip
 
 
-@njit(nogil=True)
+@njit(nogil=True, inline="always")
 def _attend_to_patches(block, blocks, scratch, attention, at, keep_attention):  # type: ignore[no-untyped-def]
     """Self-attention of a cell's patches: from state to mixed.
 

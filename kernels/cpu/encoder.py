@@ -7,9 +7,12 @@ weights used last, see `prepared`.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
 from collections import OrderedDict
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +26,8 @@ from .attention import cross_attend, entry, log_sum_exp, score
 from .blocks import Blocks, make_block_scratch, make_blocks, run_blocks_of_cell
 from .simd import borrow
 from .tables import Tables, make_scratch, make_tables
+
+logger = logging.getLogger("cellpatch_fast")
 
 CELLS_AT_ONCE = 64  # per call of compiled code: some milliseconds, so that threads balance
 _KEPT_WEIGHTS = 2
@@ -103,6 +108,8 @@ def encode(
     )
     discrete = not values.dtype.is_floating_point
 
+    _announce_compilation()
+
     def task(start: int, stop: int) -> None:
         scratch, block_scratch = make_scratch(tables), make_block_scratch(blocks)
         _encode(batch, tables, blocks, scratch, block_scratch, discrete, attention, start, stop)
@@ -121,13 +128,11 @@ def encode(
     )
 
 
-@njit(nogil=True, cache=True)
-def _encode(  # type: ignore[no-untyped-def]
-    batch_, tables_, blocks_, scratch_, block_scratch_, discrete, attention, start, stop
+@njit(nogil=True, inline="always")
+def _encode_cells(  # type: ignore[no-untyped-def]
+    batch, tables, blocks, scratch, block_scratch, discrete, attention, start, stop
 ):
-    """Encode cells start to stop."""
-    batch, tables, blocks = borrow(batch_), borrow(tables_), borrow(blocks_)
-    scratch, block_scratch = borrow(scratch_), borrow(block_scratch_)
+    """Encode cells start to stop, all arrays behind pointers."""
     patches, lanes, width = blocks.patches, blocks.lanes, blocks.output_dim
     kept = (blocks.count - 1) * blocks.heads * patches * patches
     for cell in range(start, stop):
@@ -165,3 +170,39 @@ def _weigh_entries(batch, first, last, cell, tables):  # type: ignore[no-untyped
                 else:
                     place = (cell * heads + h) * patches + p
                     batch.pad_attention[place] = np.float32(weight)
+
+
+def _cached(sources: str) -> Any:
+    """`_encode_cells`, compiled once and kept on disk.
+
+    Numba looks for changes in the file of the function alone. ``sources``, a digest of all files
+    of the backend, is part of the compiled function's identity because it is a free variable of
+    it, so no stale code is ever run.
+    """
+
+    @njit(nogil=True, cache=True)
+    def encode_cells(
+        batch, tables, blocks, scratch, block_scratch, discrete, attention, start, stop
+    ):  # type: ignore[no-untyped-def]
+        if len(sources):
+            _encode_cells(
+                borrow(batch), borrow(tables), borrow(blocks), borrow(scratch),
+                borrow(block_scratch), discrete, attention, start, stop,
+            )  # fmt: skip
+
+    return encode_cells
+
+
+def _announce_compilation() -> None:
+    """Say why the very first call on a machine takes long."""
+    if not _encode.signatures and not any(Path(_encode.stats.cache_path).glob("encoder.*.nbc")):
+        logger.info("compiling the CPU kernels for this machine, once (some 15 s)")
+
+
+def _digest() -> str:
+    """SHA-256 of the backend's source files."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+_encode = _cached(_digest())

@@ -79,10 +79,6 @@ def maximum(a: Vector, b: Vector | float) -> Vector:
     return _select(">", a, a.like(b), a, a.like(b))
 
 
-def minimum(a: Vector, b: Vector | float) -> Vector:
-    return _select("<", a, a.like(b), a, a.like(b))
-
-
 def where_positive(condition: Vector, value: Vector) -> Vector:
     """``value`` where ``condition`` > 0, else 0."""
     return _select(">", condition, condition.like(0.0), value, condition.like(0.0))
@@ -202,7 +198,9 @@ def _three_arrays(generate: Any) -> Any:
 _SHAPES = {1: _one_array, 2: _two_arrays, 3: _three_arrays}
 
 
-def elementwise(arrays: int, scalars: int = 0) -> Callable[[Callable[..., Vector]], Any]:
+def elementwise(
+    arrays: int, scalars: int = 0, unroll: int = 4
+) -> Callable[[Callable[..., Vector]], Any]:
     """Make a vector expression callable from compiled code.
 
     The decorated function takes ``scalars`` vectors that hold a scalar each, then one vector for
@@ -210,6 +208,7 @@ def elementwise(arrays: int, scalars: int = 0) -> Callable[[Callable[..., Vector
     and computes ``out[out_at + j] = expression(scalars, a[a_at + j], ...)`` for ``count``
     elements (rounded up to whole vectors); ``scalars`` is a tuple of float32. Arrays are
     pointers to float32 (see `borrow`); an input may be the output itself, at the same position.
+    ``unroll``, a power of two, is for expressions of a few instructions.
     """
 
     def decorate(expression: Callable[..., Vector]) -> Any:
@@ -235,9 +234,10 @@ def elementwise(arrays: int, scalars: int = 0) -> Callable[[Callable[..., Vector
                     for i in range(vectors):
                         apply(builder.add(j, ir.Constant(_INDEX, i * LANES)))
 
-            count, unrolled = arguments[-1], ir.Constant(_INDEX, -4 * LANES)
-            whole = builder.and_(count, unrolled)  # the largest multiple of 4 vectors
-            loop(ir.Constant(_INDEX, 0), whole, 4)
+            count, whole = arguments[-1], ir.Constant(_INDEX, 0)
+            if unroll > 1:  # as many vectors as are a multiple of it; then one at a time
+                whole = builder.and_(count, ir.Constant(_INDEX, -unroll * LANES))
+                loop(ir.Constant(_INDEX, 0), whole, unroll)
             loop(whole, count, 1)
             return context.get_dummy_value()
 

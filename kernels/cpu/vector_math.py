@@ -13,7 +13,6 @@ from .simd import (
     elementwise,
     fma,
     maximum,
-    minimum,
     power_of_two,
     square_root,
     where_positive,
@@ -83,7 +82,7 @@ def divide_where_positive(a: Vector, total: Vector) -> Vector:
     return where_positive(total, a / total)
 
 
-@elementwise(arrays=3, scalars=1)
+@elementwise(arrays=3, scalars=1, unroll=1)
 def value_factors(value: Vector, slope: Vector, slope_rest: Vector, shift: Vector) -> Vector:
     """2 ** (value · slope - shift), where shift is an integer.
 
@@ -93,7 +92,7 @@ def value_factors(value: Vector, slope: Vector, slope_rest: Vector, shift: Vecto
     exponent = value * slope
     rest = fma(value, slope_rest, fma(value, slope, -exponent))
     whole = round_to_integer(exponent)
-    power = power_of_two(minimum(maximum(whole - shift, -127.0), 127.0))
+    power = power_of_two(maximum(whole - shift, -127.0))  # at most SCALE, by choice of shift
     return exp2_fraction((exponent - whole) + rest) * power
 
 
@@ -108,13 +107,13 @@ def larger(a: Vector, b: Vector) -> Vector:
     return maximum(a, b)
 
 
-@elementwise(arrays=2, scalars=1)
+@elementwise(arrays=2, scalars=1, unroll=1)
 def exp_difference(factor: Vector, a: Vector, b: Vector) -> Vector:
     """e ** ((a - b) · factor)."""
     return exp((a - b) * factor)
 
 
-@elementwise(arrays=1)
+@elementwise(arrays=1, unroll=1)
 def gelu(x: Vector) -> Vector:
     """x · Φ(x), the exact GELU; erf after Abramowitz and Stegun 7.1.26 (error 1.5e-7)."""
     z = abs(x) * math.sqrt(0.5)
@@ -133,7 +132,7 @@ def add_squared_difference(sums: Vector, a: Vector, mean: Vector) -> Vector:
     return fma(difference, difference, sums)
 
 
-@elementwise(arrays=1, scalars=2)
+@elementwise(arrays=1, scalars=2, unroll=1)
 def inverse_deviation(count_inverse: Vector, epsilon: Vector, squares: Vector) -> Vector:
     """1 / sqrt(squares / count + epsilon)."""
     return squares.like(1.0) / square_root(fma(squares, count_inverse, epsilon))
