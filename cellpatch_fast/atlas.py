@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -24,27 +24,27 @@ from .errors import InputError
 from .io.embeddings import (
     EmbeddingWriter,
     differences,
-    finished_settings,
-    remove,
+    finished_facts,
+    is_taken,
+    tidy,
 )
+from .io.obs import write_obs
 from .io.sources import open_source
-from .loader import CellStream
 from .model.storage import fingerprint
 from .progress import progress_bar
 
 if TYPE_CHECKING:
-    import pandas as pd
     import torch
 
     from .detect import Expected
-    from .io.sources import CellSource
+    from .embedding import EmbeddedBlock
+    from .loader import CellStream
     from .model import CellPatch
     from .model.encoder import Pool
 
 logger = logging.getLogger("cellpatch_fast")
 
 KEY = "X_cellpatch"
-SOURCE_COLUMN = "cellpatch_input"  # of obs, where there are several inputs
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def embed(
     layer: str | None = None,
     use_raw: bool = False,
     gene_column: str | None = None,
-    expected: Expected = "auto",
+    input: Expected = "auto",  # noqa: A002  (the name users know)
     pool: Pool = "flatten",
     dtype: Literal["float32", "float16"] = "float32",
     batch_size: int | None = None,
@@ -118,12 +118,13 @@ def embed(
     output
         The store to make: an AnnData Zarr store with ``obs`` and ``obsm["X_cellpatch"]``.
         Until it is complete it is called ``OUTPUT.partial``; running the same again finishes it.
-    layer, use_raw, gene_column, expected, pool, batch_size, backend, device, progress
+    layer, use_raw, gene_column, input, pool, batch_size, backend, device, progress
         As in `tl.embed`.
     dtype
         Of the stored embedding.
     overwrite
-        Delete what is at ``output`` first.
+        Replace an embedding store at ``output`` once the new one is complete, and drop
+        unfinished work that was begun with other settings. Anything else is never deleted.
 
     Returns
     -------
@@ -136,148 +137,154 @@ def embed(
         If an input or the model cannot be used, the output exists, or unfinished work there was
         begun with other settings.
     """
-    paths = [Path(inputs)] if isinstance(inputs, str | Path) else [Path(path) for path in inputs]
-    if not paths:
-        raise InputError("no input was given")
+    paths = _inputs(inputs)
+    output = _output(output, paths)
     if dtype not in ("float32", "float16"):
         raise InputError(f"unknown dtype {dtype!r}: choose float32 or float16")
-    output = Path(output)
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
     with ExitStack() as opened:
-        sources = [
-            opened.enter_context(open_source(path, layer=layer, use_raw=use_raw)) for path in paths
-        ]
-        streams = [_stream(source, embedder, gene_column, expected) for source in sources]
+        streams = []
+        for path in paths:
+            source = opened.enter_context(open_source(path, layer=layer, use_raw=use_raw))
+            stream = embedder.stream(source, gene_column=gene_column, input=input)
+            logger.info("%s: %s; %s", source.name, stream.match, stream.detected.reason)
+            streams.append(stream)
         settings = {
             "model": fingerprint(embedder.model),
             "vocabulary": embedder.model.vocabulary.fingerprint,
-            "inputs": [str(path.resolve()) for path in paths],
-            "input contents": [source.fingerprint() for source in sources],
-            "input kinds": [stream.detected.kind for stream in streams],
+            "inputs": [
+                _describe(path, stream) for path, stream in zip(paths, streams, strict=True)
+            ],
             "layer": layer or "",
             "use_raw": use_raw,
             "gene_column": gene_column or "",
             "pool": pool,
             "dtype": dtype,
             "backend": embedder.backend,
+            "device": embedder.device.type,
         }
-        cells = sum(source.n_cells for source in sources)
-        matched = sum(stream.match.matched for stream in streams)
-        unknown = sum(len(stream.match.unknown) for stream in streams)
-        if overwrite:
-            remove(output)
-        if output.exists():
-            _require_same(output, settings)
-            return Summary(output, cells, 0, matched, unknown, 0, 0, 0.0)
-        with _Run(output, settings, cells, embedder, np.dtype(dtype)) as run:
-            run.write_obs(sources, paths)
-            with progress_bar(cells, "embedding", progress, done=run.cells_done()) as bar:
-                embedded, started = 0, time.perf_counter()
-                for rows in run.embed(streams):
-                    embedded += rows
+        cells = sum(stream.source.n_cells for stream in streams)
+        facts = {
+            "output": output,
+            "cells": cells,
+            "genes_matched": sum(stream.match.matched for stream in streams),
+            "genes_unknown": sum(len(stream.match.unknown) for stream in streams),
+        }
+        if is_taken(output) and not overwrite:
+            counts = _finished_counts(output, settings)
+            return Summary(**facts, **counts, embedded=0, seconds=0.0)
+        shape = (cells, embedder.width)
+        with EmbeddingWriter(
+            output, settings, *shape, np.dtype(dtype), KEY, overwrite=overwrite
+        ) as writer:
+            tables = [stream.source.obs_table() for stream in streams]
+            writer.prepare(lambda root: write_obs(root, tables, [str(path) for path in paths]))
+            earlier, started = writer.rows_done, time.perf_counter()
+            with (
+                progress_bar(cells, "embedding", progress, done=earlier) as bar,
+                contextlib.closing(_missing_shards(writer, embedder, streams)) as done,
+            ):
+                for rows in done:
                     bar.update(rows)
             seconds = time.perf_counter() - started
-            totals = run.finish()
-    return Summary(output, cells, embedded, matched, unknown, *totals, seconds)
+            counts = writer.finish()
+    return Summary(**facts, **counts, embedded=cells - earlier, seconds=seconds)
 
 
-def _stream(
-    source: CellSource, embedder: Embedder, gene_column: str | None, expected: Expected
-) -> CellStream:
-    model = embedder.model
-    stream = CellStream(
-        source, model.vocabulary, model.config, gene_column=gene_column, expected=expected
-    )
-    logger.info("%s: %s; %s", source.name, stream.match, stream.detected.reason)
-    return stream
+def _inputs(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The inputs' paths, each once."""
+    names = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+    if not names:
+        raise InputError("no input was given")
+    paths: dict[Path, Path] = {}
+    for name in names:
+        if not str(name):
+            raise InputError("the name of an input is empty: give the path of a file")
+        path = Path(name).expanduser()
+        before = paths.setdefault(path.resolve(), path)
+        if before is not path:
+            raise InputError(f"{path} was given twice (first as {before}): give each input once")
+    return list(paths.values())
 
 
-def _require_same(output: Path, settings: dict[str, object]) -> None:
-    """Refuse an output that is not what this run would make."""
-    before = finished_settings(output)
-    if before is None:
+def _output(output: str | Path, inputs: list[Path]) -> Path:
+    """The output's path, if a store can be made there."""
+    path = Path(output).expanduser()
+    if not str(output) or not path.name:
+        raise InputError(f"{str(output)!r} cannot be the output: give the path of a new folder")
+    path = path.resolve() if path.is_symlink() else path
+    if is_taken(path) and finished_facts(path) is None:
         raise InputError(
-            f"{output} exists and is not an embedding store; choose another output, or replace "
-            "it with --overwrite (overwrite=True)"
+            f"{path} exists and is not an embedding store, so it is not replaced: choose another "
+            "output, or move it away"
         )
-    if before != settings:
+    for taken in inputs:
+        if taken.resolve() in (path.resolve(), *path.resolve().parents):
+            raise InputError(f"the output {path} lies within the input {taken}: choose another")
+    return path
+
+
+def _describe(path: Path, stream: CellStream) -> str:
+    """An input, for people; another string if anything about it is different."""
+    source = stream.source
+    return (
+        f"{path.name}: {source.n_cells} cells, {source.n_genes} genes, {stream.detected.kind}, "
+        f"fingerprint {source.fingerprint()[:16]}"
+    )
+
+
+def _finished_counts(output: Path, settings: dict[str, Any]) -> dict[str, int]:
+    """The counts of a finished store, if it is what this run would make."""
+    tidy(output)
+    facts = finished_facts(output)
+    if facts is None or facts["settings"] != settings:
+        before = facts["settings"] if facts else {}
         raise InputError(
-            f"{output} exists and was made with other settings; choose another output, or "
+            f"{output} exists and was made with other settings: choose another output, or "
             f"replace it with --overwrite (overwrite=True).{differences(before, settings)}"
         )
+    return dict(facts["counts"])
 
 
-class _Run:
-    """One run: computes the shards that are missing and writes them behind the computation."""
+def _missing_shards(
+    writer: EmbeddingWriter, embedder: Embedder, streams: list[CellStream]
+) -> Generator[int]:
+    """Compute all missing shards, writing each behind the next; yields numbers of cells done."""
+    bounds = {shard: writer.bounds(shard) for shard in writer.missing}
+    parts = (part for start, stop in bounds.values() for part in _parts(streams, start, stop))
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="cellpatch-write") as thread,
+        contextlib.closing(embedder.run(parts)) as blocks,
+    ):
+        writing: Future[None] | None = None
+        for shard, (start, stop) in bounds.items():
+            rows = np.empty((stop - start, embedder.width), writer.dtype)
+            counts = {"unknown_entries": 0, "empty_cells": 0}
+            filled = 0
+            while filled < len(rows):  # a block never crosses the end of a shard
+                block = next(blocks)
+                rows[filled : filled + len(block.rows)] = _fitting(block, writer.dtype)
+                filled += len(block.rows)
+                counts["unknown_entries"] += block.unknown_entries
+                counts["empty_cells"] += block.empty_cells
+                yield len(block.rows)
+            if writing is not None:
+                writing.result()  # raises what went wrong there
+            writing = thread.submit(writer.write, shard, rows, counts)
+        if writing is not None:
+            writing.result()
 
-    def __init__(
-        self,
-        output: Path,
-        settings: dict[str, object],
-        cells: int,
-        embedder: Embedder,
-        dtype: np.dtype[np.floating],
-    ) -> None:
-        self._dtype = dtype
-        self._writer = EmbeddingWriter(output, settings, cells, embedder.width, dtype, KEY)
-        self._embedder = embedder
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cellpatch-write")
-        self._writing: Future[None] | None = None
 
-    def __enter__(self) -> _Run:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._thread.shutdown(wait=True)
-        self._writer.close()
-
-    def cells_done(self) -> int:
-        writer = self._writer
-        return sum(self._bounds(shard)[1] - self._bounds(shard)[0] for shard in writer.done)
-
-    def write_obs(self, sources: list[CellSource], paths: list[Path]) -> None:
-        """Write obs before anything is computed, so that what is wrong with it shows early."""
-        if not self._writer.has_obs():
-            self._writer.write_obs(_concatenated_obs(sources, paths))
-
-    def embed(self, streams: list[CellStream]) -> Iterator[int]:
-        """Compute and write all missing shards; yields numbers of cells done."""
-        missing = [s for s in range(self._writer.shards) if s not in self._writer.done]
-        blocks = self._embedder.run(
-            part for shard in missing for part in _parts(streams, *self._bounds(shard))
+def _fitting(block: EmbeddedBlock, dtype: np.dtype[np.floating[Any]]) -> np.ndarray:
+    """The rows of a block as ``dtype``, none of which may overflow."""
+    with np.errstate(over="ignore"):
+        rows = block.rows.astype(dtype, copy=False)
+    if dtype.itemsize < 4 and not np.isfinite(rows).all():
+        raise InputError(
+            f"the embedding has values up to {np.abs(block.rows).max():.3g}, beyond what {dtype} "
+            "holds: store it as float32 (--dtype)"
         )
-        with contextlib.closing(blocks):
-            for shard in missing:
-                start, stop = self._bounds(shard)
-                rows = np.empty((stop - start, self._embedder.width), self._dtype)
-                filled, record = 0, {"unknown": 0, "empty": 0}
-                while filled < len(rows):  # a block never crosses the end of a shard
-                    block = next(blocks)
-                    rows[filled : filled + len(block.rows)] = block.rows
-                    filled += len(block.rows)
-                    record["unknown"] += block.unknown_entries
-                    record["empty"] += block.empty_cells
-                    yield len(block.rows)
-                self._wait()
-                self._writing = self._thread.submit(self._writer.write, shard, rows, record)
-        self._wait()
-
-    def finish(self) -> tuple[int, int]:
-        """Complete the store; the totals of unknown entries and empty cells."""
-        records = self._writer.done.values()
-        unknown, empty = (sum(record[name] for record in records) for name in ("unknown", "empty"))
-        self._writer.finish()
-        return unknown, empty
-
-    def _bounds(self, shard: int) -> tuple[int, int]:
-        rows = self._writer.shard_rows
-        return shard * rows, min((shard + 1) * rows, self._writer.rows)
-
-    def _wait(self) -> None:
-        """Until the last shard is written; raises what went wrong there."""
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
+    return rows
 
 
 def _parts(
@@ -290,17 +297,3 @@ def _parts(
         if first < last:
             yield stream, first, last
         start, stop = start - cells, stop - cells
-
-
-def _concatenated_obs(sources: list[CellSource], paths: list[Path]) -> pd.DataFrame:
-    """obs of all inputs, one after the other; several inputs are told apart by a column."""
-    if len(sources) == 1:
-        return sources[0].read_obs()
-    from anndata import AnnData, concat
-
-    return concat(
-        [AnnData(obs=source.read_obs()) for source in sources],
-        join="outer",
-        label=SOURCE_COLUMN,
-        keys=[str(path) for path in paths],
-    ).obs

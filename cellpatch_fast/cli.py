@@ -193,7 +193,7 @@ def _embed(parsed: argparse.Namespace) -> None:
         layer=parsed.layer,
         use_raw=parsed.use_raw,
         gene_column=parsed.gene_column,
-        expected=parsed.values,
+        input=parsed.values,
         pool=parsed.pool,
         dtype=parsed.dtype,
         batch_size=parsed.batch_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +14,17 @@ import torch
 
 from .errors import InputError
 from .kernels import resolve_backend
-from .loader import MAX_CELLS, read_ahead
+from .loader import MAX_CELLS, MAX_ENTRIES, CellStream, read_ahead
 from .model import CellPatch
 from .model.encoder import pool
 
 if TYPE_CHECKING:
-    from .loader import CellStream
+    from .detect import Expected
+    from .io.sources import CellSource
     from .model.encoder import Pool
+
+# The reference keeps some kilobytes for every entry, so its batches are smaller.
+REFERENCE_CELLS, REFERENCE_ENTRIES = 512, 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +51,16 @@ class Embedder:
     pooling
         ``"flatten"`` or ``"mean"``, see `model.encoder.pool`.
     batch_size
-        Cells per batch at most; None for a size that bounds memory. It changes no result.
+        Cells per batch at most; None for a size that bounds memory, which a batch's entries do
+        in any case. It changes no result.
     backend, device
         See `kernels.encode` and ``torch.device``; None for the fastest backend and for the
         device that the model is on.
+
+    Raises
+    ------
+    InputError
+        If the model cannot be loaded, or an option is not possible.
     """
 
     def __init__(
@@ -66,17 +76,25 @@ class Embedder:
             raise InputError(f"unknown pooling {pooling!r}: choose flatten or mean")
         if batch_size is not None and batch_size < 1:
             raise InputError(f"the batch size must be at least 1, found {batch_size}")
+        target = None if device is None else _usable(device)
         if not isinstance(model, CellPatch):
             model = CellPatch.from_pretrained(model)
-        if device is not None and torch.device(device).type != _device_of(model).type:
-            try:
-                model = copy.deepcopy(model).to(device)  # the caller's stays where it is
-            except (RuntimeError, AssertionError) as error:
-                raise InputError(f"cannot use device {device}: {error}") from error
+        if target is not None and not _same(target, model.patches.device):
+            model = copy.deepcopy(model).to(target)  # the caller's stays where it is
         self.model = model
         self.pooling = pooling
-        self.backend = self._resolved(backend)
-        self._max_cells = batch_size or MAX_CELLS
+        try:
+            self.backend = resolve_backend(backend, self.device)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        on_reference = self.backend == "reference"
+        self._max_cells = batch_size or (REFERENCE_CELLS if on_reference else MAX_CELLS)
+        self._max_entries = REFERENCE_ENTRIES if on_reference else MAX_ENTRIES
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.patches.device
 
     @property
     def width(self) -> int:
@@ -84,22 +102,50 @@ class Embedder:
         config = self.model.config
         return config.output_dim * (config.patches if self.pooling == "flatten" else 1)
 
-    def run(self, parts: Iterable[tuple[CellStream, int, int]]) -> Iterator[EmbeddedBlock]:
-        """Embed the cells of ``(stream, start, stop)`` parts, in order."""
-        device = _device_of(self.model)
-        blocks = read_ahead(parts, max_cells=self._max_cells)
+    def stream(
+        self,
+        source: CellSource,
+        *,
+        gene_column: str | None = None,
+        input: Expected = "auto",  # noqa: A002  (the name users know)
+    ) -> CellStream:
+        """The cells of a source, prepared for the model."""
+        model = self.model
+        return CellStream(
+            source, model.vocabulary, model.config, gene_column=gene_column, input=input
+        )
+
+    def run(self, parts: Iterable[tuple[CellStream, int, int]]) -> Generator[EmbeddedBlock]:
+        """Embed the cells of ``(stream, start, stop)`` parts, in order.
+
+        Close the iterator to stop before the end.
+        """
+        blocks = read_ahead(parts, max_cells=self._max_cells, max_entries=self._max_entries)
         with contextlib.closing(blocks), _evaluating(self.model):
             for block in blocks:
                 with torch.inference_mode():
-                    features = self.model.encode(block.cells.to(device), backend=self.backend)
+                    features = self.model.encode(block.cells.to(self.device), backend=self.backend)
                     rows = pool(features, self.pooling).float().cpu().numpy()
                 yield EmbeddedBlock(block.start, rows, block.unknown_entries, block.empty_cells)
 
-    def _resolved(self, backend: str | None) -> str:
-        try:
-            return resolve_backend(backend, _device_of(self.model))
-        except ValueError as error:
-            raise InputError(str(error)) from error
+
+def _usable(device: torch.device | str) -> torch.device:
+    """``device`` if this machine has it."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"cannot compute on the device {str(device)!r} ({reason}). PyTorch finds "
+            f"{torch.cuda.device_count()} CUDA devices here; cpu is always there"
+        ) from error
+    return found
+
+
+def _same(device: torch.device, other: torch.device) -> bool:
+    """Whether they are one device; without an index, ``device`` is any of its type."""
+    return device.type == other.type and device.index in (None, other.index)
 
 
 @contextlib.contextmanager
@@ -111,7 +157,3 @@ def _evaluating(model: CellPatch) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _device_of(model: CellPatch) -> torch.device:
-    return model.patches.device

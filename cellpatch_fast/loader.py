@@ -63,7 +63,7 @@ class CellStream:
         The model's.
     gene_column
         Column of var that holds the gene names; None finds the one that fits best.
-    expected
+    input
         What the matrix holds: ``"counts"``, ``"lognorm"``, or ``"auto"`` to find out.
 
     Attributes
@@ -86,7 +86,7 @@ class CellStream:
         config: CellPatchConfig,
         *,
         gene_column: str | None = None,
-        expected: Expected = "auto",
+        input: Expected = "auto",  # noqa: A002  (the name users know)
     ) -> None:
         self.source = source
         self.match = vocabulary.match_var(source.var, gene_column, source.name)
@@ -96,7 +96,7 @@ class CellStream:
         self.detected = detect_input(
             sample,
             source.name,
-            expected,
+            input,
             target_sum=config.target_sum,
             gene_names=source.var.index,
         )
@@ -126,7 +126,10 @@ class CellStream:
 
 
 def read_ahead(
-    parts: Iterable[tuple[CellStream, int, int]], *, max_cells: int = MAX_CELLS
+    parts: Iterable[tuple[CellStream, int, int]],
+    *,
+    max_cells: int = MAX_CELLS,
+    max_entries: int = MAX_ENTRIES,
 ) -> Generator[TokenBlock]:
     """The blocks of ``(stream, start, stop)`` parts, one part after the other.
 
@@ -135,7 +138,7 @@ def read_ahead(
     return _ahead(
         block
         for stream, start, stop in parts
-        for block in stream.blocks(start, stop, max_cells=max_cells)
+        for block in stream.blocks(start, stop, max_cells=max_cells, max_entries=max_entries)
     )
 
 

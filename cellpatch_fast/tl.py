@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .embedding import Embedder
+from .errors import InputError
 from .io.sources import open_source
-from .loader import CellStream
+from .model.storage import fingerprint
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ def embed(
     layer: str | None = None,
     use_raw: bool = False,
     gene_column: str | None = None,
-    expected: Expected = "auto",
+    input: Expected = "auto",  # noqa: A002  (the name users know)
     key_added: str = "X_cellpatch",
     pool: Pool = "flatten",
     batch_size: int | None = None,
@@ -52,7 +55,7 @@ def embed(
         Take this layer, or ``adata.raw``, instead of ``X``.
     gene_column
         Column of ``var`` with gene names (Ensembl IDs or symbols); None finds the best.
-    expected
+    input
         What the matrix holds: ``"counts"``, ``"lognorm"``, or ``"auto"`` to find out.
     key_added
         Where in ``adata.obsm`` the embedding goes.
@@ -74,7 +77,8 @@ def embed(
     -------
     AnnData or None
         With ``copy`` a changed copy. Sets ``obsm[key_added]``, float32 [cells, width], and
-        ``uns[key_added]["params"]``.
+        ``uns[key_added]["params"]``: what it depends on (the model by its fingerprint), and
+        counts of genes and of empty cells. After an error ``adata`` is as it was.
 
     Raises
     ------
@@ -86,41 +90,52 @@ def embed(
     >>> cellpatch_fast.tl.embed(adata, "my-model")  # doctest: +SKIP
     >>> scanpy.pp.neighbors(adata, use_rep="X_cellpatch")  # doctest: +SKIP
     """
-    adata = adata.copy() if copy else adata
+    if not key_added:
+        raise InputError("key_added is empty: name the embedding in obsm")
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
     with open_source(adata, layer=layer, use_raw=use_raw) as source:
-        stream = CellStream(
-            source,
-            embedder.model.vocabulary,
-            embedder.model.config,
-            gene_column=gene_column,
-            expected=expected,
-        )
+        stream = embedder.stream(source, gene_column=gene_column, input=input)
         logger.info("%s: %s; %s", source.name, stream.match, stream.detected.reason)
         rows = np.empty((source.n_cells, embedder.width), np.float32)
-        empty = 0
-        with progress_bar(source.n_cells, "embedding", progress) as bar:
-            for block in embedder.run([(stream, 0, source.n_cells)]):
+        unknown = empty = 0
+        with (
+            progress_bar(source.n_cells, "embedding", progress) as bar,
+            contextlib.closing(embedder.run([(stream, 0, source.n_cells)])) as blocks,
+        ):
+            for block in blocks:
                 rows[block.start : block.start + len(block.rows)] = block.rows
+                unknown += block.unknown_entries
                 empty += block.empty_cells
                 bar.update(len(block.rows))
-    adata.obsm[key_added] = rows
-    adata.uns[key_added] = {
-        "params": {
-            "model": _name(model),
-            "pool": pool,
-            "layer": layer or "",
-            "use_raw": use_raw,
-            "input": stream.detected.kind,
-            "backend": embedder.backend,
-            "genes_matched": stream.match.matched,
-            "genes_unknown": len(stream.match.unknown),
-            "empty_cells": empty,
-        }
+    params = {
+        "model": fingerprint(embedder.model),
+        "layer": layer or "",
+        "use_raw": use_raw,
+        "gene_column": gene_column or "",
+        "input": stream.detected.kind,
+        "pool": pool,
+        "backend": embedder.backend,
+        "device": embedder.device.type,
+        "genes_matched": stream.match.matched,
+        "genes_unknown": len(stream.match.unknown),
+        "unknown_entries": unknown,
+        "empty_cells": empty,
     }
-    logger.info("added obsm[%r]: %d cells x %d (%d empty cells)", key_added, *rows.shape, empty)
+    if copy:
+        adata = adata.to_memory() if adata.isbacked else adata.copy()
+    _add(adata, key_added, rows, params)
+    logger.info(
+        "added obsm[%r]: %s cells x %d (%s empty cells, %s entries of unknown genes left out)",
+        *(key_added, f"{len(rows):,}", rows.shape[1], f"{empty:,}", f"{unknown:,}"),
+    )
     return adata if copy else None
 
 
-def _name(model: CellPatch | str | Path) -> str:
-    return str(model) if isinstance(model, str | Path) else type(model).__name__
+def _add(adata: AnnData, key: str, rows: np.ndarray, params: dict[str, object]) -> None:
+    """Set ``obsm[key]`` and ``uns[key]``; a view becomes an object of its own by that."""
+    from anndata import ImplicitModificationWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImplicitModificationWarning)  # it is what was asked for
+        adata.obsm[key] = rows
+        adata.uns[key] = {"params": params}

@@ -111,20 +111,29 @@ def _zipped_root(path: Path) -> str:
 
 
 def identity(path: Path, key: str) -> str:
-    """Changes when the file, or the metadata of the Zarr folder, at ``path`` does."""
+    """Changes when the file at ``path`` does, or the Zarr folder's metadata or list of chunks."""
     if path.is_file():
         return files_identity([path])
     matrix = path / key
-    parts = (matrix / part for part in ("indptr", "indices", "data"))
-    folders = (path, path / "obs", path / "var", matrix, *parts)
-    files = (folder / name for folder in folders for name in ZARR_METADATA)
-    return files_identity([file for file in files if file.exists()])
+    parts = [matrix / part for part in ("indptr", "indices", "data")]
+    metadata = (
+        folder / name
+        for folder in (path, path / "obs", path / "var", matrix, *parts)
+        for name in ZARR_METADATA
+    )
+    chunks = (folder / inner for folder in (matrix, *parts) for inner in ("", "c"))
+    return files_identity([found for found in (*metadata, *chunks) if found.exists()])
 
 
-def files_identity(files: list[Path]) -> str:
-    """Name, size and time of the last change of ``files``: what moving them does not change."""
-    facts = [(file.name, file.stat()) for file in files]
-    return repr([(name, facts.st_size, facts.st_mtime_ns) for name, facts in facts])
+def files_identity(paths: list[Path]) -> str:
+    """Name, size and time of the last change of files (of folders no size).
+
+    Copying a file, or moving it within a disk, with its times does not change this.
+    """
+    facts = [(path.name, path.is_file(), path.stat()) for path in paths]
+    return repr(
+        [(name, facts.st_size * is_file, facts.st_mtime_ns) for name, is_file, facts in facts]
+    )
 
 
 def layer_names(container: Container) -> list[str]:
