@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from cellpatch_fast.kernels import BlockWeights, EncoderWeights, reference
 from torch import Tensor
 
 from cellpatch_fast.cells import RaggedCells
-from cellpatch_fast.kernels import BlockWeights, EncoderWeights, reference
 
 GENES = 101  # tokens that random weights and cells have unless told otherwise
 

@@ -1,0 +1,131 @@
+"""The Numba backend's rest of the encoder against the reference in float64.
+
+Cells without entries make the cross-attention a constant, so that what is tested here is the
+blocks alone; `test_cpu_attention` has what goes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cellpatch_fast.kernels import EncoderWeights, encode, reference
+from torch import Tensor
+
+from cellpatch_fast.cells import RaggedCells
+
+MakeWeights = Callable[..., EncoderWeights]
+MakeCells = Callable[..., RaggedCells]
+AsType = Callable[[EncoderWeights, torch.dtype], EncoderWeights]
+Errors = Callable[[Tensor, Tensor], Tensor]
+
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("self_blocks", [0, 1, 3])
+@pytest.mark.parametrize(
+    "dimensions",
+    [
+        pytest.param({"head_dim": 16, "patches": 64, "mlp_dim": 64, "projection": 10}, id="paper"),
+        pytest.param({"projection": None}, id="without_projection"),
+        pytest.param({"projection": 29}, id="projection_wider_than_the_model"),
+        pytest.param({"heads": 3, "head_dim": 20, "patches": 37, "mlp_dim": 7}, id="narrow_mlp"),
+        pytest.param({"heads": 7, "head_dim": 3, "patches": 17, "mlp_dim": 71}, id="many_heads"),
+        pytest.param({"heads": 1, "head_dim": 2, "patches": 1, "mlp_dim": 1}, id="smallest"),
+        pytest.param({"patches": 131}, id="more_patches_than_two_tiles"),
+    ],
+)
+def test_blocks_are_the_reference_s(
+    random_weights: MakeWeights,
+    random_cells: MakeCells,
+    as_type: AsType,
+    cell_errors: Errors,
+    dimensions: dict[str, Any],
+    self_blocks: int,
+) -> None:
+    weights = random_weights(5, **dimensions, self_blocks=self_blocks)
+    cells = random_cells([0, 11, 0, 83])
+    found = encode(
+        weights, cells.offsets, cells.genes, cells.values, attention=True, backend="numba"
+    )
+    expected = reference.encode(
+        as_type(weights, torch.float64), cells.offsets, cells.genes, cells.values, attention=True
+    )
+    assert cell_errors(found.features, expected.features).max() <= TOLERANCE
+    assert found.self_attention is not None
+    assert expected.self_attention is not None
+    for block, right in zip(found.self_attention, expected.self_attention, strict=True):
+        assert cell_errors(block, right).max() <= TOLERANCE
+
+
+def test_self_attention_to_one_patch_alone(
+    random_weights: MakeWeights, random_cells: MakeCells, as_type: AsType, cell_errors: Errors
+) -> None:
+    """Scores among patches of hundreds: all but one weight underflow, none overflows."""
+    weights = random_weights()
+    weights.self_blocks[0].in_weight[:20] *= 12
+    cells = random_cells([41, 0, 1])
+    found = encode(
+        weights, cells.offsets, cells.genes, cells.values, attention=True, backend="numba"
+    )
+    expected = reference.encode(
+        as_type(weights, torch.float64), cells.offsets, cells.genes, cells.values, attention=True
+    )
+    assert expected.self_attention is not None
+    assert expected.self_attention[0].min() < 1e-40
+    # Scores of hundreds carry the rounding errors of hundreds, in any float32 code.
+    plain = reference.encode(weights, cells.offsets, cells.genes, cells.values)
+    errors = [cell_errors(encoded.features, expected.features).max() for encoded in (found, plain)]
+    assert errors[0] <= max(2 * errors[1], TOLERANCE)
+
+
+def test_features_of_nearly_constant_state(
+    random_weights: MakeWeights, random_cells: MakeCells, as_type: AsType, cell_errors: Errors
+) -> None:
+    """A norm whose deviation is near its epsilon, which both have to add in the same place."""
+    weights = random_weights(self_blocks=0)
+    for tensor in (weights.patches, weights.cross.out_weight, weights.cross.out_bias):
+        tensor *= 1e-3
+    cells = random_cells([41, 0, 1])
+    found = encode(weights, cells.offsets, cells.genes, cells.values, backend="numba")
+    expected = reference.encode(
+        as_type(weights, torch.float64), cells.offsets, cells.genes, cells.values
+    )
+    assert cell_errors(found.features, expected.features).max() <= TOLERANCE
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="DEFECT: blocks with MLPs of different widths are stacked as if they were alike, and "
+    "the wrong memory is read; the reference computes them",
+)
+def test_mlps_of_different_widths_are_computed_or_refused(
+    random_weights: MakeWeights, random_cells: MakeCells, cell_errors: Errors
+) -> None:
+    weights = random_weights(mlp_dim=11)._replace(
+        self_blocks=random_weights(mlp_dim=17).self_blocks
+    )
+    cells = random_cells([5, 7])
+    expected = reference.encode(weights, cells.offsets, cells.genes, cells.values).features
+    try:
+        found = encode(weights, cells.offsets, cells.genes, cells.values, backend="numba").features
+    except ValueError:
+        return
+    assert cell_errors(found, expected).max() <= TOLERANCE
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AttributeError,
+    reason="DEFECT: a projection without bias, which the reference computes, fails inside",
+)
+def test_projection_without_bias(
+    random_weights: MakeWeights, random_cells: MakeCells, cell_errors: Errors
+) -> None:
+    weights = random_weights()._replace(projection_bias=None)
+    cells = random_cells([5, 7])
+    expected = reference.encode(weights, cells.offsets, cells.genes, cells.values).features
+    found = encode(weights, cells.offsets, cells.genes, cells.values, backend="numba").features
+    assert cell_errors(found, expected).max() <= TOLERANCE
