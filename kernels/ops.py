@@ -13,7 +13,6 @@ from torch import Tensor
 from .cpu import encoder as cpu
 from .weights import EncoderWeights
 
-
 # define and impl rather than custom_op, whose first call imports torch._dynamo: 2 s of CPU time
 torch.library.define(
     "cellpatch::encode",

@@ -156,9 +156,10 @@ def project_tables(weights: EncoderWeights) -> tuple[Tensor, Tensor, Tensor]:
     bq, _, _ = weights.cross.in_bias.chunk(3)
     head_dim = len(wq) // heads
     queries = F.linear(weights.patches, wq, bq) / math.sqrt(head_dim)
-    return tuple(  # type: ignore[return-value]
-        t.unflatten(-1, (heads, head_dim))
-        for t in (queries, F.linear(weights.genes, wk), F.linear(weights.genes, wv))
+    return (
+        queries.unflatten(-1, (heads, head_dim)),
+        F.linear(weights.genes, wk).unflatten(-1, (heads, head_dim)),
+        F.linear(weights.genes, wv).unflatten(-1, (heads, head_dim)),
     )
 
 

@@ -55,9 +55,7 @@ LARGEST_TOTAL = F32(2.0**114)
 
 
 @njit(nogil=True)
-def cross_attend(  # type: ignore[no-untyped-def]
-    genes, values, first, last, discrete, pads, tables, scratch, attended
-):
+def cross_attend(genes, values, first, last, discrete, pads, tables, scratch, attended):
     """Attend over the entries ``first`` to ``last``. All arrays are borrowed pointers.
 
     Parameters
@@ -96,7 +94,7 @@ def cross_attend(  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, inline="always")
-def _prepare_cell(values, first, last, discrete, pads, tables, scratch):  # type: ignore[no-untyped-def]
+def _prepare_cell(values, first, last, discrete, pads, tables, scratch):
     """Fix the power of two that the cell's factors are relative to; make rows for integers."""
     if tables.binned:
         return
@@ -116,7 +114,7 @@ def _prepare_cell(values, first, last, discrete, pads, tables, scratch):  # type
 
 
 @njit(nogil=True, inline="always")
-def _factor_row(value, discrete, tables, scratch):  # type: ignore[no-untyped-def]
+def _factor_row(value, discrete, tables, scratch):
     """The row of factors that belongs to a value, which for continuous values is made now."""
     if discrete:
         return np.int64(value)
@@ -125,7 +123,7 @@ def _factor_row(value, discrete, tables, scratch):  # type: ignore[no-untyped-de
 
 
 @njit(nogil=True, inline="always")
-def _fill_factors(value, row, tables, scratch):  # type: ignore[no-untyped-def]
+def _fill_factors(value, row, tables, scratch):
     """factors[row] = 2 ** (value · slope - shift)."""
     width = tables.heads * tables.lanes
     value_factors(
@@ -135,7 +133,7 @@ def _fill_factors(value, row, tables, scratch):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, inline="always")
-def _stage(gene, value, row, k, tables, scratch, factors):  # type: ignore[no-untyped-def]
+def _stage(gene, value, row, k, tables, scratch, factors):
     """Write entry k's weights [h, p] and its value rows [h, d], each followed by a one."""
     heads, head_dim, block = tables.heads, tables.head_dim, tables.block
     width, rows = heads * tables.lanes, scratch.rows
@@ -156,7 +154,7 @@ def _stage(gene, value, row, k, tables, scratch, factors):  # type: ignore[no-un
 
 
 @njit(nogil=True, inline="always")
-def _accumulate(count, genes, first, ahead, tables, scratch):  # type: ignore[no-untyped-def]
+def _accumulate(count, genes, first, ahead, tables, scratch):
     """sums[h] += rows[:, h]ᵀ · weights[:, h] over ``count`` staged entries.
 
     Meanwhile the table rows of the ``ahead`` entries from ``first`` on are fetched, a part
@@ -179,7 +177,7 @@ def _accumulate(count, genes, first, ahead, tables, scratch):  # type: ignore[no
 
 
 @njit(nogil=True, inline="always")
-def _divide(tables, sums, attended):  # type: ignore[no-untyped-def]
+def _divide(tables, sums, attended):
     """attended = sums / totals; 0 where there is nothing to attend to."""
     lanes, head_dim = tables.lanes, tables.head_dim
     for h in range(tables.heads):
@@ -190,7 +188,7 @@ def _divide(tables, sums, attended):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _repair(genes, values, first, last, pads, tables, sums):  # type: ignore[no-untyped-def]
+def _repair(genes, values, first, last, pads, tables, sums):
     """Compute again what under- or overflowed, in float64 relative to its own maximum."""
     lanes, head_dim = tables.lanes, tables.head_dim
     for h in range(tables.heads):
@@ -211,7 +209,7 @@ def _repair(genes, values, first, last, pads, tables, sums):  # type: ignore[no-
 
 
 @njit(nogil=True, inline="always")
-def entry(genes, values, last, pads, i):  # type: ignore[no-untyped-def]
+def entry(genes, values, last, pads, i):
     """(gene, value, how often) of entry i; the entry after the last stands for the pads."""
     if i < last:
         return np.int64(genes[i]), values[i], 1.0
@@ -219,7 +217,7 @@ def entry(genes, values, last, pads, i):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def score(gene, value, h, p, tables):  # type: ignore[no-untyped-def]
+def score(gene, value, h, p, tables):
     """q_p · (K[gene] + key's value part) of head h in float64, without its constant."""
     keys, queries = tables.keys, tables.queries
     total = 0.0
@@ -233,7 +231,7 @@ def score(gene, value, h, p, tables):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def log_sum_exp(genes, values, first, last, pads, h, p, tables):  # type: ignore[no-untyped-def]
+def log_sum_exp(genes, values, first, last, pads, h, p, tables):
     """log of the sum over entries (and pads) of exp(score), in float64."""
     highest, total = -math.inf, 0.0
     for i in range(first, last + (pads > 0)):

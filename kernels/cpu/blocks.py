@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import njit
+from torch import Tensor
 
 from ..reference import LAYER_NORM_EPSILON
 from ..weights import BlockWeights, EncoderWeights
@@ -39,7 +40,7 @@ _EPSILON = F32(LAYER_NORM_EPSILON)
 class Blocks(NamedTuple):
     """Weights of the cross-attention block, then of the self-attention blocks, stacked flat."""
 
-    count: int
+    depth: int  # blocks
     heads: int
     dim: int
     mlp_dim: int
@@ -48,15 +49,15 @@ class Blocks(NamedTuple):
     output_dim: int
     projected: bool
     start: np.ndarray  # float32 [D · lanes]: the patch tokens, feature-major
-    in_weight: np.ndarray  # float32 [count · 3 D · D]
+    in_weight: np.ndarray  # float32 [depth · 3 D · D]
     in_bias: np.ndarray
-    out_weight: np.ndarray  # [count · D · D]
+    out_weight: np.ndarray  # [depth · D · D]
     out_bias: np.ndarray
     attention_norm_weight: np.ndarray
     attention_norm_bias: np.ndarray
-    up_weight: np.ndarray  # [count · M · D]
+    up_weight: np.ndarray  # [depth · M · D]
     up_bias: np.ndarray
-    down_weight: np.ndarray  # [count · D · M]
+    down_weight: np.ndarray  # [depth · D · M]
     down_bias: np.ndarray
     mlp_norm_weight: np.ndarray
     mlp_norm_bias: np.ndarray
@@ -84,24 +85,23 @@ def make_blocks(weights: EncoderWeights) -> Blocks:
     lanes = -(-patches // LANES) * LANES
     start = np.zeros((dim, lanes), np.float32)
     start[:, :patches] = _floats(weights.patches).T
-    empty = np.zeros(0, np.float32)
-    projected = weights.projection_weight is not None
+    stacked = {
+        name: np.concatenate([_floats(getattr(block, name)).reshape(-1) for block in blocks])
+        for name in BlockWeights._fields
+    }
     return Blocks(
-        len(blocks),
-        weights.heads,
-        dim,
-        len(weights.cross.up_bias),
-        patches,
-        lanes,
-        weights.output_dim,
-        projected,
-        start.reshape(-1),
-        *(
-            np.concatenate([_floats(getattr(block, name)).reshape(-1) for block in blocks])
-            for name in BlockWeights._fields
-        ),
-        _floats(weights.projection_weight).reshape(-1) if projected else empty,
-        _floats(weights.projection_bias) if projected else empty,
+        depth=len(blocks),
+        heads=weights.heads,
+        dim=dim,
+        mlp_dim=len(weights.cross.up_bias),
+        patches=patches,
+        lanes=lanes,
+        output_dim=weights.output_dim,
+        projected=weights.projection_weight is not None,
+        start=start.reshape(-1),
+        projection_weight=_optional(weights.projection_weight),
+        projection_bias=_optional(weights.projection_bias),
+        **stacked,
     )
 
 
@@ -113,12 +113,17 @@ def make_block_scratch(blocks: Blocks) -> BlockScratch:
     return BlockScratch(*(np.zeros(count * blocks.lanes, np.float32) for count in rows))
 
 
-def _floats(tensor) -> np.ndarray:  # type: ignore[no-untyped-def]
+def _floats(tensor: Tensor) -> np.ndarray:
+    """float32, contiguous."""
     return np.ascontiguousarray(tensor.detach().cpu().float().numpy())
 
 
+def _optional(tensor: Tensor | None) -> np.ndarray:
+    return np.zeros(0, np.float32) if tensor is None else _floats(tensor).reshape(-1)
+
+
 @njit(nogil=True)
-def run_blocks_of_cell(blocks, scratch, attention, attention_at, keep_attention):  # type: ignore[no-untyped-def]
+def run_blocks_of_cell(blocks, scratch, attention, attention_at, keep_attention):
     """From the attended values in ``scratch.mixed`` to the patch features in ``scratch.output``.
 
     ``attention`` receives the self-attention weights [block, h, p, p] from ``attention_at`` on
@@ -127,7 +132,7 @@ def run_blocks_of_cell(blocks, scratch, attention, attention_at, keep_attention)
     size = blocks.dim * blocks.lanes
     scale((F32(1.0),), scratch.state, 0, blocks.start, 0, size)
     _finish_block(0, blocks, scratch)
-    for block in range(1, blocks.count):
+    for block in range(1, blocks.depth):
         at = attention_at + (block - 1) * blocks.heads * blocks.patches * blocks.patches
         _attend_to_patches(block, blocks, scratch, attention, at, keep_attention)
         _finish_block(block, blocks, scratch)
@@ -141,7 +146,7 @@ def run_blocks_of_cell(blocks, scratch, attention, attention_at, keep_attention)
 
 
 @njit(nogil=True)
-def _linear(weight, weight_at, bias, bias_at, rows, count, x, out, lanes):  # type: ignore[no-untyped-def]
+def _linear(weight, weight_at, bias, bias_at, rows, count, x, out, lanes):
     """out[rows, lanes] = bias + weight[rows, count] · x[count, lanes]."""
     for i in range(rows):
         fill((bias[bias_at + i],), out, i * lanes, out, i * lanes, lanes)
@@ -149,7 +154,7 @@ def _linear(weight, weight_at, bias, bias_at, rows, count, x, out, lanes):  # ty
 
 
 @njit(nogil=True)
-def _add_linear(weight, weight_at, bias, bias_at, rows, count, x, out, lanes):  # type: ignore[no-untyped-def]
+def _add_linear(weight, weight_at, bias, bias_at, rows, count, x, out, lanes):
     """out[rows, lanes] += bias + weight[rows, count] · x[count, lanes]."""
     for i in range(rows):
         add_constant((bias[bias_at + i],), out, i * lanes, out, i * lanes, lanes)
@@ -157,7 +162,7 @@ def _add_linear(weight, weight_at, bias, bias_at, rows, count, x, out, lanes):  
 
 
 @njit(nogil=True, inline="always")
-def _finish_block(block, blocks, scratch):  # type: ignore[no-untyped-def]
+def _finish_block(block, blocks, scratch):
     """Output projection, residual, norm, MLP, residual, norm; state is updated in place."""
     dim, mlp_dim, lanes = blocks.dim, blocks.mlp_dim, blocks.lanes
     state, inner, at = scratch.state, scratch.inner, block * dim
@@ -177,7 +182,7 @@ def _finish_block(block, blocks, scratch):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _layer_norm(weight, bias, at, blocks, scratch):  # type: ignore[no-untyped-def]
+def _layer_norm(weight, bias, at, blocks, scratch):
     """Normalise each patch over its features, in place."""
     dim, lanes, state = blocks.dim, blocks.lanes, scratch.state
     mean, spread = scratch.mean, scratch.spread
@@ -197,7 +202,7 @@ def _layer_norm(weight, bias, at, blocks, scratch):  # type: ignore[no-untyped-d
 
 
 @njit(nogil=True, inline="always")
-def _attend_to_patches(block, blocks, scratch, attention, at, keep_attention):  # type: ignore[no-untyped-def]
+def _attend_to_patches(block, blocks, scratch, attention, at, keep_attention):
     """Self-attention of a cell's patches: from state to mixed.
 
     Scores are kept transposed, [key, query], so that the softmax runs down columns.

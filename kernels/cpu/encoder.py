@@ -54,7 +54,7 @@ class Batch(NamedTuple):
     self_attention: np.ndarray  # float32 [c · block · h · p · p], or empty
 
 
-_prepared: OrderedDict[tuple, Prepared] = OrderedDict()
+_prepared: OrderedDict[tuple[Any, ...], Prepared] = OrderedDict()
 
 
 def prepared(weights: EncoderWeights) -> Prepared:
@@ -95,7 +95,7 @@ def encode(
     cells, entries = len(offsets) - 1, len(genes)
     heads, patches = tables.heads, tables.patches
     kept = int(attention)
-    self_blocks = blocks.count - 1
+    self_blocks = blocks.depth - 1
     batch = Batch(
         np.ascontiguousarray(offsets.numpy(), np.int64),
         np.ascontiguousarray(genes.numpy()).astype(np.int32, copy=False),
@@ -129,12 +129,10 @@ def encode(
 
 
 @njit(nogil=True, inline="always")
-def _encode_cells(  # type: ignore[no-untyped-def]
-    batch, tables, blocks, scratch, block_scratch, discrete, attention, start, stop
-):
+def _encode_cells(batch, tables, blocks, scratch, block_scratch, discrete, attention, start, stop):
     """Encode cells start to stop, all arrays behind pointers."""
     patches, lanes, width = blocks.patches, blocks.lanes, blocks.output_dim
-    kept = (blocks.count - 1) * blocks.heads * patches * patches
+    kept = (blocks.depth - 1) * blocks.heads * patches * patches
     for cell in range(start, stop):
         first, last = batch.offsets[cell], batch.offsets[cell + 1]
         pads = batch.pads[cell]
@@ -152,7 +150,7 @@ def _encode_cells(  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _weigh_entries(batch, first, last, cell, tables):  # type: ignore[no-untyped-def]
+def _weigh_entries(batch, first, last, cell, tables):
     """Attention weights of a cell's entries and pads, computed in float64."""
     heads, patches, pads = tables.heads, tables.patches, batch.pads[cell]
     for h in range(heads):
@@ -183,7 +181,7 @@ def _cached(sources: str) -> Any:
     @njit(nogil=True, cache=True)
     def encode_cells(
         batch, tables, blocks, scratch, block_scratch, discrete, attention, start, stop
-    ):  # type: ignore[no-untyped-def]
+    ):
         if len(sources):
             _encode_cells(
                 borrow(batch), borrow(tables), borrow(blocks), borrow(scratch),

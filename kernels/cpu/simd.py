@@ -175,21 +175,21 @@ def _vector_at(builder: Any, data: Any, index: Any) -> Any:
 
 
 def _one_array(generate: Any) -> Any:
-    def call(typing_context, scalars, out, out_at, a, a_at, count):  # type: ignore[no-untyped-def]
+    def call(typing_context, scalars, out, out_at, a, a_at, count):
         return types.none(scalars, out, _index, a, _index, _index), generate
 
     return call
 
 
 def _two_arrays(generate: Any) -> Any:
-    def call(typing_context, scalars, out, out_at, a, a_at, b, b_at, count):  # type: ignore[no-untyped-def]
+    def call(typing_context, scalars, out, out_at, a, a_at, b, b_at, count):
         return types.none(scalars, out, _index, a, _index, b, _index, _index), generate
 
     return call
 
 
 def _three_arrays(generate: Any) -> Any:
-    def call(typing_context, scalars, out, out_at, a, a_at, b, b_at, c, c_at, count):  # type: ignore[no-untyped-def]
+    def call(typing_context, scalars, out, out_at, a, a_at, b, b_at, c, c_at, count):
         return types.none(scalars, out, _index, a, _index, b, _index, c, _index, _index), generate
 
     return call
@@ -308,7 +308,7 @@ def _make_tile(rows: int, vectors: int) -> Any:
         return context.get_dummy_value()
 
     @intrinsic
-    def tile(typing_context, c, c_at, c_row, a, a_at, a_row, a_column, b, b_at, b_row, count):  # type: ignore[no-untyped-def]
+    def tile(typing_context, c, c_at, c_row, a, a_at, a_row, a_column, b, b_at, b_row, count):
         i = _index
         return types.none(c, i, i, a, i, i, i, b, i, i, i), generate
 
@@ -321,9 +321,7 @@ _WIDE_COLUMNS = _WIDE * LANES
 
 
 @njit(nogil=True)
-def multiply_add(  # type: ignore[no-untyped-def]
-    c, c_at, c_row, rows, columns, a, a_at, a_row, a_column, b, b_at, b_row, count
-):
+def multiply_add(c, c_at, c_row, rows, columns, a, a_at, a_row, a_column, b, b_at, b_row, count):
     """c[rows, columns] += a[rows, count] · b[count, columns], behind float32 pointers.
 
     ``*_at`` and ``*_row`` say where a matrix begins and how far apart its rows are;

@@ -135,7 +135,7 @@ def _value_tables(
 
 
 @njit(nogil=True, cache=True)
-def _scores(gene, queries, keys, scores):  # type: ignore[no-untyped-def]
+def _scores(gene, queries, keys, scores):
     """scores[h, p] = q_p · keys[gene], float64."""
     heads, head_dim, lanes = queries.shape
     for h in range(heads):
@@ -148,7 +148,7 @@ def _scores(gene, queries, keys, scores):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _highest_scores(queries, keys):  # type: ignore[no-untyped-def]
+def _highest_scores(queries, keys):
     """The largest score of any gene, [h, p]."""
     heads, _, lanes = queries.shape
     scores, highest = np.empty((heads, lanes)), np.full((heads, lanes), -np.inf)
@@ -159,7 +159,7 @@ def _highest_scores(queries, keys):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _fill_table(table, queries, keys, highest, start, stop):  # type: ignore[no-untyped-def]
+def _fill_table(table, queries, keys, highest, start, stop):
     """Write exp(score - highest) · 2^SCALE for genes start to stop."""
     heads, _, lanes = queries.shape
     scores = np.empty((heads, lanes))
