@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.cells import draw_cells, real_cells, write_atlas
-from bench.peers.original import PaddedPathFormer
-from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, RaggedCells
 from cellpatch_fast.kernels.cpu import attention, encoder
 from cellpatch_fast.kernels.cpu.blocks import make_block_scratch
 from cellpatch_fast.kernels.cpu.simd import borrow
 from cellpatch_fast.kernels.cpu.tables import make_scratch
 from cellpatch_fast.kernels.threads import run_blocks
 from numba import njit
+
+from bench.cells import draw_cells, real_cells, write_atlas
+from bench.peers.original import PaddedPathFormer
+from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, RaggedCells
 
 USEFUL_FLOP = 4096  # per gene, with ready scores: 64 patches x 2 heads x 16 x (multiply + add)
 
@@ -139,15 +141,11 @@ def measure_encoder(
         cells = with_values(*draw_cells(256, genes, rng), rng)
         few = cells.slice(0, padded_cells)
         padded_genes, padded_values = few.to_padded()
-        padded_values = padded_values.float()
-        with torch.inference_mode():
-            ours, theirs = timed(
-                lambda cells=cells: model.encode(cells),
-                lambda values=padded_values, genes=padded_genes: original.get_mid_embeding(
-                    values, genes
-                ),
-                repeats=5,
-            )
+        ours, theirs = timed(
+            partial(model.encode, cells),
+            partial(original.get_mid_embeding, padded_values.float(), padded_genes),
+            repeats=5,
+        )
         fast, slow = median(ours) / len(cells), median(theirs) / len(few)
         rows.append(
             {
@@ -164,9 +162,8 @@ def measure_linearity(model: CellPatch, rng: np.random.Generator) -> dict[str, A
     """Seconds per cell by genes per cell, of the encoder and of the cross-attention in it."""
     lengths = (500, 1000, 2000, 4000, 8000, 16_000, 20_000)
     batches = [with_values(*draw_cells(max(64, 600_000 // n), n, rng), rng) for n in lengths]
-    with torch.inference_mode():
-        whole = timed(*(lambda cells=cells: model.encode(cells) for cells in batches), repeats=7)
-        cross = timed(*(cross_attention(model, cells) for cells in batches), repeats=7)
+    whole = timed(*(partial(model.encode, cells) for cells in batches))
+    cross = timed(*(cross_attention(model, cells) for cells in batches))
     genes = np.array([cells.entries / len(cells) for cells in batches])
     per_cell = np.array(
         [median(times) / len(cells) for times, cells in zip(whole, batches, strict=True)]
@@ -199,9 +196,8 @@ def measure_embed(model: CellPatch, cells: int, rng: np.random.Generator) -> dic
         parts = [tokens.slice(i, i + 8192) for i in range(0, cells, 8192)]
 
         def encode() -> None:
-            with torch.inference_mode():
-                for part in parts:
-                    model.encode(part)
+            for part in parts:
+                model.encode(part)
 
         def embed() -> None:
             atlas.embed(path, model, Path(folder) / "out.zarr", overwrite=True, progress=False)

@@ -82,7 +82,7 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     # Tensors made in inference mode count no versions. A checksum of the paper's gene table
     # takes 3 ms, its tables 300 ms.
     if tensor.is_inference():
-        version = zlib.crc32(tensor.flatten().view(torch.uint8).numpy())
+        version = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)
     else:
         version = tensor._version
     return tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride()
