@@ -8,34 +8,49 @@ line is 2; Ctrl-C is 130. Anything else is a defect and shows its traceback.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, InputWarning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parsed = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("cellpatch_fast").setLevel(logging.INFO)
-    logging.getLogger().setLevel(logging.WARNING)
-    warnings.showwarning = _show_warning
-    try:
-        parsed.run(parsed)
-    except InputError as error:
-        print(f"cellpatch: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"cellpatch: {_explain(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\ncellpatch: interrupted. {parsed.after_interruption}", file=sys.stderr)
-        return 130
+    with _on_stderr():
+        try:
+            parsed.run(parsed)
+        except (InputError, OSError, MemoryError) as error:
+            print(f"cellpatch: {_explain(error)}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(f"\ncellpatch: interrupted. {parsed.after_interruption}", file=sys.stderr)
+            return 130
     return 0
+
+
+@contextlib.contextmanager
+def _on_stderr() -> Iterator[None]:
+    """Show our own log lines and warnings, one line each; other libraries' are not for users."""
+    logger = logging.getLogger("cellpatch_fast")
+    handler = logging.StreamHandler(sys.stderr)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", InputWarning)
+            warnings.showwarning = _show_warning
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,7 +128,11 @@ def _add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="default: the fastest for the device; CELLPATCH_BACKEND sets another default",
     )
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 … (default: cpu)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing embedding store, once the new one is complete",
+    )
     parser.set_defaults(
         run=_embed,
         after_interruption="What is done is kept: the same command goes on from there.",
@@ -180,7 +199,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--output", type=Path, default=Path("cellpatch-demo"), metavar="DIR",
         help="default: cellpatch-demo",
     )  # fmt: skip
-    parser.set_defaults(run=_demo)
+    parser.set_defaults(run=_demo, after_interruption="The same command starts anew.")
 
 
 def _embed(parsed: argparse.Namespace) -> None:
@@ -240,7 +259,8 @@ def _inspect(parsed: argparse.Namespace) -> None:
     from .inspection import describe
 
     for name, value in describe(parsed.path).items():
-        print(f"{name}: {value}")
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        print(f"{name}: {shown}")
 
 
 def _demo(parsed: argparse.Namespace) -> None:
@@ -266,16 +286,18 @@ def _positive(text: str) -> int:
     return number
 
 
-def _explain(error: OSError) -> str:
-    """What the system refused, and what may help."""
-    import errno
-
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    advice = (
-        " There is no room to write: free some space, then repeat the command; what is done is "
-        "kept." if error.errno in full else ""
-    )  # fmt: skip
-    return f"{error}.{advice}"
+def _explain(error: InputError | OSError | MemoryError) -> str:
+    """What went wrong, and what may help."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({error}). A smaller --batch-size needs less."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"{error}. There is no room to write: free some space, then repeat the command; what "
+            "is done is kept."
+        )
+    return f"{error}. Check the path and its permissions."
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError
+from .io.embeddings import partial_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 SEED = 0
+DATA, MODEL, STORE = "pbmc68k.h5ad", "model", "embedding.zarr"
 
 
 def run_demo(output: Path) -> None:
@@ -21,6 +23,7 @@ def run_demo(output: Path) -> None:
     InputError
         If the extra ``analysis`` is not installed, or ``output`` holds something else.
     """
+    _require_own(output)
     cells = _blood_cells()
     import torch
 
@@ -30,7 +33,7 @@ def run_demo(output: Path) -> None:
     from .model import CellPatch
 
     output.mkdir(parents=True, exist_ok=True)
-    data, model, store = (output / name for name in ("pbmc68k.h5ad", "model", "embedding.zarr"))
+    data, model, store = (output / name for name in (DATA, MODEL, STORE))
     cells.write_h5ad(data)
     print(f"{data}: {cells.n_obs} blood cells x {cells.raw.n_vars} genes, log-normalised in raw")
     torch.manual_seed(SEED)
@@ -48,6 +51,15 @@ def run_demo(output: Path) -> None:
         "random patches keep of the expression."
     )
     print(f"\nNext: adata = anndata.read_zarr({str(store)!r}); adata.obsm['X_cellpatch']")
+
+
+def _require_own(output: Path) -> None:
+    """Refuse a folder that holds anything but an earlier demo, whose parts are written anew."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file: choose another --output")
+    found = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if found and (DATA not in found or found - {DATA, MODEL, STORE, partial_of(Path(STORE)).name}):
+        raise InputError(f"{output} holds other files than a demo's: choose another --output")
 
 
 def _blood_cells() -> AnnData:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .io.embeddings import JOURNAL, finished_settings
+from .io.embeddings import JOURNAL, finished_facts, unfinished_facts
+
+if TYPE_CHECKING:
+    from .io.sources import CellSource
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -17,18 +21,16 @@ def describe(path: Path) -> dict[str, Any]:
     InputError
         If there is nothing at ``path``, or nothing that we know.
     """
-    if not path.exists():
-        raise InputError(f"{path} does not exist")
     if (path / JOURNAL).is_file():
         return _unfinished(path)
     if (path / "config.json").is_file():
         return _model(path)
-    if path.is_dir() and (settings := finished_settings(path)) is not None:
-        return {"kind": "embedding store"} | _matrix_of_store(path) | settings
+    if (facts := finished_facts(path)) is not None:
+        return _store(path, facts)
     from .io.sources import open_source
 
     with open_source(path) as source:
-        return {"kind": "cells"} | source.describe()
+        return {"kind": "cells"} | source.describe() | _usable(source)
 
 
 def _model(path: Path) -> dict[str, Any]:
@@ -44,22 +46,47 @@ def _model(path: Path) -> dict[str, Any]:
     }
 
 
-def _matrix_of_store(path: Path) -> dict[str, Any]:
+def _store(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
     import zarr
 
-    facts: dict[str, Any] = {}
-    for key, array in zarr.open_group(path, mode="r")["obsm"].arrays():  # type: ignore[union-attr]
-        facts["cells"] = array.shape[0]
-        facts[f"obsm/{key}"] = f"{array.shape[0]} x {array.shape[1]} {array.dtype}"
-    return facts
+    described: dict[str, Any] = {"kind": "embedding store"}
+    root = zarr.open_group(path, mode="r")
+    for key, array in root["obsm"].arrays():  # type: ignore[union-attr]
+        described["cells"] = array.shape[0]
+        described[f"obsm/{key}"] = f"{array.shape[0]} x {array.shape[1]} {array.dtype}"
+    described["obs_columns"] = root["obs"].attrs["column-order"]
+    written_by = {"written by": f"cellpatch-fast {facts['version']}"}
+    return described | facts["counts"] | facts["settings"] | written_by
 
 
 def _unfinished(path: Path) -> dict[str, Any]:
-    import json
-
-    journal = json.loads((path / JOURNAL).read_text())
+    journal = unfinished_facts(path)
+    assert journal is not None
     return {
-        "kind": "unfinished embedding store (the same command finishes it)",
+        "kind": "unfinished embedding store (the command that began it finishes it)",
         "shards done": len(journal["done"]),
         **journal["settings"],
+        "written by": f"cellpatch-fast {journal['version']}",
     }
+
+
+def _usable(source: CellSource) -> dict[str, str]:
+    """Whether the values and names of the genes are such that the cells can be embedded."""
+    from .detect import detect_input
+    from .genes import GeneVocabulary
+    from .loader import sample_of
+
+    facts = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say is in the facts
+        try:
+            found = detect_input(sample_of(source), source.name, gene_names=source.var.index)
+            facts["values"] = found.reason
+        except InputError as error:
+            facts["values"] = f"cannot be embedded: {error}"
+        try:
+            match = GeneVocabulary.human().match_var(source.var, None, source.name)
+            facts["human genes"] = str(match)
+        except InputError as error:
+            facts["human genes"] = str(error)
+    return facts

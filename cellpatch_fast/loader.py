@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .config import CellPatchConfig
     from .detect import Expected
     from .genes import GeneVocabulary
-    from .io.sources import CellSource
+    from .io.sources import CellBlock, CellSource
 
 T = TypeVar("T")
 
@@ -92,9 +92,8 @@ class CellStream:
         self.match = vocabulary.match_var(source.var, gene_column, source.name)
         self._preprocessing = Preprocessing.from_config(config)
         self._vocabulary_size = vocabulary.size
-        sample = next(source.blocks(0, min(SAMPLE_CELLS, source.n_cells), max_entries=MAX_ENTRIES))
         self.detected = detect_input(
-            sample,
+            sample_of(source),
             source.name,
             input,
             target_sum=config.target_sum,
@@ -123,6 +122,11 @@ class CellStream:
                 names,
             )
             yield TokenBlock(block.start, made.cells, made.unknown_entries, made.empty_cells)
+
+
+def sample_of(source: CellSource) -> CellBlock:
+    """The first cells of a source, enough to tell what its matrix holds."""
+    return next(source.blocks(0, min(SAMPLE_CELLS, source.n_cells), max_entries=MAX_ENTRIES))
 
 
 def read_ahead(

@@ -1,0 +1,97 @@
+"""A small model of real human genes, and cells made on the fly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+
+from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary
+
+GENES = 307
+WIDTH = 640  # of an embedding at the paper's sizes
+
+
+@pytest.fixture(scope="session")
+def small_vocabulary() -> GeneVocabulary:
+    """Every 191st human gene."""
+    human = GeneVocabulary.human()
+    chosen = slice(0, GENES * 191, 191)
+    return GeneVocabulary(human.ensembl_ids[chosen], human.symbols[chosen])
+
+
+@pytest.fixture(scope="session")
+def small_model(small_vocabulary: GeneVocabulary) -> CellPatch:
+    """The paper's sizes, random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        config = CellPatchConfig(max_genes=small_vocabulary.size)
+        return CellPatch(config, small_vocabulary).eval()
+
+
+@pytest.fixture(scope="session")
+def model_directory(small_model: CellPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "small-model"
+    small_model.save_pretrained(directory)
+    return directory
+
+
+MakeCells = Callable[..., anndata.AnnData]
+
+
+@pytest.fixture(scope="session")
+def make_cells(small_vocabulary: GeneVocabulary) -> MakeCells:
+    """``make_cells(cells, seed=0)``: raw counts of the model's genes and 3 unknown ones.
+
+    The first cell is empty and the last expresses every gene. X, the layer "other" and raw differ.
+    """
+
+    def make(cells: int = 211, seed: int = 0) -> anndata.AnnData:
+        random = np.random.default_rng(seed)
+
+        def counts() -> sparse.csr_matrix:
+            density = random.beta(0.5, 3, GENES + 3) * 0.8
+            present = random.random((cells, GENES + 3)) < density
+            values = present * random.geometric(0.3, present.shape).astype(np.float32)
+            values[0] = 0
+            values[-1] = 1 + np.arange(GENES + 3) % 11
+            return sparse.csr_matrix(values)
+
+        names = [*small_vocabulary.ensembl_ids, "unknown1", "unknown2", "ENSG99999999999"]
+        obs = pd.DataFrame(
+            {
+                "kind": pd.Categorical(random.choice(["b", "a", "c"], cells), ["c", "a", "b"]),
+                "depth": random.random(cells),
+                "barcode": [f"BC{random.integers(10**9)}" for _ in range(cells)],
+            },
+            index=[f"cell{seed}_{cell}" for cell in range(cells)],
+        )
+        adata = anndata.AnnData(
+            counts(), obs=obs, var=pd.DataFrame(index=names), layers={"other": counts()}
+        )
+        adata.raw = anndata.AnnData(counts(), obs=obs, var=adata.var)
+        return adata
+
+    return make
+
+
+@pytest.fixture
+def cells_file(make_cells: MakeCells, tmp_path: Path) -> Path:
+    path = tmp_path / "cells.h5ad"
+    make_cells().write_h5ad(path)
+    return path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """The content of every file in a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
