@@ -37,6 +37,7 @@ __all__ = [
     "InputKind",
     "InputKindWarning",
     "detect_input",
+    "floating_type",
     "invalid_entry",
     "readable_block",
 ]
@@ -233,9 +234,7 @@ def _structure(values: np.ndarray, offsets: np.ndarray) -> _Structure:
 
 
 def readable_block(block: CellBlock, name: str) -> CellBlock:
-    """``block`` in types that are computed with: float32 or float64 data, int32 or int64 indices.
-
-    The conversion is exact, except that integers beyond 2^53 are rounded to float64.
+    """``block`` with int64 row pointers and int32 or int64 indices; the data are left as they are.
 
     Raises
     ------
@@ -255,8 +254,6 @@ def readable_block(block: CellBlock, name: str) -> CellBlock:
             f"{name}: the sparse matrix is damaged near cell {block.start}: its row pointers do "
             "not fit its values. Write the file again."
         )
-    floating = np.promote_types(data.dtype, np.float32)
-    floating = np.dtype(np.float64) if floating.itemsize > 8 else floating
     if indices.dtype.kind == "u" and indices.dtype.itemsize >= 4:
         indices = indices.view(f"{indices.dtype.byteorder}i{indices.dtype.itemsize}")
     wide = np.dtype(np.int64) if indices.dtype.itemsize == 8 else np.dtype(np.int32)
@@ -264,8 +261,17 @@ def readable_block(block: CellBlock, name: str) -> CellBlock:
         block,
         indptr=np.ascontiguousarray(indptr, dtype=np.int64),
         indices=np.ascontiguousarray(indices, dtype=wide),
-        data=np.ascontiguousarray(data, dtype=floating),
+        data=data,
     )
+
+
+def floating_type(dtype: np.dtype) -> np.dtype:
+    """The type that values of a number type are computed in: float32 or float64.
+
+    It holds them exactly, except that integers beyond 2^53 are rounded to float64.
+    """
+    floating = np.promote_types(dtype, np.float32)
+    return np.dtype(np.float64) if floating.itemsize > 8 else floating
 
 
 def invalid_entry(

@@ -17,13 +17,17 @@ The paper's preprocessing, in one pass over the entries and without a dense or a
 - Values that are already logged are only clipped and rounded, half to even as numpy.rint does;
   there half-way cases exist, and the boundaries hold them too.
 - Zeros, stored ones too, are no entries. An expressed gene whose value rounds to 0 is one.
-- Entries keep the order they have in the file.
+- A cell's entries are ordered by token, then by value, whatever their order in the file. The
+  encoder's sums follow that order, so a cell gets the same bits from CSR, CSC and dense files,
+  and from files that list their genes differently. (Library sizes of whole counts up to 2^53
+  are exact in any order; those of fractions may differ in the last bit.) See `packing`.
 
 A cell's result depends on that cell alone, so threads and blocks may divide the cells in any way.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,11 +46,13 @@ from .detect import (
     InputKind,
     InputKindWarning,
     detect_input,
+    floating_type,
     invalid_entry,
     readable_block,
 )
 from .errors import InputError
 from .kernels.threads import run_blocks
+from .packing import pack_in_order
 
 if TYPE_CHECKING:
     from .io.sources import CellBlock
@@ -159,7 +165,8 @@ def tokenize(
     -------
     Tokenized
         Ragged cells with int64 offsets, uint16 or int32 genes, uint8 (discrete) or float32
-        (continuous) values; and what was left out.
+        (continuous) values, each cell's entries ordered by gene, then by value; and what was
+        left out.
 
     Raises
     ------
@@ -172,16 +179,22 @@ def tokenize(
     if len(tokens) and tokens.max() >= vocabulary_size:
         raise ValueError(f"token {tokens.max()} in a vocabulary of size {vocabulary_size}")
     cells, entries = len(block.indptr) - 1, len(block.data)
+    given, floating = block.data, floating_type(block.data.dtype)
+    if given.dtype != floating or not given.flags.c_contiguous:  # to be converted by the threads
+        block = dataclasses.replace(block, data=np.empty(entries, floating))
     discrete, logged = preprocessing.discrete, kind == "lognorm"
     boundaries = _boundaries(preprocessing, logged) if discrete else np.empty(0)
     clip = math.inf if preprocessing.value_clip is None else preprocessing.value_clip
 
-    # Every cell is compacted in place, where it lies in the block; then the gaps are closed.
+    # Every cell is compacted in place, where it lies in the block; then the cells are packed.
     genes = np.empty(entries, np.uint16 if vocabulary_size <= 1 << 16 else np.int32)  # [n]
     values = np.empty(entries, np.uint8 if discrete else np.float32)  # [n]
     kept, unknown = np.empty(cells, np.int64), np.empty(cells, np.int64)  # [c]
 
     def tokenize_range(start: int, stop: int) -> None:
+        if block.data is not given:
+            part = slice(block.indptr[start], block.indptr[stop])
+            block.data[part] = given[part]
         _tokenize_cells(
             *(block.indptr, block.indices, block.data, tokens),
             *(preprocessing.target_sum, logged, discrete, boundaries, clip),
@@ -193,16 +206,8 @@ def tokenize(
     if len(refused):
         raise _explain(block, int(refused[0]), len(tokens), name, gene_names)
 
-    offsets = np.concatenate([[0], np.cumsum(kept)])  # [c + 1]
-    packed_genes = np.empty(offsets[-1], genes.dtype)
-    packed_values = np.empty(offsets[-1], values.dtype)
-
-    def pack_range(start: int, stop: int) -> None:
-        _pack(block.indptr, offsets, genes, packed_genes, start, stop)
-        _pack(block.indptr, offsets, values, packed_values, start, stop)
-
-    run_blocks(pack_range, cells, CELLS_PER_TASK)
-    arrays = (torch.from_numpy(array) for array in (offsets, packed_genes, packed_values))
+    packed = pack_in_order(block.indptr, kept, genes, values, vocabulary_size)
+    arrays = (torch.from_numpy(array) for array in packed)
     return Tokenized(RaggedCells(*arrays), int(unknown.sum()), int((kept == 0).sum()))
 
 
@@ -312,14 +317,6 @@ def _keep_known(row: Any, columns: Any, tokens: Any, genes: Any, values: Any) ->
         present += row[entry] != 0
         kept += (row[entry] != 0) & (token >= 0)
     return kept, present - kept
-
-
-@njit(nogil=True, cache=True)
-def _pack(indptr: Any, offsets: Any, source: Any, target: Any, start: int, stop: int) -> None:
-    for cell in range(start, stop):
-        first, to = indptr[cell], offsets[cell]
-        length = offsets[cell + 1] - to
-        target[to : to + length] = source[first : first + length]
 
 
 def _explain(

@@ -21,6 +21,7 @@ scanpy = pytest.importorskip("scanpy")
 
 CELLS, GENES = 67, 41
 SYMBOLS = ["CD3D", "CD8A", "MS4A1", "NKG7", "LYZ", "GNLY", "PPBP", "FCER1A", "CST3", "CD14", "CD4"]
+CONTINUOUS = CellPatchConfig(target_sum=997, value_clip=None, value_rounding="none")
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +118,11 @@ def test_tokenize_chooses_matrix_and_genes(
     counts = adata.layers["counts"].toarray().astype(np.float64)
     scale = 1e4 / np.maximum(counts.sum(1, keepdims=True), 1)
     expected = np.minimum(np.rint(np.log1p(counts * scale)), 5)[:, : len(SYMBOLS)]
+    tokens = vocabulary.match(SYMBOLS).tokens
     rows, columns = np.nonzero(counts[:, : len(SYMBOLS)])
+    columns = columns[np.lexsort([tokens[columns], rows])]  # in each cell by token
     assert cells.offsets.tolist() == np.searchsorted(rows, np.arange(CELLS + 1)).tolist()
-    np.testing.assert_array_equal(
-        cells.genes.numpy(), vocabulary.match(SYMBOLS).tokens[columns].astype(np.uint16)
-    )
+    np.testing.assert_array_equal(cells.genes.numpy(), tokens[columns].astype(np.uint16))
     np.testing.assert_array_equal(cells.values.numpy(), expected[rows, columns])
     (record,) = caplog.records
     empty = int((counts[:, : len(SYMBOLS)].sum(1) == 0).sum())
@@ -147,15 +148,41 @@ def test_tokenize_a_file_is_tokenize_its_cells(
         )
 
 
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+@pytest.mark.parametrize("config", [CONTINUOUS, None], ids=["continuous", "discrete"])
+def test_tokenize_gives_the_same_bits_from_every_format_and_order_of_genes(
+    adata: anndata.AnnData,
+    vocabulary: GeneVocabulary,
+    config: CellPatchConfig | None,
+    tmp_path: Path,
+) -> None:
+    """CSR, CSC and dense files, integers and floats, genes in any order, CD4 listed twice."""
+    counts = adata.X.toarray()
+    adata.var.index = [*adata.var["symbol"][:-1], "CD4"]
+    assert (np.count_nonzero(counts[:, [10, -1]], axis=1) == 2).any()
+    seen: list[list[bytes]] = []
+    for columns in (np.arange(GENES), np.random.default_rng(1).permutation(GENES)):
+        for form, dtype in ((sp.csr_matrix, "f4"), (sp.csc_matrix, "i8"), (np.asarray, "i4")):
+            path = tmp_path / f"{len(seen)}.h5ad"
+            matrix = form(counts[:, columns].astype(dtype))
+            anndata.AnnData(matrix, var=adata.var.iloc[columns]).write_h5ad(path)
+            with pytest.warns(GeneMatchWarning, match="12 of 41 genes"):
+                cells = pp.tokenize(path, vocabulary, config)
+            arrays = (cells.offsets, cells.genes, cells.values)
+            seen.append([array.numpy().tobytes() for array in arrays])
+    assert len(seen) == 6
+    assert seen[1:] == seen[:-1]
+
+
 def test_tokenize_for_a_continuous_model(
     adata: anndata.AnnData, vocabulary: GeneVocabulary
 ) -> None:
-    config = CellPatchConfig(target_sum=997, value_clip=None, value_rounding="none")
     with few_matches():
-        values = pp.tokenize(adata, vocabulary, config).values
-    known = adata.X[:, : len(SYMBOLS)]
-    library = adata.X.astype(np.float64).sum(1).A1[known.nonzero()[0]]
-    expected = np.log1p(known.data * 997 / library)
+        values = pp.tokenize(adata, vocabulary, CONTINUOUS).values
+    counts = adata.X.toarray().astype(np.float64)
+    known = counts[:, np.argsort(vocabulary.match(SYMBOLS).tokens)]
+    library = counts.sum(1)[known.nonzero()[0]]
+    expected = np.log1p(known[known.nonzero()] * 997 / library)
     assert values.dtype == torch.float32
     np.testing.assert_allclose(values.numpy(), expected, rtol=1e-6)
 
@@ -170,8 +197,11 @@ def test_tokenize_scanpys_bundled_data(
     match = vocabulary.match(list(pbmc.raw.var_names))
     assert match.matched > 700
     raw = pbmc.raw.X.tocsr()
-    values = np.minimum(np.rint(raw.data), 5)[match.tokens[raw.indices] >= 0]
-    np.testing.assert_array_equal(cells.values.numpy(), values)
+    values, tokens = np.minimum(np.rint(raw.data), 5), match.tokens[raw.indices]
+    order = np.lexsort([values, tokens, raw.nonzero()[0]])
+    order = order[tokens[order] >= 0]
+    np.testing.assert_array_equal(cells.genes.numpy(), tokens[order])
+    np.testing.assert_array_equal(cells.values.numpy(), values[order])
     assert "found natural logarithms" in caplog.text
     with pytest.raises(InputError, match=r"raw counts were expected, but found natural log"):
         pp.tokenize(pbmc, vocabulary, use_raw=True, input="counts")

@@ -22,7 +22,7 @@ from cellpatch_fast.tokens import InputKind, Preprocessing, Tokenized, _boundari
 CELLS, GENES = 131, 211
 CONTINUOUS = Preprocessing(value_clip=None, value_rounding="none")
 INTEGERS = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
-DTYPES = ["bool", *INTEGERS, "float16", "float32", "float64"]
+DTYPES = ["bool", *INTEGERS, "float16", "float32", "float64", ">i4", ">f4"]
 
 
 def draw_block(seed: int = 0, dtype: str = "float32", start: int = 0) -> CellBlock:
@@ -58,7 +58,10 @@ def run(
 def define(
     block: CellBlock, tokens: np.ndarray, preprocessing: Preprocessing, kind: str = "counts"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The definition in float64 numpy, cell by cell: offsets, genes, values."""
+    """The definition in float64 numpy, cell by cell: offsets, genes, values.
+
+    A cell's entries are ordered by token, then by value.
+    """
     lengths, genes, values = [0], [], []
     for first, last in zip(block.indptr[:-1], block.indptr[1:], strict=True):
         row = block.data[first:last].astype(np.float64)
@@ -74,10 +77,20 @@ def define(
             row = np.rint(row)
         if preprocessing.value_rounding == "truncate":
             row = np.trunc(row)
-        lengths.append(int(keep.sum()))
-        genes.append(token[keep])
-        values.append(row[keep])
+        row, token = row[keep], token[keep]
+        order = np.lexsort([row, token])
+        lengths.append(len(order))
+        genes.append(token[order])
+        values.append(row[order])
     return np.cumsum(lengths), np.concatenate(genes), np.concatenate(values)
+
+
+def order_of_entries(block: CellBlock, tokens: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The entries of a block that are kept, by cell, then token, then value."""
+    cell = np.repeat(np.arange(len(block.indptr) - 1), np.diff(block.indptr))
+    token = tokens[block.indices]
+    order = np.lexsort([values, token, cell])
+    return order[(block.data[order] != 0) & (token[order] >= 0)]
 
 
 def assert_same(a: RaggedCells, b: RaggedCells) -> None:
@@ -92,18 +105,18 @@ def assert_same(a: RaggedCells, b: RaggedCells) -> None:
 @pytest.mark.parametrize("target_sum", [1e4, 997.0])
 @pytest.mark.filterwarnings("ignore:Some cells have zero counts")
 def test_agrees_with_scanpy(dtype: str, target_sum: float) -> None:
-    """normalize_total and log1p to 1e-6; entries in the file's order; zeros dropped."""
+    """normalize_total and log1p to 1e-6; entries in the order of the tokens; zeros dropped."""
     scanpy = pytest.importorskip("scanpy")
     block, tokens = draw_block(dtype=dtype), draw_tokens()
     matrix = sp.csr_matrix((block.data, block.indices, block.indptr), (CELLS, GENES))
     adata = anndata.AnnData(matrix.copy())
     scanpy.pp.normalize_total(adata, target_sum=target_sum)
     scanpy.pp.log1p(adata)
-    keep = (block.data != 0) & (tokens[block.indices] >= 0)
+    order = order_of_entries(block, tokens, adata.X.data)
     preprocessing = Preprocessing(target_sum, None, "none")
     cells = run(block, tokens, preprocessing).cells
-    np.testing.assert_array_equal(cells.genes.numpy(), tokens[block.indices][keep])
-    np.testing.assert_allclose(cells.values.numpy(), adata.X.data[keep], rtol=1e-6, atol=0)
+    np.testing.assert_array_equal(cells.genes.numpy(), tokens[block.indices][order])
+    np.testing.assert_allclose(cells.values.numpy(), adata.X.data[order], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -243,20 +256,22 @@ def test_what_is_dropped_and_what_stays(kind: InputKind) -> None:
     tokens = np.array([7, 5, -1, 3, 2])
     result = run(block, tokens, Preprocessing(target_sum=1.0), kind)
     assert result.cells.offsets.tolist() == [0, 2, 2, 2, 2, 3]
-    assert result.cells.genes.tolist() == [5, 3, 3]
-    assert result.cells.values.tolist() == ([0, 1, 1] if kind == "counts" else [0, 3, 0])
+    assert result.cells.genes.tolist() == [3, 5, 3]
+    assert result.cells.values.tolist() == ([1, 0, 1] if kind == "counts" else [3, 0, 0])
     assert result.unknown_entries == 1
     assert result.empty_cells == 3
 
 
 def test_unknown_genes_belong_to_the_library() -> None:
-    block, tokens = draw_block(), draw_tokens()
-    every = np.arange(1, GENES + 1, dtype=np.int32)
-    some = run(block, tokens)
-    keep = (block.data != 0) & (tokens[block.indices] >= 0)
-    alone = run(block, every).cells.values.numpy()
-    np.testing.assert_array_equal(some.cells.values.numpy(), alone[keep[block.data != 0]])
-    assert some.unknown_entries == int(((block.data != 0) & ~keep).sum())
+    """A known gene's value is the same whether or not the other genes are known."""
+    block, some = draw_block(), draw_tokens()
+    every = np.where(some >= 0, some, 10_007 + np.arange(GENES))  # the others follow
+    known = run(block, some)
+    all_known = run(block, every, size=10_007 + GENES).cells
+    keep = all_known.genes.numpy() < 10_007
+    np.testing.assert_array_equal(known.cells.genes.numpy(), all_known.genes.numpy()[keep])
+    np.testing.assert_array_equal(known.cells.values.numpy(), all_known.values.numpy()[keep])
+    assert known.unknown_entries == int((~keep).sum()) > 0
 
 
 def test_normalising_normalised_values_changes_nothing() -> None:
