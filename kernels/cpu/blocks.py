@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..reference import LAYER_NORM_EPSILON
 from ..weights import BlockWeights, EncoderWeights
-from .simd import LANES, multiply_add
+from .simd import LANES, aligned, multiply_add
 from .vector_math import (
     add,
     add_constant,
@@ -110,7 +110,7 @@ def make_block_scratch(blocks: Blocks) -> BlockScratch:
         blocks.dim, blocks.dim, 3 * blocks.dim, blocks.patches, blocks.mlp_dim,
         blocks.output_dim, 1, 1,
     )  # fmt: skip
-    return BlockScratch(*(np.zeros(count * blocks.lanes, np.float32) for count in rows))
+    return BlockScratch(*(aligned(count * blocks.lanes) for count in rows))
 
 
 def _floats(tensor: Tensor) -> np.ndarray:

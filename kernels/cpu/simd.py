@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -115,6 +116,16 @@ def _spread(builder: Any, scalar: Any) -> Any:
     undefined = ir.Constant(_FLOATS, ir.Undefined)
     lane = builder.insert_element(undefined, scalar, ir.Constant(_INT, 0))
     return builder.shuffle_vector(lane, undefined, ir.Constant(_INTS, [0] * LANES))
+
+
+def aligned(count: int) -> np.ndarray:
+    """Zeros, float32 [count], that begin at a cache line (and a pair of them).
+
+    NumPy promises 16 bytes. A vector of 64 bytes that lies across two lines takes two loads.
+    """
+    memory = np.zeros(count + 32, np.float32)
+    start = -memory.ctypes.data % 128 // memory.itemsize
+    return memory[start : start + count]
 
 
 @intrinsic

@@ -18,7 +18,7 @@ from .. import reference
 from ..threads import run_blocks
 from ..weights import EncoderWeights
 from .attention import SCALE, TILE
-from .simd import LANES, TILE_ROWS
+from .simd import LANES, TILE_ROWS, aligned
 
 LARGEST_INTEGER = 255  # discrete values are uint8
 
@@ -57,11 +57,11 @@ class Scratch(NamedTuple):
 def make_scratch(tables: Tables) -> Scratch:
     width = tables.heads * tables.lanes
     return Scratch(
-        np.empty(TILE * width, np.float32),
-        np.zeros(TILE * tables.heads * tables.block + LANES, np.float32),
-        np.empty(tables.heads * tables.block * tables.lanes, np.float32),
-        np.empty((LARGEST_INTEGER + 1) * width, np.float32),
-        np.empty(width, np.float32),
+        aligned(TILE * width),
+        aligned(TILE * tables.heads * tables.block + LANES),
+        aligned(tables.heads * tables.block * tables.lanes),
+        aligned((LARGEST_INTEGER + 1) * width),
+        aligned(width),
     )
 
 
@@ -77,7 +77,7 @@ def make_tables(weights: EncoderWeights) -> Tables:
     binned = exact.value_bins is not None
 
     dim, width = heads * head_dim, heads * lanes
-    memory = np.zeros(len(keys) * (width + dim) + LANES, np.float32)  # read in whole vectors
+    memory = aligned(len(keys) * (width + dim) + LANES)  # read in whole vectors
     table = memory[:-LANES].reshape(len(keys), width + dim)
     highest = _highest_scores(queries, keys)
     run_blocks(
