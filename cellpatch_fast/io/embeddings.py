@@ -76,13 +76,7 @@ def finished_facts(output: Path) -> dict[str, Any] | None:
 
 
 def unfinished_facts(partial: Path) -> dict[str, Any] | None:
-    """The journal of unfinished work; None if there is none.
-
-    Raises
-    ------
-    InputError
-        If it is damaged or of a newer version.
-    """
+    """The journal of unfinished work; None if there is none, `InputError` if it is not usable."""
     path = partial / JOURNAL
     if not path.is_file():
         return None
@@ -114,8 +108,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 class EmbeddingWriter:
     """Writes an embedding store, or goes on with one that was interrupted. A context manager.
 
-    `prepare` it, `write` the shards that are `missing`, then `finish`. Whatever happens in
-    between, what is done stays and can be gone on with.
+    `prepare` it, `write` the shards that are `missing`, then `finish`.
 
     Parameters
     ----------
@@ -267,9 +260,8 @@ class EmbeddingWriter:
             self._write_journal()
 
     def _require_same(self, journal: Mapping[str, Any]) -> None:
-        here = version("cellpatch-fast")
         before = {**journal["settings"], "version of cellpatch-fast": journal["version"]}
-        now = {**self.settings, "version of cellpatch-fast": here}
+        now = {**self.settings, "version of cellpatch-fast": version("cellpatch-fast")}
         if before != now:
             raise InputError(
                 f"{self.partial} holds the unfinished work of a run with other settings. Repeat "
@@ -347,7 +339,7 @@ def is_taken(output: Path) -> bool:
 def tidy(output: Path) -> None:
     """Remove what a run that was killed after its last step has left beside a finished store."""
     partial = partial_of(output)
-    if (partial / JOURNAL).is_file() and not (partial / STORE).exists():
+    if partial.is_dir() and {path.name for path in partial.iterdir()} <= OURS - {STORE}:
         with contextlib.suppress(InputError):  # another process is at work there
             lock = _locked(partial)
             _remove(partial)

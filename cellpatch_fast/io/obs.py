@@ -66,7 +66,8 @@ class FrameTable:
     def is_text(self, column: str) -> bool:
         from pandas.api.types import infer_dtype
 
-        return infer_dtype(self._frame[column], skipna=False) == "string"
+        values = self._frame[column]
+        return not values.hasnans and infer_dtype(values, skipna=False) == "string"
 
     def texts(self, column: str, start: int, stop: int) -> np.ndarray:
         values = self._frame.index if column == self.index_name else self._frame[column]
@@ -117,8 +118,10 @@ class StoredTable:
                 self._container.name, f"rows {start} to {stop - 1} of {self._key}/{column}"
             ):
                 values = self._element(column)[start:stop]
-        if values.dtype == object:
+        if values.dtype == object:  # h5py's strings are bytes
             return np.array([text(value) for value in values], object)
+        if values.dtype.kind == "T":  # NumPy's strings of any length
+            return values.astype(object)
         return values.astype(str).astype(object)
 
     def values(self, column: str) -> Any:
@@ -231,10 +234,11 @@ def _joined(tables: Sequence[Table], column: str) -> Any:
     ]
     present = [part for part in parts if part is not None]
     if all(is_numeric_dtype(part) for part in present):  # truth values too
-        lacking = _nullable(present[0].dtype)
+        dtype = _nullable(present[0].dtype)
+        missing = np.nan if dtype.startswith("float") else pd.NA
         joined = pd.concat(
             [
-                pd.Series(pd.NA, range(len(table)), lacking) if part is None else part
+                pd.Series(missing, range(len(table)), dtype) if part is None else part
                 for part, table in zip(parts, tables, strict=True)
             ],
             ignore_index=True,
