@@ -113,11 +113,6 @@ def test_mlps_of_different_widths_are_computed_or_refused(
     assert cell_errors(found, expected).max() <= TOLERANCE
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AttributeError,
-    reason="DEFECT: a projection without bias, which the reference computes, fails inside",
-)
 def test_projection_without_bias(
     random_weights: MakeWeights, random_cells: MakeCells, cell_errors: Errors
 ) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cellpatch_fast.kernels import Encoded, EncoderWeights, encode, reference
-from cellpatch_fast.kernels.cpu import encoder, tables
+from cellpatch_fast.kernels.cpu import encoder
 from torch import Tensor, nn
 
 from cellpatch_fast.cells import RaggedCells
@@ -145,24 +145,36 @@ def test_two_callers_at_once_get_the_same_bits(sample: Sample, two_threads: None
 class Garbage:
     """NumPy, except that new arrays are full of NaN where their content is promised to nobody."""
 
-    def __init__(self, *functions: str) -> None:
-        self.functions = functions
-
     def __getattr__(self, name: str) -> Any:
-        if name not in self.functions:
-            return getattr(np, name)
-        return lambda shape, dtype=float: np.full(shape, np.nan, dtype)
+        return getattr(np, name)
+
+    def empty(self, shape: int, dtype: type) -> np.ndarray:
+        return np.full(shape, np.nan, dtype)
 
 
-def test_uninitialised_memory_does_not_matter(
-    sample: Sample, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("content", [np.nan, 3e38])
+def test_what_memory_held_before_does_not_matter(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch, content: float
 ) -> None:
     weights, cells, pads = sample
     expected = parts(run(weights, cells, pads, attention=True))
-    monkeypatch.setattr(encoder, "np", Garbage("empty"))
-    monkeypatch.setattr(tables, "np", Garbage("empty"))
-    assert np.isnan(tables.make_scratch(encoder.prepared(weights).tables).sums).all()
+    filled = []
+
+    def used(make: Callable[..., Any]) -> Callable[..., Any]:
+        def make_used(sizes: Any) -> Any:
+            scratch = make(sizes)
+            for array in scratch:
+                array.fill(content)
+                filled.append(array)
+            return scratch
+
+        return make_used
+
+    for name in ("make_scratch", "make_block_scratch"):
+        monkeypatch.setattr(encoder, name, used(getattr(encoder, name)))
+    monkeypatch.setattr(encoder, "np", Garbage())
     found = parts(run(weights, cells, pads, attention=True))
+    assert filled
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
@@ -204,6 +216,7 @@ def test_empty_cells_stay_in_their_place(
     attended, _ = reference._self_attention(exact.self_blocks[0], x, 2, 0.0)
     x = reference._finish_block(exact.self_blocks[0], x, attended)
     assert exact.projection_weight is not None
+    assert exact.projection_bias is not None
     x = x @ exact.projection_weight.T + exact.projection_bias
     empty = torch.tensor(lengths) == 0
     assert cell_errors(features[empty], x.expand(4, -1, -1)).max() <= 1e-5

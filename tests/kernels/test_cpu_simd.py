@@ -30,7 +30,7 @@ class Matrices(NamedTuple):
 
 
 @njit
-def product(matrices, c_at, c_row, rows, columns, a_at, a_row, a_column, b_at, b_row, count):  # type: ignore[no-untyped-def]
+def product(matrices, c_at, c_row, rows, columns, a_at, a_row, a_column, b_at, b_row, count):
     m = borrow(matrices)
     multiply_add(
         m.c, c_at, c_row, rows, columns, m.a, a_at, a_row, a_column, m.b, b_at, b_row, count
@@ -110,28 +110,28 @@ def caller(function: Any, arrays: int) -> Callable[..., None]:
     if arrays == 1:
 
         @njit
-        def call(given, scalars, at, count):  # type: ignore[no-untyped-def]
+        def call(given, scalars, at, count):
             x = borrow(given)
             function(scalars, x.out, at, x.a, at, count)
 
     elif arrays == 2:
 
         @njit
-        def call(given, scalars, at, count):  # type: ignore[no-untyped-def]
+        def call(given, scalars, at, count):
             x = borrow(given)
             function(scalars, x.out, at, x.a, at, x.b, at, count)
 
     else:
 
         @njit
-        def call(given, scalars, at, count):  # type: ignore[no-untyped-def]
+        def call(given, scalars, at, count):
             x = borrow(given)
             function(scalars, x.out, at, x.a, at, x.b, at, x.c, at, count)
 
-    return call  # type: ignore[no-any-return]
+    return call
 
 
-def apply(function: Any, *inputs: Any, scalars: tuple[float, ...] = ()) -> np.ndarray:
+def apply(function: Any, *inputs: Any, scalars: tuple[Any, ...] = ()) -> np.ndarray:
     """``function`` over float32 arrays of the same length."""
     length = len(inputs[0])
     count = -(-length // LANES) * LANES
