@@ -25,38 +25,39 @@ DETECTION = [
 ]  # fmt: skip
 
 
-def detection(mean_genes: float) -> np.ndarray:
-    """Probability that a cell expresses the gene of each rank, float64 [GENES].
-
-    Their sum is ``mean_genes``.
-    """
-    ranks, shares = np.array(DETECTION).T
-    log_share = np.interp(np.log(np.arange(1, GENES + 1)), np.log(ranks), np.log(shares))
-    log_miss = np.log1p(-np.exp(log_share).clip(max=1 - 1e-9))
-    low, high = 1e-6, 1e6  # chances, relative to PBMC 3k
-    for _ in range(100):
-        chances = np.sqrt(low * high)
-        found = -np.expm1(chances * log_miss)
-        low, high = (chances, high) if found.sum() < mean_genes else (low, chances)
-    return found
+SPREAD = 0.31  # of the logarithm of genes per cell in PBMC 3k
 
 
 def draw_cells(
     cells: int, genes: int, rng: np.random.Generator, *, uniform: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets int64 [cells + 1] and gene tokens int32 [entries] of cells with ``genes`` each.
+    """Offsets int64 [cells + 1] and gene tokens int32 [entries] of cells.
 
-    With real frequencies the number of genes is the mean; a cell's own number varies a little.
+    The number of genes is log-normal with median ``genes`` and spread `SPREAD`. With real
+    frequencies it is reached by depth (see above), otherwise by drawing from all genes alike.
     Tokens are ascending within a cell.
     """
+    lengths = np.minimum(genes * np.exp(SPREAD * rng.standard_normal(cells)), 0.9 * GENES)
     if uniform:
-        rows = [np.sort(rng.choice(GENES, genes, replace=False)) + 1 for _ in range(cells)]
+        rows = [np.sort(rng.choice(GENES, int(n), replace=False)) + 1 for n in lengths]
     else:
         token = rng.permutation(GENES) + 1  # of each rank: common genes lie anywhere
-        found = detection(genes)
-        rows = [np.sort(token[rng.random(GENES) < found]) for _ in range(cells)]
+        ranks, shares = np.array(DETECTION).T
+        log_share = np.interp(np.log(np.arange(1, GENES + 1)), np.log(ranks), np.log(shares))
+        log_miss = np.log1p(-np.exp(log_share).clip(max=1 - 1e-9))
+        rows = [
+            np.sort(token[rng.random(GENES) < -np.expm1(chances * log_miss)])
+            for chances in _chances(log_miss, lengths)
+        ]
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
     return offsets.astype(np.int64), np.concatenate(rows).astype(np.int32)
+
+
+def _chances(log_miss: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The depth, relative to PBMC 3k, at which so many genes are expected."""
+    depths = np.geomspace(1e-4, 1e6, 200)
+    expected = [-np.expm1(depth * log_miss).sum() for depth in depths]
+    return np.exp(np.interp(np.log(lengths), np.log(expected), np.log(depths)))
 
 
 def real_cells(path: Path) -> tuple[np.ndarray, np.ndarray]:

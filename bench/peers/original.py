@@ -30,6 +30,9 @@ class _Encoder(nn.Module):
         Width of the features; None to leave them at ``dim``.
     attention_dropout, embedding_dropout
         Dropout on attention weights and on embedded genes while training.
+    fused
+        The original has PyTorch compute attention weights always, used or not. True leaves them
+        out where nobody asks, so that PyTorch takes its fused attention.
     """
 
     self_extract_blocks_attn: nn.ModuleList
@@ -46,8 +49,10 @@ class _Encoder(nn.Module):
         projection: int | None = 10,
         attention_dropout: float = 0.1,
         embedding_dropout: float = 0.0,
+        fused: bool = False,
     ) -> None:
         super().__init__()
+        self.fused = fused
         self.sizes = (dim, heads, mlp_dim, attention_dropout)
         self.pathway_token = nn.Parameter(torch.randn(1, patches, dim))
         self.gene2vector = nn.Embedding(genes, dim)
@@ -103,7 +108,7 @@ class _Encoder(nn.Module):
             module if index is None else module[index]
             for module in (getattr(self, f"{name}_{part}") for part in PARTS)
         )
-        attended, attention = attend(x, context, context, need_weights=weights)
+        attended, attention = attend(x, context, context, need_weights=weights or not self.fused)
         x = attention_norm(x + attended)
         return mlp_norm(x + mlp(x)), attention
 

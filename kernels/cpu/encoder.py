@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import threading
 import zlib
 from collections import OrderedDict
@@ -24,8 +23,9 @@ from torch import Tensor
 from ..reference import Encoded
 from ..threads import run_blocks
 from ..weights import EncoderWeights
-from .attention import cross_attend, entry, log_sum_exp, score
+from .attention import GROUP, cross_attend, finish
 from .blocks import Blocks, make_block_scratch, make_blocks, run_blocks_of_cell
+from .exact import weigh_entries
 from .simd import borrow
 from .tables import Tables, make_scratch, make_tables
 
@@ -122,9 +122,12 @@ def encode(
 
     _announce_compilation()
 
+    own = threading.local()  # a thread's scratch memory
+
     def task(start: int, stop: int) -> None:
-        scratch, block_scratch = make_scratch(tables), make_block_scratch(blocks)
-        _encode(batch, tables, blocks, scratch, block_scratch, discrete, attention, start, stop)
+        if not hasattr(own, "scratch"):
+            own.scratch = make_scratch(tables), make_block_scratch(blocks)
+        _encode(batch, tables, blocks, *own.scratch, discrete, attention, start, stop)
 
     run_blocks(task, cells, CELLS_AT_ONCE)
     features = torch.from_numpy(batch.features).view(cells, patches, blocks.output_dim)
@@ -146,40 +149,24 @@ def _encode_cells(batch, tables, blocks, scratch, block_scratch, discrete, atten
     patches, lanes, width = blocks.patches, blocks.lanes, blocks.output_dim
     kept = (blocks.depth - 1) * blocks.heads * patches * patches
     for cell in range(start, stop):
+        slot = (cell - start) % GROUP
+        if slot == 0:
+            cross_attend(
+                batch.genes, batch.values, batch.offsets, batch.pads,
+                cell, min(GROUP, stop - cell), discrete, tables, scratch,
+            )  # fmt: skip
         first, last = batch.offsets[cell], batch.offsets[cell + 1]
-        pads = batch.pads[cell]
-        cross_attend(
-            batch.genes, batch.values, first, last, discrete, pads,
+        finish(
+            slot, batch.genes, batch.values, first, last, batch.pads[cell], discrete,
             tables, scratch, block_scratch.mixed,
         )  # fmt: skip
         if attention:
-            _weigh_entries(batch, first, last, cell, tables)
+            weigh_entries(batch, first, last, cell, tables)
         run_blocks_of_cell(blocks, block_scratch, batch.self_attention, cell * kept, attention)
         for p in range(patches):
             place = (cell * patches + p) * width
             for e in range(width):
                 batch.features[place + e] = block_scratch.output[e * lanes + p]
-
-
-@njit(nogil=True)
-def _weigh_entries(batch, first, last, cell, tables):
-    """Attention weights of a cell's entries and pads, computed in float64."""
-    heads, patches, pads = tables.heads, tables.patches, batch.pads[cell]
-    for h in range(heads):
-        for p in range(patches):
-            if pads == 0:
-                batch.pad_attention[(cell * heads + h) * patches + p] = np.float32(0.0)
-            if last == first and pads == 0:
-                continue
-            log_total = log_sum_exp(batch.genes, batch.values, first, last, pads, h, p, tables)
-            for i in range(first, last + (pads > 0)):
-                gene, value, number = entry(batch.genes, batch.values, last, pads, i)
-                weight = number * math.exp(score(gene, value, h, p, tables) - log_total)
-                if i < last:
-                    batch.cross_attention[(i * heads + h) * patches + p] = np.float32(weight)
-                else:
-                    place = (cell * heads + h) * patches + p
-                    batch.pad_attention[place] = np.float32(weight)
 
 
 def _cached(sources: str) -> Any:

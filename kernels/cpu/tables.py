@@ -17,15 +17,14 @@ from numba import njit
 from .. import reference
 from ..threads import run_blocks
 from ..weights import EncoderWeights
-from .attention import SCALE, TILE
+from .attention import GROUP, INTEGERS, SCALE, TILE
 from .simd import LANES, TILE_ROWS, aligned
-
-LARGEST_INTEGER = 255  # discrete values are uint8
 
 
 class Tables(NamedTuple):
     """Projected tables; ``lanes`` is the number of patches rounded up to whole vectors."""
 
+    genes: int
     patches: int
     lanes: int
     heads: int
@@ -49,9 +48,10 @@ class Scratch(NamedTuple):
 
     weights: np.ndarray  # float32 [TILE · h · lanes]
     rows: np.ndarray  # float32 [TILE · h · block + LANES]
-    sums: np.ndarray  # float32 [h · block · lanes]
-    factors: np.ndarray  # float32 [(LARGEST_INTEGER + 1) · h · lanes]
-    shift: np.ndarray  # float32 [h · lanes]
+    sums: np.ndarray  # float32 [GROUP · h · block · lanes]
+    factors: np.ndarray  # float32 [GROUP · INTEGERS · h · lanes]
+    shift: np.ndarray  # float32 [GROUP · h · lanes]
+    position: np.ndarray  # int64 [GROUP]: the next entry of each cell
 
 
 def make_scratch(tables: Tables) -> Scratch:
@@ -59,9 +59,10 @@ def make_scratch(tables: Tables) -> Scratch:
     return Scratch(
         aligned(TILE * width),
         aligned(TILE * tables.heads * tables.block + LANES),
-        aligned(tables.heads * tables.block * tables.lanes),
-        aligned((LARGEST_INTEGER + 1) * width),
-        aligned(width),
+        aligned(GROUP * tables.heads * tables.block * tables.lanes),
+        aligned(GROUP * INTEGERS * width),
+        aligned(GROUP * width),
+        np.empty(GROUP, np.int64),
     )
 
 
@@ -88,6 +89,7 @@ def make_tables(weights: EncoderWeights) -> Tables:
     factors = np.exp(value_scores - value_scores.max(0)) * 2.0**SCALE
     slope = (value_scores[0] * math.log2(math.e)).reshape(-1)
     return Tables(
+        genes=len(keys),
         patches=patches,
         lanes=lanes,
         heads=heads,
