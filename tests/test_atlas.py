@@ -227,9 +227,10 @@ def stopped_after(shards: int) -> Iterator[None]:
             raise Stopped
         write(writer, shard, *rest)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embeddings.EmbeddingWriter, "write", write_or_stop)
-        yield
+        with pytest.raises(Stopped):
+            yield
 
 
 @pytest.mark.parametrize("shards", [0, 1, 10])
