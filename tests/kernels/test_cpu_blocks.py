@@ -113,6 +113,11 @@ def test_mlps_of_different_widths_are_computed_or_refused(
     assert cell_errors(found, expected).max() <= TOLERANCE
 
 
+@pytest.mark.xfail(
+    strict=False,  # what lies beyond the empty array may happen to be zeros
+    reason="DEFECT: a projection without bias, which the reference computes, reads a bias from "
+    "beyond an empty array",
+)
 def test_projection_without_bias(
     random_weights: MakeWeights, random_cells: MakeCells, cell_errors: Errors
 ) -> None:

@@ -277,3 +277,22 @@ def test_gradients_of_a_batch_of_empty_cells_are_finite(random_weights: MakeWeig
     used = [leaf.grad for leaf in leaves if leaf.grad is not None]
     assert len(used) > 12
     assert all(grad.isfinite().all() for grad in used)
+
+
+def test_deterministic_gradients_are_the_same_every_time(
+    random_weights: MakeWeights, random_cells: MakeCells, two_threads: None
+) -> None:
+    """Genes that thousands of entries share, where atomics would add up in any order."""
+    cells = random_cells([3000] * 5, genes=43)
+    gradients = []
+    torch.use_deterministic_algorithms(True)
+    for _ in range(3):
+        weights = random_weights(**DIMENSIONS | {"dtype": torch.float32})
+        weights.genes.requires_grad_()
+        features = encode(weights, cells.offsets, cells.genes, cells.values).features
+        features.pow(3).sum().backward()
+        gradients.append(weights.genes.grad)
+    torch.use_deterministic_algorithms(False)
+    first, *others = gradients
+    assert first is not None
+    assert all(other is not None and torch.equal(other, first) for other in others)
