@@ -90,7 +90,9 @@ def _add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="model directory, or a name on the hub"
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="OUT.zarr")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="OUT.zarr", help="the store to make"
+    )
     parser.add_argument("--layer", metavar="L", help="read this layer instead of X")
     parser.add_argument("--use-raw", action="store_true", help="read raw instead of X")
     parser.add_argument(
@@ -146,10 +148,20 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description="Convert a checkpoint of the original CellPatch code into a model "
         "directory. Code inside the file is never run.",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="FILE.pth")
-    parser.add_argument("--args", required=True, type=Path, metavar="ARGS.json")
-    parser.add_argument("--vocabulary", required=True, type=Path, metavar="GENE2TOK.json")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="FILE.pth", help="of a PathFormer or PathFormer_lp"
+    )
+    parser.add_argument(
+        "--args", required=True, type=Path, metavar="ARGS.json", help="arguments of its training"
+    )
+    parser.add_argument(
+        "--vocabulary",
+        required=True,
+        type=Path,
+        metavar="GENE2TOK.json",
+        help="tokens of the genes by their symbols",
+    )
+    _add_model_output(parser)
     parser.add_argument(
         "--value-rounding",
         choices=("round", "truncate", "none"),
@@ -173,9 +185,17 @@ def _add_new_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         description="Write a model directory with the paper's configuration, the human gene "
         "vocabulary and random weights.",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    _add_model_output(parser)
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the weights (default: 0)"
+    )
     parser.set_defaults(run=_new_model)
+
+
+def _add_model_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="the model directory to make"
+    )
 
 
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -184,7 +204,7 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="say what a path holds",
         description="Say what a model directory, an AnnData file or an embedding store holds.",
     )
-    parser.add_argument("path", type=Path, metavar="PATH")
+    parser.add_argument("path", type=Path, metavar="PATH", help="a file or folder")
     parser.set_defaults(run=_inspect)
 
 
