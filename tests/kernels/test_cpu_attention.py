@@ -107,11 +107,14 @@ def score_parts(weights: EncoderWeights, cells: RaggedCells) -> tuple[Tensor, Te
     values=st.sampled_from(["integers", "continuous", "binned"]),
     pads=st.booleans(),
     scores=st.sampled_from([None, 20.0, 200.0]),
+    in_order=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@example([0], 50, "integers", False, None, 0)
-@example([5000, 0, 1], 101, "binned", True, 200.0, 1)
-@example([31, 32, 33], 101, "continuous", True, 200.0, 2)  # around a tile of entries
+@example([0], 50, "integers", False, None, False, 0)
+@example([5000, 0, 1], 101, "binned", True, 200.0, False, 1)
+@example([31, 32, 33], 101, "continuous", True, 200.0, True, 2)  # around a tile of entries
+@example([700, 0, *range(30)] * 2, 101, "integers", True, 20.0, True, 3)  # more than a group
+@example([700, 0, *range(30)] * 2, 101, "integers", True, 20.0, False, 3)
 def test_any_lengths(
     random_weights: MakeWeights,
     random_cells: MakeCells,
@@ -121,13 +124,18 @@ def test_any_lengths(
     values: str,
     pads: bool,
     scores: float | None,
+    in_order: bool,
     seed: int,
 ) -> None:
+    """And any order of entries: their tokens ascend in most files."""
     bins = 6 if values == "binned" else None
     weights = random_weights(seed, bins=bins, gene_scores=scores, value_scores=scores)
     cells = random_cells(
         lengths, genes=genes, bins=None if values == "continuous" else 6, seed=seed
     )
+    for cell in range(len(lengths) if in_order else 0):
+        first, last = cells.offsets[cell : cell + 2]
+        cells.genes[first:last] = cells.genes[first:last].sort().values
     number = torch.arange(len(lengths)) * 1000 if pads else None
     compare(weights, cells, number)
 

@@ -56,7 +56,8 @@ def sample(
 ) -> tuple[EncoderWeights, RaggedCells, Tensor]:
     """Weights, 1,100 cells of very different lengths, and pads.
 
-    Scores reach 120, so that some patches of some cells are computed again in float64.
+    Scores reach 120, so that some patches of some cells are computed again in float64. The
+    entries of the long cells are in the order of their tokens in every other one.
     """
     kind = request.param
     bins = 6 if kind == "binned" else None
@@ -64,8 +65,11 @@ def sample(
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(0, 40, (1100,), generator=generator)
     lengths[::10] = 0
-    lengths[7::100] = 400
+    lengths[200:240] = torch.randint(100, 1500, (40,), generator=generator)
     cells = random_cells(lengths.tolist(), bins=None if kind == "continuous" else 6)
+    for cell in range(200, 240, 2):
+        first, last = cells.offsets[cell : cell + 2]
+        cells.genes[first:last] = cells.genes[first:last].sort().values
     return weights, cells, torch.randint(0, 3, (1100,), generator=generator)
 
 

@@ -36,7 +36,9 @@ def arguments(
     return tensors, structure, cells.offsets, cells.genes, cells.values, number, attention
 
 
-@pytest.mark.parametrize(("options", "pads", "attention", "lengths"), CASES)
+@pytest.mark.parametrize(
+    ("options", "pads", "attention", "lengths"), [CASES[0], *CASES[2:4], CASES[-2]]
+)
 def test_opcheck(
     random_weights: MakeWeights,
     random_cells: MakeCells,
