@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-OFFSET_DTYPES = (torch.int32, torch.int64)
-GENE_DTYPES = (torch.uint16, torch.uint32, torch.int32, torch.int64)
-VALUE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .kernels.checks import GENE_DTYPES, OFFSET_DTYPES, VALUE_DTYPES
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .checks import check_cells
 from .reference import Encoded
 from .weights import BlockWeights, EncoderWeights
 
@@ -90,7 +91,6 @@ def encode(
     ValueError
         If tokens, offsets, values or the backend do not fit.
     """
-    _check(weights, offsets, genes, values, pads)
     inputs = (*weights.tensors(), values)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     chosen = resolve_backend(backend, genes.device)
@@ -102,7 +102,10 @@ def encode(
             )
         chosen = "reference"
     if chosen == "reference":
-        return reference.encode(weights, offsets, genes, values, pads=pads, attention=attention)
+        if not torch.compiler.is_compiling():  # while tracing there is nothing to check
+            check_cells(weights, offsets, genes, values, pads)
+        with torch.autocast(genes.device.type, enabled=False):  # in the weights' own precision
+            return reference.encode(weights, offsets, genes, values, pads=pads, attention=attention)
     tensors, structure = weights.flatten()
     features, *attentions = torch.ops.cellpatch.encode(
         tensors, structure, offsets, genes, values, pads, attention
@@ -111,42 +114,3 @@ def encode(
         return Encoded(features)
     cross, pad, *blocks = attentions
     return Encoded(features, cross, pad, tuple(blocks))
-
-
-def _check(
-    weights: EncoderWeights, offsets: Tensor, genes: Tensor, values: Tensor, pads: Tensor | None
-) -> None:
-    """Refuse what would read outside a table. One pass over the entries."""
-    if torch.compiler.is_compiling():  # values are not known while tracing
-        return
-    if weights.value_bins is not None and values.dtype != torch.uint8:
-        raise ValueError(f"a table of value bins needs uint8 values, found {values.dtype}")
-    if len(genes) != len(values):
-        raise ValueError(f"{len(genes)} genes but {len(values)} values")
-    if len(offsets) == 0 or int(offsets[0]) != 0 or int(offsets[-1]) != len(genes):
-        raise ValueError(f"offsets must run from 0 to the number of entries, {len(genes)}")
-    if bool((offsets[1:] < offsets[:-1]).any()):
-        raise ValueError("offsets must not decrease")
-    if pads is not None and (pads.shape != (len(offsets) - 1,) or bool((pads < 0).any())):
-        raise ValueError("pads must hold one number, not negative, for each cell")
-    if len(genes) == 0:
-        return
-    lowest, highest = _range(genes)
-    if lowest < 0 or highest >= len(weights.genes):
-        raise ValueError(
-            f"gene tokens run from {lowest} to {highest}, but the model has tokens 0 to "
-            f"{len(weights.genes) - 1}"
-        )
-    if weights.value_bins is not None and (largest := _range(values)[1]) >= len(weights.value_bins):
-        raise ValueError(
-            f"the largest value is {largest}, but there are {len(weights.value_bins)} value bins"
-        )
-
-
-def _range(integers: Tensor) -> tuple[int, int]:
-    """Lowest and highest of at least one integer."""
-    if integers.device.type == "cpu":  # NumPy takes a sixth of the time, and knows uint16
-        array = integers.numpy()
-        return int(array.min()), int(array.max())
-    lowest, highest = torch.aminmax(integers.long())
-    return int(lowest), int(highest)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_cells
 from .cpu import encoder as cpu
 from .weights import EncoderWeights
 
@@ -37,8 +38,10 @@ def _encode_on_cpu(
     [c, p, E] and, with ``attention``, the cross-attention [n, h, p], the attention to pads
     [c, h, p] and one self-attention [c, h, p, p] per block.
     """
+    unflat = EncoderWeights.unflatten(weights, structure)
+    check_cells(unflat, offsets, genes, values, pads)
     encoded = cpu.encode(
-        EncoderWeights.unflatten(weights, structure),
+        unflat,
         offsets,
         genes,
         values,
@@ -82,3 +85,13 @@ def _encode_fake(
         empty(cells, heads, patches),
         *(empty(cells, heads, patches, patches) for _ in unflat.self_blocks),
     ]
+
+
+def _refuse_backward(context: object, *gradients: object) -> None:
+    raise RuntimeError(
+        "torch.ops.cellpatch.encode has no gradient; kernels.encode runs the reference where "
+        "gradients are needed"
+    )
+
+
+torch.library.register_autograd("cellpatch::encode", _refuse_backward)

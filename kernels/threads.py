@@ -10,8 +10,9 @@ The number of threads is ``torch.get_num_threads()``: one setting, the one PyTor
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import count as counter
 
 import torch
@@ -37,22 +38,21 @@ def run_blocks(task: Callable[[int, int], None], count: int, block: int) -> None
     blocks = -(-count // block)
     threads = min(torch.get_num_threads(), blocks)
     ticket = counter()  # next() is atomic: it is a C function that holds the GIL
+    failed = threading.Event()
 
     def work() -> None:
-        while (index := next(ticket)) < blocks:
-            task(index * block, min(count, (index + 1) * block))
+        while not failed.is_set() and (index := next(ticket)) < blocks:
+            try:
+                task(index * block, min(count, (index + 1) * block))
+            except BaseException:
+                failed.set()
+                raise
 
-    if threads <= 1:
-        work()
-        return
     others = [_threads().submit(work) for _ in range(threads - 1)]
     try:
         work()
     finally:
-        for _ in range(blocks):  # after an error: leave the others nothing to take
-            next(ticket)
-        for other in others:
-            other.exception()
+        wait(others)
     for other in others:
         other.result()
 

@@ -79,8 +79,21 @@ class BlockScratch(NamedTuple):
 
 
 def make_blocks(weights: EncoderWeights) -> Blocks:
-    """Copy the weights into the layout of the kernels, float32."""
+    """Copy the weights into the layout of the kernels, float32.
+
+    Raises
+    ------
+    ValueError
+        If blocks differ in shape.
+    """
     blocks = (weights.cross, *weights.self_blocks)
+    for block in blocks:
+        for name, tensor, first in zip(block._fields, block, weights.cross, strict=True):
+            if tensor.shape != first.shape:
+                raise ValueError(
+                    f"the numba backend needs blocks of one shape: {name} is "
+                    f"{list(first.shape)} in one and {list(tensor.shape)} in another"
+                )
     patches, dim = weights.patches.shape
     lanes = -(-patches // LANES) * LANES
     start = np.zeros((dim, lanes), np.float32)
@@ -99,8 +112,12 @@ def make_blocks(weights: EncoderWeights) -> Blocks:
         output_dim=weights.output_dim,
         projected=weights.projection_weight is not None,
         start=start.reshape(-1),
-        projection_weight=_optional(weights.projection_weight),
-        projection_bias=_optional(weights.projection_bias),
+        projection_weight=np.zeros(0, np.float32)
+        if weights.projection_weight is None
+        else _floats(weights.projection_weight).reshape(-1),
+        projection_bias=np.zeros(weights.output_dim, np.float32)
+        if weights.projection_bias is None
+        else _floats(weights.projection_bias),
         **stacked,
     )
 
@@ -116,10 +133,6 @@ def make_block_scratch(blocks: Blocks) -> BlockScratch:
 def _floats(tensor: Tensor) -> np.ndarray:
     """float32, contiguous."""
     return np.ascontiguousarray(tensor.detach().cpu().float().numpy())
-
-
-def _optional(tensor: Tensor | None) -> np.ndarray:
-    return np.zeros(0, np.float32) if tensor is None else _floats(tensor).reshape(-1)
 
 
 @njit(nogil=True)
@@ -201,7 +214,7 @@ def _layer_norm(weight, bias, at, blocks, scratch):
         )  # fmt: skip
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True, error_model="numpy")
 def _attend_to_patches(block, blocks, scratch, attention, at, keep_attention):
     """Self-attention of a cell's patches: from state to mixed.
 

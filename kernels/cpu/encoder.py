@@ -71,7 +71,9 @@ def prepared(weights: EncoderWeights) -> Prepared:
     key = (*structure, *(_identity(tensor) for tensor in tensors))
     with _preparing:
         if key not in _prepared:
-            _prepared[key] = Prepared(weights, make_tables(weights), make_blocks(weights))
+            # detached: they hold the memory itself, which a parameter may exchange for other
+            held = EncoderWeights.unflatten([t.detach() for t in tensors], structure)
+            _prepared[key] = Prepared(held, make_tables(weights), make_blocks(weights))
             while len(_prepared) > _KEPT_WEIGHTS:
                 _prepared.popitem(last=False)
         _prepared.move_to_end(key)

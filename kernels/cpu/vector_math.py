@@ -82,6 +82,18 @@ def divide_where_positive(a: Vector, total: Vector) -> Vector:
     return where_positive(total, a / total)
 
 
+@elementwise(arrays=3)
+def remainder(y: Vector, new: Vector, old: Vector) -> Vector:
+    """What of y was lost to rounding when it was added: new = old + y."""
+    return y - (new - old)
+
+
+@elementwise(arrays=2)
+def poison(a: Vector, b: Vector) -> Vector:
+    """a, or NaN where b is not finite."""
+    return a + (b - b)
+
+
 @elementwise(arrays=3, scalars=1, unroll=1)
 def value_factors(value: Vector, slope: Vector, slope_rest: Vector, shift: Vector) -> Vector:
     """2 ** (value · slope - shift), where shift is an integer.
