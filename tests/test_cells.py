@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellpatch_fast.cells import GENE_DTYPES, OFFSET_DTYPES, VALUE_DTYPES, RaggedCells
+from cellpatch_fast.cells import RaggedCells
 
 Entries = list[tuple[int, int]]  # (gene, value) of one cell
 
@@ -55,9 +55,11 @@ def tensors(**changed: Any) -> dict[str, torch.Tensor]:
 # --- what does not fit -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("offsets", OFFSET_DTYPES)
-@pytest.mark.parametrize("genes", GENE_DTYPES)
-@pytest.mark.parametrize("values", VALUE_DTYPES)
+@pytest.mark.parametrize("offsets", [torch.int32, torch.int64])
+@pytest.mark.parametrize("genes", [torch.uint16, torch.uint32, torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "values", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
 def test_every_type_works(genes: torch.dtype, values: torch.dtype, offsets: torch.dtype) -> None:
     cells = make(THREE, genes, values, offsets)
     assert entries_of(cells) == THREE

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from cellpatch_fast.kernels import BlockWeights, EncoderWeights, reference
+from cellpatch_fast.kernels import BlockWeights, Encoded, EncoderWeights, encode, reference
 from torch import Tensor
 
 from cellpatch_fast.cells import RaggedCells
 
+TOLERANCE = 1e-5  # promised: the relative error of a cell against float64
 GENES = 101  # tokens that random weights and cells have unless told otherwise
 
 
@@ -119,6 +120,12 @@ def errors_per_cell(found: Tensor, expected: Tensor) -> Tensor:
     return (found.double().flatten(1) - expected).norm(dim=1) / expected.norm(dim=1)
 
 
+def assert_close(found: Tensor, expected: Tensor | None) -> None:
+    assert expected is not None
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=TOLERANCE, atol=1e-7)
+
+
 @pytest.fixture(scope="session")
 def random_weights() -> Callable[..., EncoderWeights]:
     return make_weights
@@ -137,6 +144,44 @@ def as_type() -> Callable[[EncoderWeights, torch.dtype], EncoderWeights]:
 @pytest.fixture(scope="session")
 def cell_errors() -> Callable[[Tensor, Tensor], Tensor]:
     return errors_per_cell
+
+
+@pytest.fixture(scope="session")
+def compare() -> Callable[..., Encoded]:
+    """Encodes with Numba, asserts that features equal the reference's, and returns them."""
+
+    def check(
+        weights: EncoderWeights,
+        cells: RaggedCells,
+        pads: Tensor | None = None,
+        attention: bool = False,
+    ) -> Encoded:
+        with torch.no_grad():
+            found = encode(
+                weights, cells.offsets, cells.genes, cells.values,
+                pads=pads, attention=attention, backend="numba",
+            )  # fmt: skip
+            values = cells.values
+            expected = reference.encode(
+                convert(weights, torch.float64), cells.offsets, cells.genes,
+                values.double() if values.is_floating_point() else values,
+                pads=pads, attention=attention,
+            )  # fmt: skip
+        assert found.features.dtype == torch.float32
+        assert errors_per_cell(found.features, expected.features).max() <= TOLERANCE
+        if attention:
+            assert found.cross_attention is not None
+            assert found.pad_attention is not None
+            assert found.self_attention is not None
+            assert_close(found.cross_attention, expected.cross_attention)
+            assert_close(found.pad_attention, expected.pad_attention)
+            for block, right in zip(
+                found.self_attention, expected.self_attention or (), strict=True
+            ):
+                assert_close(block, right)
+        return found
+
+    return check
 
 
 @pytest.fixture(params=[1, 2], ids=["1_thread", "2_threads"])

@@ -93,11 +93,6 @@ def test_features_of_nearly_constant_state(
     assert cell_errors(found.features, expected.features).max() <= TOLERANCE
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="DEFECT: blocks with MLPs of different widths are stacked as if they were alike, and "
-    "the wrong memory is read; the reference computes them",
-)
 def test_mlps_of_different_widths_are_computed_or_refused(
     random_weights: MakeWeights, random_cells: MakeCells, cell_errors: Errors
 ) -> None:
@@ -113,11 +108,6 @@ def test_mlps_of_different_widths_are_computed_or_refused(
     assert cell_errors(found, expected).max() <= TOLERANCE
 
 
-@pytest.mark.xfail(
-    strict=False,  # what lies beyond the empty array may happen to be zeros
-    reason="DEFECT: a projection without bias, which the reference computes, reads a bias from "
-    "beyond an empty array",
-)
 def test_projection_without_bias(
     random_weights: MakeWeights, random_cells: MakeCells, cell_errors: Errors
 ) -> None:

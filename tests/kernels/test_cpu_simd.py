@@ -74,7 +74,7 @@ def test_the_expected_fused_multiply_add_is_right() -> None:
 def test_every_tile_remainder_is_one_chain_in_order(
     vectors: int, count: int, transposed: bool
 ) -> None:
-    """1 to 19 rows, 16 to 144 columns: each element is a chain of fused multiply-adds over k."""
+    """1 to 19 rows, 16 to 144 columns: a chain of fused multiply-adds over k, added to c."""
     random = np.random.default_rng(vectors + count)
     columns, gap, start = vectors * LANES, 3, 5
     for rows in range(1, 20):
@@ -89,9 +89,10 @@ def test_every_tile_remainder_is_one_chain_in_order(
             start, a_row, a_column, start, columns + gap, count,
         )  # fmt: skip
         expected = c.copy()
-        chain = expected[:rows, :columns]
+        chain = np.zeros((rows, columns), F32)
         for k in range(count):
-            chain[:] = fused(used[:, k : k + 1], b[k, :columns], chain)
+            chain = fused(used[:, k : k + 1], b[k, :columns], chain)
+        expected[:rows, :columns] += chain
         assert np.array_equal(matrices.c[start:].reshape(c.shape), expected)
 
 

@@ -133,12 +133,6 @@ def test_autocast_changes_nothing(
     assert torch.equal(found, expected)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="DEFECT: under autocast the reference mixes dtypes (scatter_reduce_), so a model cannot "
-    "be trained with automatic mixed precision",
-)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_under_autocast(
     random_weights: MakeWeights, random_cells: MakeCells, dtype: torch.dtype
@@ -159,12 +153,6 @@ def test_gradients_under_autocast(
     assert (rough - exact).norm() <= 0.1 * exact.norm()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="DEFECT: without an autograd kernel, backward through the operator warns and leaves the "
-    "gradients of all weights out",
-)
-@pytest.mark.filterwarnings("ignore:cellpatch..encode. an autograd kernel was not registered")
 def test_backward_through_the_operator_itself_is_refused(
     random_weights: MakeWeights, random_cells: MakeCells
 ) -> None:

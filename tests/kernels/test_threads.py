@@ -71,18 +71,7 @@ def test_an_error_of_a_single_thread_is_raised_at_once() -> None:
 
 @pytest.mark.parametrize(
     "in_caller",
-    [
-        pytest.param(True, id="in_the_caller"),
-        pytest.param(
-            False,
-            id="in_another_thread",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="DEFECT: an error in a thread of the pool does not stop the caller, who "
-                "computes all that is left before it raises",
-            ),
-        ),
-    ],
+    [pytest.param(True, id="in_the_caller"), pytest.param(False, id="in_another_thread")],
 )
 def test_an_error_stops_all_threads(two_threads: None, in_caller: bool) -> None:
     """And is raised once no thread is at work any more."""
