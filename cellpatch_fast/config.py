@@ -8,6 +8,7 @@ model directory holds.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,30 +66,42 @@ class CellPatchConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_genes", "patches", "dim", "heads", "mlp_dim", "value_bins"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+            _require_integer(name, getattr(self, name), 1)
+        _require_integer("self_attention_blocks", self.self_attention_blocks, 0)
+        if self.projection_dim is not None:
+            _require_integer("projection_dim", self.projection_dim, 1)
+        if self.padded_length is not None:
+            _require_integer("padded_length", self.padded_length, 0)
         if self.dim % self.heads:
             raise ValueError(f"dim ({self.dim}) must be a multiple of heads ({self.heads})")
-        if self.self_attention_blocks < 0:
-            raise ValueError("self_attention_blocks must not be negative")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout must be in [0, 1): {self.attention_dropout}")
         if self.value_embedding not in ("affine", "binned"):
             raise ValueError(f"value_embedding must be affine or binned: {self.value_embedding!r}")
         if self.value_rounding not in ("round", "truncate", "none"):
             raise ValueError(
                 f"value_rounding must be round, truncate or none: {self.value_rounding!r}"
             )
-        if self.target_sum <= 0 or (self.value_clip is not None and self.value_clip <= 0):
-            raise ValueError("target_sum and value_clip must be positive")
+        if not 0 < self.target_sum < math.inf:
+            raise ValueError(f"target_sum must be positive and finite: {self.target_sum}")
+        if self.value_clip is not None and not 0 < self.value_clip < math.inf:
+            raise ValueError(f"value_clip must be positive and finite: {self.value_clip}")
         if self.value_rounding != "none" and not 0 < (self.value_clip or 256) <= 255:
             raise ValueError("discrete values need a value_clip of at most 255: they are uint8")
-        if self.value_embedding == "binned" and (
-            self.value_rounding == "none" or self.value_bins <= int(self.value_clip or 0)
-        ):
+        if self.value_embedding == "binned" and self.value_bins <= self._largest_value():
             raise ValueError(
                 f"a binned value embedding needs discrete values below value_bins "
                 f"({self.value_bins}); they are rounded by {self.value_rounding!r} and clipped "
                 f"at {self.value_clip}"
             )
+
+    def _largest_value(self) -> float:
+        """The largest value that preprocessing makes."""
+        if self.value_rounding == "none" or self.value_clip is None:
+            return math.inf
+        if self.value_rounding == "truncate":
+            return int(self.value_clip)
+        return round(self.value_clip)
 
     @property
     def head_dim(self) -> int:
@@ -113,7 +126,7 @@ class CellPatchConfig:
         """
         fields = dict(fields)
         version = fields.pop("format_version", None)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
                 f"model format version {version!r} is not supported (this package reads up to "
                 f"{FORMAT_VERSION}): install a newer cellpatch-fast"
@@ -122,3 +135,10 @@ class CellPatchConfig:
         if unknown:
             raise ValueError(f"unknown configuration fields: {', '.join(sorted(unknown))}")
         return cls(**fields)
+
+
+def _require_integer(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, found {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, found {value}")

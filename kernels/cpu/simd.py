@@ -9,8 +9,8 @@ Two kinds suffice:
 - `elementwise`, a decorator that turns an expression over `Vector` into a loop over arrays.
 
 Nothing is reassociated, and multiply-adds are fused where written and nowhere else. A product's
-element is one chain of fused multiply-adds in the order of the summed index, whatever the tile
-shape. So results have the same bits on every machine with fused multiply-add.
+element is one chain of fused multiply-adds from zero in the order of the summed index, whatever
+the tile shape. So results have the same bits on every machine with fused multiply-add.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def _make_tile(rows: int, vectors: int) -> Any:
             for i in range(rows)
             for column in columns
         ]
-        initial = [builder.load(target, align=4) for target in targets]
+        zero = ir.Constant(_FLOATS, [0.0] * LANES)
 
         before = builder.block
         head, body, after = (builder.append_basic_block(name) for name in ("sum", "step", "store"))
@@ -308,14 +308,14 @@ def _make_tile(rows: int, vectors: int) -> Any:
         following = builder.add(k, number(1))
         builder.branch(head)
         for phi, first, later in zip(
-            [k, *sums], [number(0), *initial], [following, *updated], strict=True
+            [k, *sums], [number(0), *[zero for _ in targets]], [following, *updated], strict=True
         ):
             phi.add_incoming(first, before)
             phi.add_incoming(later, body)
 
         builder.position_at_end(after)
         for target, value in zip(targets, sums, strict=True):
-            builder.store(value, target, align=4)
+            builder.store(builder.fadd(builder.load(target, align=4), value), target, align=4)
         return context.get_dummy_value()
 
     @intrinsic

@@ -50,7 +50,6 @@ class Scratch(NamedTuple):
     rows: np.ndarray  # float32 [TILE · h · block + LANES]
     partial: np.ndarray  # float32 [GROUP · h · block · lanes]: of the chunk in work
     sums: np.ndarray  # float32, likewise: of the chunks before
-    lost: np.ndarray  # float32, likewise: what rounding took from sums
     factors: np.ndarray  # float32 [GROUP · INTEGERS · h · lanes]
     shift: np.ndarray  # float32 [GROUP · h · lanes]
     position: np.ndarray  # int64 [GROUP]: the next entry of each cell
@@ -61,7 +60,7 @@ def make_scratch(tables: Tables) -> Scratch:
     return Scratch(
         aligned(TILE * width),
         aligned(TILE * tables.heads * tables.block + LANES),
-        *(aligned(GROUP * tables.heads * tables.block * tables.lanes) for _ in range(3)),
+        *(aligned(GROUP * tables.heads * tables.block * tables.lanes) for _ in range(2)),
         aligned(GROUP * INTEGERS * width),
         aligned(GROUP * width),
         np.empty(GROUP, np.int64),

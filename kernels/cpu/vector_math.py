@@ -82,12 +82,6 @@ def divide_where_positive(a: Vector, total: Vector) -> Vector:
     return where_positive(total, a / total)
 
 
-@elementwise(arrays=3)
-def remainder(y: Vector, new: Vector, old: Vector) -> Vector:
-    """What of y was lost to rounding when it was added: new = old + y."""
-    return y - (new - old)
-
-
 @elementwise(arrays=2)
 def poison(a: Vector, b: Vector) -> Vector:
     """a, or NaN where b is not finite."""
