@@ -13,7 +13,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -112,7 +112,8 @@ def embed(
     ----------
     inputs
         AnnData files (``.h5ad``, ``.zarr``) or 10x output; their cells follow each other in the
-        store.
+        store. Of several inputs, ``obs["cellpatch_input"]`` says which a cell comes from; a
+        column of obs that only some have is missing in the others.
     model
         A `CellPatch`, a model directory, or the name of a model on the Hugging Face hub.
     output
@@ -136,6 +137,13 @@ def embed(
     InputError
         If an input or the model cannot be used, the output exists, or unfinished work there was
         begun with other settings.
+    OSError
+        If the output cannot be written, a full disk for one. What is done is kept.
+
+    Examples
+    --------
+    >>> cellpatch_fast.atlas.embed("atlas.h5ad", "my-model", "atlas.zarr")  # doctest: +SKIP
+    >>> adata = anndata.read_zarr("atlas.zarr")  # doctest: +SKIP
     """
     paths = _inputs(inputs)
     output = _output(output, paths)
@@ -164,15 +172,12 @@ def embed(
             "device": embedder.device.type,
         }
         cells = sum(stream.source.n_cells for stream in streams)
-        facts = {
-            "output": output,
-            "cells": cells,
-            "genes_matched": sum(stream.match.matched for stream in streams),
-            "genes_unknown": sum(len(stream.match.unknown) for stream in streams),
-        }
+        matched = sum(stream.match.matched for stream in streams)
+        unknown = sum(len(stream.match.unknown) for stream in streams)
+        summary = Summary(output, cells, 0, matched, unknown, 0, 0, 0.0)
         if is_taken(output) and not overwrite:
             counts = _finished_counts(output, settings)
-            return Summary(**facts, **counts, embedded=0, seconds=0.0)
+            return _counted(summary, counts)
         shape = (cells, embedder.width)
         with EmbeddingWriter(
             output, settings, *shape, np.dtype(dtype), KEY, overwrite=overwrite
@@ -188,16 +193,23 @@ def embed(
                     bar.update(rows)
             seconds = time.perf_counter() - started
             counts = writer.finish()
-    return Summary(**facts, **counts, embedded=cells - earlier, seconds=seconds)
+    summary = replace(summary, embedded=cells - earlier, seconds=seconds)
+    return _counted(summary, counts)
 
 
 def _inputs(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
     """The inputs' paths, each once."""
-    names = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+    several = isinstance(inputs, Sequence) and not isinstance(inputs, str)
+    names = list(inputs) if several else [inputs]  # type: ignore[arg-type]
     if not names:
         raise InputError("no input was given")
     paths: dict[Path, Path] = {}
     for name in names:
+        if not isinstance(name, str | Path):
+            raise InputError(
+                f"an input must be the path of a file, found {type(name).__name__} (an AnnData "
+                "object is embedded by cellpatch_fast.tl.embed)"
+            )
         if not str(name):
             raise InputError("the name of an input is empty: give the path of a file")
         path = Path(name).expanduser()
@@ -244,6 +256,12 @@ def _finished_counts(output: Path, settings: dict[str, Any]) -> dict[str, int]:
             f"replace it with --overwrite (overwrite=True).{differences(before, settings)}"
         )
     return dict(facts["counts"])
+
+
+def _counted(summary: Summary, counts: dict[str, int]) -> Summary:
+    return replace(
+        summary, unknown_entries=counts["unknown_entries"], empty_cells=counts["empty_cells"]
+    )
 
 
 def _missing_shards(

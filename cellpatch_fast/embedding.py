@@ -119,11 +119,16 @@ class Embedder:
         """Embed the cells of ``(stream, start, stop)`` parts, in order.
 
         Close the iterator to stop before the end.
+
+        Raises
+        ------
+        MemoryError
+            If a batch needs more memory than there is.
         """
         blocks = read_ahead(parts, max_cells=self._max_cells, max_entries=self._max_entries)
         with contextlib.closing(blocks), _evaluating(self.model):
             for block in blocks:
-                with torch.inference_mode():
+                with torch.inference_mode(), _memory_errors():
                     features = self.model.encode(block.cells.to(self.device), backend=self.backend)
                     rows = pool(features, self.pooling).float().cpu().numpy()
                 yield EmbeddedBlock(block.start, rows, block.unknown_entries, block.empty_cells)
@@ -146,6 +151,17 @@ def _usable(device: torch.device | str) -> torch.device:
 def _same(device: torch.device, other: torch.device) -> bool:
     """Whether they are one device; without an index, ``device`` is any of its type."""
     return device.type == other.type and device.index in (None, other.index)
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """PyTorch's ways of saying that there is not enough memory become Python's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            raise MemoryError(str(error).splitlines()[0]) from error
+        raise
 
 
 @contextlib.contextmanager

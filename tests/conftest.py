@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import zarr
+from anndata.io import write_elem
 from scipy import sparse
 
-from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary
+from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, cli
+from cellpatch_fast.io import embeddings
 
 GENES = 307
 WIDTH = 640  # of an embedding at the paper's sizes
@@ -43,6 +48,10 @@ def model_directory(small_model: CellPatch, tmp_path_factory: pytest.TempPathFac
 
 
 MakeCells = Callable[..., anndata.AnnData]
+Embed = Callable[..., tuple[int, str]]
+Refused = Callable[..., str]
+Change = Callable[[anndata.AnnData], object]
+Changed = Callable[[Change], Path]
 
 
 @pytest.fixture(scope="session")
@@ -95,3 +104,64 @@ def tree(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def write_zarr(adata: anndata.AnnData, path: Path, version: Literal[2, 3] = 3) -> Path:
+    """Store ``adata`` as an AnnData .zarr folder."""
+    with anndata.settings.override(zarr_write_format=version, auto_shard_zarr_v3=False):
+        write_elem(zarr.open_group(path, mode="w", zarr_format=version), "/", adata)
+    return path
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out.zarr"
+
+
+@pytest.fixture
+def embed_command(capsys: pytest.CaptureFixture[str], model_directory: Path, output: Path) -> Embed:
+    """``embed_command(inputs and options...)``: exit code and what is on stderr."""
+
+    def run(*arguments: Any, model: Path = model_directory) -> tuple[int, str]:
+        command = ["embed", *arguments, "--model", model, "--output", output]
+        code = cli.main([str(part) for part in command])
+        return code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def refused(embed_command: Embed, output: Path) -> Refused:
+    """``refused(inputs and options...)``: the one message, of a run that left nothing."""
+
+    def run(*arguments: Any, log: int = 0, **options: Any) -> str:
+        code, err = embed_command(*arguments, **options)
+        assert code == 1
+        lines = err.splitlines()
+        assert len(lines) == log + 1, err
+        assert lines[-1].startswith("cellpatch: ")
+        assert "Traceback" not in err
+        assert not output.exists()
+        return lines[-1].removeprefix("cellpatch: ")
+
+    return run
+
+
+class Stopped(Exception):
+    """Ends a run early."""
+
+
+@contextlib.contextmanager
+def stopped_after(shards: int) -> Iterator[None]:
+    """The run inside ends with an error once so many shards are written."""
+    write = embeddings.EmbeddingWriter.write
+
+    def write_or_stop(writer: Any, shard: int, *rest: Any) -> None:
+        if shard == shards:
+            raise Stopped
+        write(writer, shard, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embeddings.EmbeddingWriter, "write", write_or_stop)
+        with pytest.raises(Stopped):
+            yield

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import re
-import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +15,12 @@ import pandas as pd
 import pytest
 import torch
 import zarr
-from anndata.io import write_elem
 
 import cellpatch_fast as cp
-from cellpatch_fast import CellPatch, GeneVocabulary, InputError
+from cellpatch_fast import CellPatch, InputError
 from cellpatch_fast.io import embeddings
 
-from .conftest import GENES, MakeCells, tree
+from .conftest import GENES, MakeCells, stopped_after, tree, write_zarr
 
 CELLS = 211
 KEY = "X_cellpatch"
@@ -35,11 +31,6 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of 20 cells."""
     monkeypatch.setattr(embeddings, "CHUNK_ROWS", 20)
     monkeypatch.setattr(embeddings, "SHARD_BYTES", 1)
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "out.zarr"
 
 
 @pytest.fixture
@@ -101,9 +92,7 @@ def test_same_bits_from_every_kind_of_file(
         options = {"use_raw": True}
     path = tmp_path / ("cells.zarr" if container.startswith("zarr") else "cells.h5ad")
     if path.suffix == ".zarr":
-        version = 2 if container == "zarr-v2" else 3
-        with anndata.settings.override(zarr_write_format=version, auto_shard_zarr_v3=False):
-            write_elem(zarr.open_group(path, mode="w", zarr_format=version), "/", adata)
+        write_zarr(adata, path, 2 if container == "zarr-v2" else 3)
     else:
         adata.write_h5ad(path)
     assert np.array_equal(embed(path, **options), expected)
@@ -137,7 +126,7 @@ def test_inputs_follow_each_other(
     for part, path in zip(parts, paths, strict=True):
         part.write_h5ad(path)
     rows = embed(paths)
-    alone = [cp.tl.embed(part, small_model, copy=True).obsm[KEY] for part in parts]  # type: ignore[union-attr]
+    alone = [cp.tl.embed(part, small_model, copy=True).obsm[KEY] for part in parts]
     assert np.array_equal(rows, np.concatenate(alone))
     obs = anndata.read_zarr(output).obs
     assert obs.index.tolist() == [name for part in parts for name in part.obs_names]
@@ -175,7 +164,7 @@ def test_value_beyond_half_precision_is_refused(
 ) -> None:
     large = CellPatch(small_model.config, small_model.vocabulary)
     with torch.no_grad():
-        large.projection.weight.mul_(1e6)  # type: ignore[union-attr]
+        large.projection.weight.mul_(1e6)
     with pytest.raises(InputError, match=r"beyond what float16 holds: store it as float32"):
         cp.atlas.embed(cells_file, large, output, dtype="float16")
     assert not output.exists()
@@ -213,26 +202,6 @@ def test_repeating_a_finished_run_does_nothing(
     assert second.empty_cells == 1
 
 
-class Stopped(Exception):
-    pass
-
-
-@contextlib.contextmanager
-def stopped_after(shards: int) -> Iterator[None]:
-    """The run inside ends with an error once so many shards are written."""
-    write = embeddings.EmbeddingWriter.write
-
-    def write_or_stop(writer: Any, shard: int, *rest: Any) -> None:
-        if shard == shards:
-            raise Stopped
-        write(writer, shard, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embeddings.EmbeddingWriter, "write", write_or_stop)
-        with pytest.raises(Stopped):
-            yield
-
-
 @pytest.mark.parametrize("shards", [0, 1, 10])
 def test_error_while_writing_surfaces_and_the_run_resumes(
     cells_file: Path, small_model: CellPatch, tmp_path: Path, output: Path, shards: int
@@ -248,199 +217,3 @@ def test_error_while_writing_surfaces_and_the_run_resumes(
     assert summary.empty_cells == 1
     cp.atlas.embed(cells_file, small_model, tmp_path / "uninterrupted.zarr")
     assert tree(output) == tree(tmp_path / "uninterrupted.zarr")
-
-
-@pytest.fixture
-def begun(cells_file: Path, small_model: CellPatch, output: Path) -> Path:
-    """An output with unfinished work of 3 shards."""
-    with stopped_after(3):
-        cp.atlas.embed(cells_file, small_model, output)
-    return output
-
-
-def changed_weights(model: CellPatch) -> CellPatch:
-    other = CellPatch(model.config, model.vocabulary)
-    other.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        other.patches[0, 0] += 1e-6
-    return other.eval()
-
-
-def changed_vocabulary(model: CellPatch) -> CellPatch:
-    ids, symbols = list(model.vocabulary.ensembl_ids), list(model.vocabulary.symbols)
-    ids[0], ids[1], symbols[0], symbols[1] = ids[1], ids[0], symbols[1], symbols[0]
-    other = CellPatch(model.config, GeneVocabulary(ids, symbols))
-    other.load_state_dict(model.state_dict())
-    return other.eval()
-
-
-@pytest.mark.parametrize("finished", [False, True])
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (changed_weights, "model"),
-        (changed_vocabulary, "vocabulary"),
-        ({"layer": "other"}, "layer"),
-        ({"use_raw": True}, "use_raw"),
-        ({"pool": "mean"}, "pool"),
-        ({"dtype": "float16"}, "dtype"),
-        ({"backend": "reference"}, "backend"),
-        ({"input": "lognorm"}, "inputs"),
-    ],
-)
-def test_changed_setting_is_refused_and_named(
-    begun: Path,
-    cells_file: Path,
-    small_model: CellPatch,
-    change: Any,
-    named: str,
-    finished: bool,
-) -> None:
-    if finished:
-        cp.atlas.embed(cells_file, small_model, begun)
-    where = begun if finished else embeddings.partial_of(begun)
-    before = tree(where)
-    model = change(small_model) if callable(change) else small_model
-    options = {} if callable(change) else change
-    if named == "inputs":  # whole numbers can be logarithms, if someone says so; small ones
-        adata = anndata.read_h5ad(cells_file)
-        adata.X.data[:] = 3
-        adata.write_h5ad(cells_file)
-    with pytest.raises(InputError) as caught:
-        cp.atlas.embed(cells_file, model, begun, **options)
-    message, *changes = str(caught.value).splitlines()
-    assert str(where) in message
-    assert "other settings" in message
-    assert "--overwrite" in message
-    assert f"  {named}: was " in "\n".join(changes)
-    assert tree(where) == before
-
-
-@pytest.mark.parametrize("finished", [False, True])
-def test_changed_input_is_refused_and_a_moved_one_is_not(
-    begun: Path, cells_file: Path, small_model: CellPatch, tmp_path: Path, finished: bool
-) -> None:
-    if finished:
-        cp.atlas.embed(cells_file, small_model, begun)
-    elsewhere = tmp_path / "elsewhere" / cells_file.name
-    elsewhere.parent.mkdir()
-    shutil.move(cells_file, elsewhere)
-    os.symlink(elsewhere, cells_file)
-    os.utime(elsewhere, ns=(1, 1))
-    with pytest.raises(InputError, match=r"inputs: was \['cells.h5ad: 211 cells.*is now"):
-        cp.atlas.embed(cells_file, small_model, begun)
-
-
-def test_moved_input_is_recognised(
-    begun: Path, cells_file: Path, small_model: CellPatch, tmp_path: Path
-) -> None:
-    elsewhere = tmp_path / "elsewhere" / cells_file.name
-    elsewhere.parent.mkdir()
-    shutil.move(cells_file, elsewhere)
-    summary = cp.atlas.embed(elsewhere, small_model, begun)
-    assert summary.embedded == CELLS - 60
-
-
-def test_overwriting_replaces_a_store(
-    begun: Path, cells_file: Path, small_model: CellPatch, tmp_path: Path
-) -> None:
-    cp.atlas.embed(cells_file, small_model, begun)
-    summary = cp.atlas.embed(cells_file, small_model, begun, pool="mean", overwrite=True)
-    assert summary.embedded == CELLS
-    assert zarr.open_array(begun / "obsm" / KEY).shape == (CELLS, 10)
-    cp.atlas.embed(cells_file, small_model, tmp_path / "new.zarr", pool="mean")
-    assert tree(begun) == tree(tmp_path / "new.zarr")
-
-
-def test_overwriting_waits_for_inputs_that_can_be_used(
-    begun: Path, cells_file: Path, small_model: CellPatch
-) -> None:
-    cp.atlas.embed(cells_file, small_model, begun)
-    before = tree(begun)
-    with pytest.raises(InputError, match="no layer"):
-        cp.atlas.embed(cells_file, small_model, begun, layer="none", overwrite=True)
-    broken = cells_file.with_name("broken.h5ad")
-    adata = anndata.read_h5ad(cells_file)
-    adata.X.data[-1] = -1
-    adata.write_h5ad(broken)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cellpatch_fast.loader.SAMPLE_CELLS", 100)
-        with pytest.raises(InputError, match="the value is -1"):
-            cp.atlas.embed(broken, small_model, begun, overwrite=True)
-    assert tree(begun) == before
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("kind", ["folder", "file", "cells", "home"])
-def test_what_is_no_embedding_store_is_never_replaced(
-    cells_file: Path,
-    small_model: CellPatch,
-    output: Path,
-    kind: str,
-    overwrite: bool,
-) -> None:
-    if kind == "cells":
-        with anndata.settings.override(zarr_write_format=3):
-            write_elem(zarr.open_group(output, mode="w"), "/", anndata.read_h5ad(cells_file))
-    elif kind == "file":
-        output.write_text("precious")
-    else:
-        (output / "thesis").mkdir(parents=True)
-        (output / "thesis" / "chapter.tex").write_text("precious")
-        output = output if kind == "folder" else output.parent
-    before = tree(output.parent)
-    with pytest.raises(InputError, match="exists and is not an embedding store, so it is not"):
-        cp.atlas.embed(cells_file, small_model, output, overwrite=overwrite)
-    assert tree(output.parent) == before
-
-
-def test_output_that_cannot_be(cells_file: Path, small_model: CellPatch, tmp_path: Path) -> None:
-    store = tmp_path / "cells.zarr"
-    with anndata.settings.override(zarr_write_format=3):
-        write_elem(zarr.open_group(store, mode="w"), "/", anndata.read_h5ad(cells_file))
-    for inputs, output, message in (
-        (cells_file, "", "'' cannot be the output"),
-        (cells_file, "/", "'/' cannot be the output"),
-        (cells_file, cells_file, "exists and is not an embedding store"),
-        (store, store / "embedding.zarr", "lies within the input"),
-        (store, store / "a" / ".." / "embedding.zarr", "lies within the input"),
-    ):
-        with pytest.raises(InputError, match=message):
-            cp.atlas.embed(inputs, small_model, output, overwrite=True)
-
-
-def test_output_is_where_the_user_says(
-    cells_file: Path, model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Relative, in folders to be made, with a trailing slash, without .zarr, through a link."""
-    monkeypatch.chdir(tmp_path)
-    os.symlink(tmp_path / "target.zarr", tmp_path / "link.zarr")
-    for output, made in (
-        ("new/folder/out", "new/folder/out"),
-        ("slash.zarr/", "slash.zarr"),
-        ("link.zarr", "target.zarr"),
-    ):
-        cp.atlas.embed(cells_file.name, model_directory, output)
-        assert anndata.read_zarr(tmp_path / made).n_obs == CELLS
-        assert cp.atlas.embed(cells_file, model_directory, output).embedded == 0
-    assert (tmp_path / "link.zarr").is_symlink()
-
-
-def test_inputs_that_cannot_be(cells_file: Path, small_model: CellPatch, output: Path) -> None:
-    again = cells_file.parent / "." / ".." / cells_file.parent.name / cells_file.name
-    for inputs, message in (
-        ([], "no input was given"),
-        ("", "name of an input is empty"),
-        ([cells_file, cells_file], "given twice"),
-        ([cells_file, again], "given twice"),
-    ):
-        with pytest.raises(InputError, match=message):
-            cp.atlas.embed(inputs, small_model, output)
-    for options, message in (
-        ({"dtype": "float64"}, "unknown dtype 'float64'"),
-        ({"pool": "max"}, "unknown pooling 'max'"),
-    ):
-        with pytest.raises(InputError, match=message):
-            cp.atlas.embed(cells_file, small_model, output, **options)  # type: ignore[arg-type]
-    assert not output.exists()
-    assert not embeddings.partial_of(output).exists()

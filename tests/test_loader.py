@@ -50,7 +50,7 @@ def reading_threads() -> list[str]:
     return [name for name in names if name.startswith("cellpatch-read")]
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(
     cuts=st.lists(st.integers(0, CELLS), max_size=3).map(lambda cuts: sorted({0, *cuts, CELLS})),
     max_cells=st.integers(1, 300),

@@ -240,6 +240,18 @@ def test_error_in_the_last_cell_leaves_the_object_as_it_was(
     assert not adata.obsm.keys()
 
 
+def test_too_little_memory_is_one_error(
+    adata: anndata.AnnData, small_model: CellPatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*_: object, **__: object) -> torch.Tensor:
+        return torch.empty(1 << 50)
+
+    monkeypatch.setattr(small_model, "encode", encode)
+    with pytest.raises(MemoryError, match="allocate"):
+        cp.tl.embed(adata, small_model)
+    assert not adata.obsm.keys()
+
+
 def test_model_in_training_is_evaluated_and_stays_in_training(
     adata: anndata.AnnData, small_model: CellPatch, expected: np.ndarray
 ) -> None:

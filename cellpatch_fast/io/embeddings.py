@@ -93,7 +93,7 @@ def unfinished_facts(partial: Path) -> dict[str, Any] | None:
         )
     if damage:
         raise InputError(f"{path} is damaged ({damage}): delete {partial} and start anew")
-    return journal  # type: ignore[no-any-return]
+    return journal
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -152,7 +152,7 @@ class EmbeddingWriter:
         self.shard_rows = shard_rows(width, dtype)
         self._done: dict[int, dict[str, int]] = {}
         self._prepared = False
-        self._lock = _locked(self.partial)
+        self._lock: int | None = _locked(self.partial)
         try:
             if not overwrite and is_taken(output):
                 raise InputError(f"{output} exists: another process has just made it")

@@ -194,7 +194,7 @@ def _write_texts(group: zarr.Group, name: str, parts: Sequence[tuple[Table, str]
     array = group.create_array(
         name,
         shape=(rows,),
-        dtype=str,  # type: ignore[arg-type]
+        dtype=str,
         chunks=(ROWS,),
         attributes={"encoding-type": "string-array", "encoding-version": "0.2.0"},
     )

@@ -207,7 +207,9 @@ def test_run_can_be_killed_before_any_step(
 
     steps = count_steps(begin("counted.zarr"), monkeypatch, None)
     assert steps > 20
-    for kill_at in range(steps):
+    # of the steps that both cases share, every third does for the second one
+    chosen = [step for step in range(steps) if not replacing or step % 3 == 0 or step > steps - 12]
+    for kill_at in chosen:
         output = begin(f"{kill_at}.zarr")
         count_steps(output, monkeypatch, kill_at)
         facts = finished_facts(output)
@@ -326,7 +328,7 @@ def test_file_system_without_locks(
     def refuse(*_: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(embeddings.fcntl, "flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     make(output)
     assert "cannot be locked (No locks available)" in caplog.text
 

@@ -40,9 +40,9 @@ def frame(rows: int = ROWS, seed: int = 0) -> pd.DataFrame:
             "count": random.integers(0, 99, rows).astype(np.uint16),
             "depth": np.where(some, np.nan, random.random(rows)).astype(np.float32),
             "good": random.random(rows) < 0.5,
-            "perhaps": pd.array(np.where(some, None, random.integers(0, 9, rows)), "Int32"),
-            "truth": pd.array(np.where(some, None, True), "boolean"),
-            "words": pd.array(np.where(some, None, "word"), "string"),
+            "perhaps": pd.array([None if x else n for n, x in enumerate(some)], "Int32"),
+            "truth": pd.array([None if x else True for x in some], "boolean"),
+            "words": pd.array([None if x else "word" for x in some], "string"),
         },
         index=pd.Index([f"cell{seed}-{n}" for n in range(rows)], name="barcode"),
     )
