@@ -99,7 +99,7 @@ def cross_attention(model: CellPatch, cells: RaggedCells) -> Callable[[], None]:
             own.scratch = make_scratch(tables), make_block_scratch(blocks)
         _cross_attend(batch, tables, *own.scratch, discrete, start, stop)
 
-    return lambda: run_blocks(task, len(cells), encoder.CELLS_AT_ONCE)
+    return lambda: run_blocks(task, len(cells), encoder.MOST_CELLS)
 
 
 def with_values(

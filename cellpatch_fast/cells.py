@@ -150,6 +150,11 @@ class RaggedCells:
         """All cells of ``batches``, one batch after the other."""
         if not batches:
             raise ValueError("concatenate needs at least one batch")
+        kinds = sorted({f"{batch.genes.dtype}, {batch.values.dtype}" for batch in batches})
+        if len(kinds) > 1:
+            raise ValueError(
+                f"the batches differ in the types of genes and values: {'; '.join(kinds)}"
+            )
         lengths = torch.cat([batch.lengths for batch in batches])
         return cls(
             _offsets(lengths),
@@ -165,7 +170,10 @@ class RaggedCells:
     def to_padded(self, length: int | None = None) -> tuple[Tensor, Tensor]:
         """``(genes, values)`` as [cells, length], padded with gene 0 and value 0."""
         lengths = self.lengths
-        length = int(lengths.max()) if length is None else length
+        longest = int(lengths.max()) if len(self) else 0
+        length = longest if length is None else length
+        if length < longest:
+            raise ValueError(f"a cell has {longest} entries, more than the padded length {length}")
         keep = torch.arange(length, device=self.device) < lengths[:, None]  # [c, length]
         genes = torch.zeros(keep.shape, dtype=torch.int64, device=self.device)
         values = torch.zeros(keep.shape, dtype=self.values.dtype, device=self.device)

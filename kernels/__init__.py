@@ -42,7 +42,10 @@ def resolve_backend(backend: str | None, device: torch.device) -> Backend:
     if name is None:
         return "numba" if device.type == "cpu" else "reference"
     if name not in get_args(Backend):
-        raise ValueError(f"unknown backend {name!r}: choose from {', '.join(get_args(Backend))}")
+        where = "" if backend else " in CELLPATCH_BACKEND"
+        raise ValueError(
+            f"unknown backend {name!r}{where}: choose from {', '.join(get_args(Backend))}"
+        )
     if name == "triton":
         raise ValueError("the triton backend is not built yet: use reference or numba")
     if name == "numba" and device.type != "cpu":

@@ -51,8 +51,11 @@ def run_blocks(task: Callable[[int, int], None], count: int, block: int) -> None
     others = [_threads().submit(work) for _ in range(threads - 1)]
     try:
         work()
-    finally:
         wait(others)
+    except BaseException:  # Ctrl-C too
+        failed.set()
+        wait(others)
+        raise
     for other in others:
         other.result()
 

@@ -211,21 +211,11 @@ def test_from_padded_with_unsigned_genes(dtype: torch.dtype) -> None:
     assert cells.genes.dtype == dtype
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="DEFECT: the longest of no cells is asked for, which PyTorch refuses",
-)
 def test_padding_no_cells() -> None:
     genes, values = make([]).to_padded()
     assert len(genes) == len(values) == 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="DEFECT: the error is PyTorch's about shapes, not ours about lengths",
-)
 def test_padding_to_less_than_the_longest_cell_is_refused() -> None:
     with pytest.raises(ValueError, match="3"):
         make(THREE).to_padded(2)

@@ -31,7 +31,7 @@ from .tables import Tables, make_scratch, make_tables
 
 logger = logging.getLogger("cellpatch_fast")
 
-CELLS_AT_ONCE = 64  # per call of compiled code: some milliseconds, so that threads balance
+MOST_CELLS = 64  # per call of compiled code: some milliseconds, so that threads balance
 _KEPT_WEIGHTS = 2
 
 
@@ -131,7 +131,7 @@ def encode(
             own.scratch = make_scratch(tables), make_block_scratch(blocks)
         _encode(batch, tables, blocks, *own.scratch, discrete, attention, start, stop)
 
-    run_blocks(task, cells, CELLS_AT_ONCE)
+    run_blocks(task, cells, _cells_per_task(cells))
     features = torch.from_numpy(batch.features).view(cells, patches, blocks.output_dim)
     if not attention:
         return Encoded(features)
@@ -192,10 +192,18 @@ def _cached(sources: str) -> Any:
     return encode_cells
 
 
+def _cells_per_task(cells: int) -> int:
+    """Whole groups, several tasks for each thread; fewer cells where there are only few."""
+    share = -(-cells // torch.get_num_threads())
+    if share <= GROUP:
+        return max(1, share)
+    return min(MOST_CELLS, max(GROUP, share // 4 // GROUP * GROUP))
+
+
 def _announce_compilation() -> None:
     """Say why the very first call on a machine takes long."""
     if not _encode.signatures and not any(Path(_encode.stats.cache_path).glob("encoder.*.nbc")):
-        logger.info("compiling the CPU kernels for this machine, once (some 15 s)")
+        logger.info("compiling the CPU kernels for this machine, once (some 20 s)")
 
 
 def _digest() -> str:

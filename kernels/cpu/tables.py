@@ -8,13 +8,12 @@ underflows and the attention weights read, 15 MB; making them takes about 0.2 s.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numba import njit
 
-from .. import reference
 from ..threads import run_blocks
 from ..weights import EncoderWeights
 from .attention import GROUP, INTEGERS, SCALE, TILE
@@ -57,35 +56,52 @@ class Scratch(NamedTuple):
 
 def make_scratch(tables: Tables) -> Scratch:
     width = tables.heads * tables.lanes
+    sums = GROUP * tables.heads * tables.block * tables.lanes
     return Scratch(
-        aligned(TILE * width),
-        aligned(TILE * tables.heads * tables.block + LANES),
-        *(aligned(GROUP * tables.heads * tables.block * tables.lanes) for _ in range(2)),
-        aligned(GROUP * INTEGERS * width),
-        aligned(GROUP * width),
-        np.empty(GROUP, np.int64),
+        weights=aligned(TILE * width),
+        rows=aligned(TILE * tables.heads * tables.block + LANES),
+        partial=aligned(sums),
+        sums=aligned(sums),
+        factors=aligned(GROUP * INTEGERS * width),
+        shift=aligned(GROUP * width),
+        position=np.empty(GROUP, np.int64),
     )
 
 
 def make_tables(weights: EncoderWeights) -> Tables:
     """Project the tables of ``weights``."""
-    exact = EncoderWeights(*(_double(field) for field in weights))
-    queries, keys, values = (t.numpy() for t in reference.project_tables(exact))
-    patches, heads, head_dim = queries.shape
+    heads, binned = weights.heads, weights.value_bins is not None
+    query_weight, key_weight, value_weight = np.split(_exact(weights.cross.in_weight), 3)
+    query_bias, _, value_bias = np.split(_exact(weights.cross.in_bias), 3)
+    dim = len(query_bias)
+    head_dim, patches = dim // heads, len(weights.patches)
     lanes = -(-patches // LANES) * LANES
-    queries = np.ascontiguousarray(queries.transpose(1, 2, 0))  # [h, d, p]
-    queries = np.pad(queries, ((0, 0), (0, 0), (0, lanes - patches)))
-    value_scores, value_rows, constant = _value_tables(exact, queries)
-    binned = exact.value_bins is not None
 
-    dim, width = heads * head_dim, heads * lanes
+    queries = (_project(_exact(weights.patches), query_weight) + query_bias) / math.sqrt(head_dim)
+    queries = queries.reshape(patches, heads, head_dim).transpose(1, 2, 0)  # [h, d, p]
+    queries = np.pad(queries, ((0, 0), (0, 0), (0, lanes - patches)))
+    keys = _project(_exact(weights.genes), key_weight).reshape(-1, heads, head_dim)
+    rows = _project(_exact(weights.genes), value_weight)  # [g, D]
+
+    # A constant of all keys cancels in the softmax. One of all value rows is added to the table.
+    embedded = _exact(weights.value_bins if binned else weights.value_weight).reshape(-1, dim)
+    value_keys = _project(embedded, key_weight).reshape(-1, heads, head_dim)
+    value_rows = _project(embedded, value_weight)  # [bins or 1, D]
+    rows += value_bias
+    if not binned:
+        rows += _project(_exact(weights.value_bias).reshape(1, dim), value_weight)
+    value_scores = np.empty((len(embedded), heads, lanes))
+    for value in range(len(embedded)):
+        _scores(value, queries, value_keys, value_scores[value])
+
+    width = heads * lanes
     memory = aligned(len(keys) * (width + dim) + LANES)  # read in whole vectors
     table = memory[:-LANES].reshape(len(keys), width + dim)
     highest = _highest_scores(queries, keys)
     run_blocks(
         lambda start, stop: _fill_table(table, queries, keys, highest, start, stop), len(keys), 4096
     )
-    table[:, width:] = values.reshape(-1, dim) + constant
+    table[:, width:] = rows
 
     factors = np.exp(value_scores - value_scores.max(0)) * 2.0**SCALE
     slope = (value_scores[0] * math.log2(math.e)).reshape(-1)
@@ -110,31 +126,27 @@ def make_tables(weights: EncoderWeights) -> Tables:
     )
 
 
-def _double(field: Any) -> Any:
-    """The same weights in float64, without gradients, on the CPU."""
-    if isinstance(field, torch.Tensor):
-        return field.detach().double().cpu()
-    if isinstance(field, tuple):
-        parts = [_double(part) for part in field]
-        return type(field)(*parts) if hasattr(field, "_fields") else tuple(parts)
-    return field
+def _exact(tensor: torch.Tensor | None) -> np.ndarray:
+    """float64, contiguous, on the CPU."""
+    assert tensor is not None
+    return np.ascontiguousarray(tensor.detach().double().cpu().numpy())
 
 
-def _value_tables(
-    weights: EncoderWeights, queries: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores and value rows of bins, or of the affine slope, and the constant of the value rows.
+@njit(nogil=True, cache=True)
+def _project(rows, weight):
+    """rows [n, k] · weight [m, k]ᵀ in float64.
 
-    The affine intercept is a constant of every key, which cancels in the softmax, and of every
-    value row, which is added to the table.
+    Each sum is in the order of k: a library's product may choose its order by the machine and
+    the number of threads, and a cell's embedding would depend on them.
     """
-    bins = 2 if weights.value_bins is None else len(weights.value_bins)
-    keys, rows = (t.numpy() for t in reference.project_values(weights, torch.arange(bins)))
-    constant = np.zeros(keys[0].size)
-    if weights.value_bins is None:
-        constant = rows[0].reshape(-1)
-        keys, rows = keys[1:] - keys[:1], rows[1:] - rows[:1]
-    return np.einsum("bhd,hdp->bhp", keys, queries), rows, constant
+    transposed = weight.T.copy()
+    projected = np.zeros((len(rows), len(weight)))
+    for n in range(len(rows)):
+        for k in range(rows.shape[1]):
+            factor = rows[n, k]
+            for m in range(len(weight)):
+                projected[n, m] += factor * transposed[k, m]
+    return projected
 
 
 @njit(nogil=True, cache=True)

@@ -105,7 +105,7 @@ def test_projection_that_args_do_not_tell_of_is_unexpected(pretrain: Any, files:
         pytest.param({"encoder_cross_attn_depth": 2}, "encoder_cross_attn_depth is 2", id="depth"),
         pytest.param({"log_transform": False}, "log_transform is false", id="not_logged"),
         pytest.param({"n_head": 5}, "must be a multiple of heads", id="impossible"),
-        pytest.param({"n_pathway": "64"}, "not supported between", id="wrong_type"),
+        pytest.param({"n_pathway": "64"}, "patches must be an integer", id="wrong_type"),
         pytest.param({"max_gene_num": 599}, "tokens up to 599", id="vocabulary_too_large"),
     ],
 )

@@ -224,7 +224,7 @@ def edit_config(directory: Path, **fields: Any) -> None:
         pytest.param({"format_version": 2}, "version 2 is not supported.*newer", id="newer"),
         pytest.param({"format_version": None}, "version None", id="no_version"),
         pytest.param({"depth": 3}, "unknown configuration fields: depth", id="unknown_field"),
-        pytest.param({"dim": "32"}, "not supported between", id="wrong_type"),
+        pytest.param({"dim": "32"}, "dim must be an integer", id="wrong_type"),
         pytest.param({"heads": 5}, "must be a multiple of heads", id="impossible"),
     ],
 )
