@@ -1,4 +1,4 @@
-"""Patch cross-attention of one cell at a time, on a CPU.
+"""Patch cross-attention on a CPU.
 
 For patch p, head h and the entries i of a cell (design, "The idea that makes it fast"):
 
@@ -116,7 +116,7 @@ def finish(slot, genes, values, first, last, pads, discrete, tables, scratch, at
         for d in range(head_dim):  # where a sum is not finite, its total shall not look good
             poison((), sums, totals, sums, totals, sums, totals - (d + 1) * lanes, lanes)
     if last > first or pads > 0:
-        repair(genes, values, first, last, pads, tables, sums, at)
+        repair(genes, values, first, last, pads, tables, scratch, at)
     for h in range(tables.heads):
         totals = at + (h * tables.block + head_dim) * lanes
         for d in range(head_dim):

@@ -163,7 +163,7 @@ def _encode_cells(batch, tables, blocks, scratch, block_scratch, discrete, atten
             tables, scratch, block_scratch.mixed,
         )  # fmt: skip
         if attention:
-            weigh_entries(batch, first, last, cell, tables)
+            weigh_entries(batch, first, last, cell, tables, scratch)
         run_blocks_of_cell(blocks, block_scratch, batch.self_attention, cell * kept, attention)
         for p in range(patches):
             place = (cell * patches + p) * width

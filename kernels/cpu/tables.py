@@ -52,6 +52,13 @@ class Scratch(NamedTuple):
     factors: np.ndarray  # float32 [GROUP · INTEGERS · h · lanes]
     shift: np.ndarray  # float32 [GROUP · h · lanes]
     position: np.ndarray  # int64 [GROUP]: the next entry of each cell
+    # of `exact`, for one head; float64 but for the first
+    wrong: np.ndarray  # int64 [lanes]: patches to compute again
+    scores: np.ndarray  # [lanes]
+    highest: np.ndarray  # [lanes]
+    totals: np.ndarray  # [lanes]
+    exact: np.ndarray  # [lanes · d]
+    row: np.ndarray  # [d]
 
 
 def make_scratch(tables: Tables) -> Scratch:
@@ -65,6 +72,12 @@ def make_scratch(tables: Tables) -> Scratch:
         factors=aligned(GROUP * INTEGERS * width),
         shift=aligned(GROUP * width),
         position=np.empty(GROUP, np.int64),
+        wrong=np.empty(tables.lanes, np.int64),
+        scores=np.empty(tables.lanes),
+        highest=np.empty(tables.lanes),
+        totals=np.empty(tables.lanes),
+        exact=np.empty(tables.lanes * tables.head_dim),
+        row=np.empty(tables.head_dim),
     )
 
 

@@ -198,7 +198,8 @@ def test_neighbours_that_are_not_numbers_do_not_matter(
         cells.values[33:38] = poison
     together = run(weights, cells).features
     alone = [run(weights, cells.slice(i, i + 1)).features for i in range(5)]
-    assert not together[1].isfinite().any()
+    if not np.isfinite(poison):  # 1e38 itself can be normalised away
+        assert not together[1].isfinite().any()
     others = torch.tensor([0, 2, 3, 4])
     assert together[others].isfinite().all()
     assert torch.equal(together[others], torch.cat(alone)[others])
