@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels.checks import GENE_DTYPES, OFFSET_DTYPES, VALUE_DTYPES
+from .kernels.checks import check_types
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,22 +42,9 @@ class RaggedCells:
     values: Tensor  # [n]
 
     def __post_init__(self) -> None:
-        for name, tensor, dtypes in (
-            ("offsets", self.offsets, OFFSET_DTYPES),
-            ("genes", self.genes, GENE_DTYPES),
-            ("values", self.values, VALUE_DTYPES),
-        ):
-            if tensor.ndim != 1:
-                raise ValueError(
-                    f"{name} must be one-dimensional, found shape {list(tensor.shape)}"
-                )
-            if tensor.dtype not in dtypes:
-                allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-                raise ValueError(f"{name} must have dtype {allowed}; found {tensor.dtype}")
+        check_types(self.offsets, self.genes, self.values)
         if len(self.offsets) == 0:
             raise ValueError("offsets needs at least one element: it has one more than the cells")
-        if len(self.genes) != len(self.values):
-            raise ValueError(f"{len(self.genes)} genes but {len(self.values)} values")
         if not self.offsets.device == self.genes.device == self.values.device:
             raise ValueError(
                 f"offsets, genes and values are on different devices: {self.offsets.device}, "
@@ -123,8 +110,7 @@ class RaggedCells:
     def take(self, order: Tensor) -> RaggedCells:
         """The cells ``order`` (int64 [cells chosen]), in that order."""
         lengths = self.lengths[order]
-        offsets = torch.zeros(len(order) + 1, dtype=torch.int64, device=self.device)
-        torch.cumsum(lengths, 0, out=offsets[1:])
+        offsets = _offsets(lengths)
         # entry k of a chosen cell lies k places after that cell's first entry
         shift = self.offsets.long()[:-1][order] - offsets[:-1]
         entries = torch.arange(int(offsets[-1]), device=self.device)

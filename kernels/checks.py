@@ -12,10 +12,8 @@ GENE_DTYPES = (torch.uint16, torch.uint32, torch.int32, torch.int64)
 VALUE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_cells(
-    weights: EncoderWeights, offsets: Tensor, genes: Tensor, values: Tensor, pads: Tensor | None
-) -> None:
-    """Refuse what would read outside a table or mean nothing. One pass over the entries.
+def check_types(offsets: Tensor, genes: Tensor, values: Tensor) -> None:
+    """Refuse shapes and dtypes that ragged cells cannot have. Looks at no element.
 
     Raises
     ------
@@ -32,10 +30,23 @@ def check_cells(
         if tensor.dtype not in dtypes:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise ValueError(f"{name} must have dtype {allowed}; found {tensor.dtype}")
-    if weights.value_bins is not None and values.dtype != torch.uint8:
-        raise ValueError(f"a table of value bins needs uint8 values, found {values.dtype}")
     if len(genes) != len(values):
         raise ValueError(f"{len(genes)} genes but {len(values)} values")
+
+
+def check_cells(
+    weights: EncoderWeights, offsets: Tensor, genes: Tensor, values: Tensor, pads: Tensor | None
+) -> None:
+    """Refuse what would read outside a table or mean nothing. One pass over the entries.
+
+    Raises
+    ------
+    ValueError
+        Naming what does not fit.
+    """
+    check_types(offsets, genes, values)
+    if weights.value_bins is not None and values.dtype != torch.uint8:
+        raise ValueError(f"a table of value bins needs uint8 values, found {values.dtype}")
     if len(offsets) == 0 or int(offsets[0]) != 0 or int(offsets[-1]) != len(genes):
         raise ValueError(f"offsets must run from 0 to the number of entries, {len(genes)}")
     if bool((offsets[1:] < offsets[:-1]).any()):
@@ -44,20 +55,24 @@ def check_cells(
         raise ValueError("pads must hold one number, not negative, for each cell")
     if len(genes) == 0:
         return
-    lowest, highest = _range(genes)
+    lowest, highest = integer_range(genes)
     if lowest < 0 or highest >= len(weights.genes):
         raise ValueError(
             f"gene tokens run from {lowest} to {highest}, but the model has tokens 0 to "
             f"{len(weights.genes) - 1}"
         )
-    if weights.value_bins is not None and (largest := _range(values)[1]) >= len(weights.value_bins):
+    if weights.value_bins is not None and (largest := integer_range(values)[1]) >= len(
+        weights.value_bins
+    ):
         raise ValueError(
             f"the largest value is {largest}, but there are {len(weights.value_bins)} value bins"
         )
 
 
-def _range(integers: Tensor) -> tuple[int, int]:
-    """Lowest and highest of at least one integer."""
+def integer_range(integers: Tensor) -> tuple[int, int]:
+    """Lowest and highest element; (0, 0) of none."""
+    if len(integers) == 0:
+        return 0, 0
     if integers.device.type == "cpu":  # NumPy takes a sixth of the time, and knows uint16
         array = integers.numpy()
         return int(array.min()), int(array.max())

@@ -27,6 +27,7 @@ from cellpatch_fast.cells import RaggedCells
 from cellpatch_fast.config import CellPatchConfig, ValueRounding
 from cellpatch_fast.errors import InputError
 from cellpatch_fast.kernels import BlockWeights, Encoded, EncoderWeights, reference
+from cellpatch_fast.kernels.checks import integer_range
 
 from .storage import StoredModel
 
@@ -348,7 +349,7 @@ def _check_cells(weights: EncoderWeights, cells: RaggedCells) -> None:
             "move one of them with .to(device)"
         )
     cells.validate()
-    lowest, highest = _range(cells.genes)
+    lowest, highest = integer_range(cells.genes)
     if lowest < 0 or highest >= len(weights.genes):
         raise InputError(
             f"the cells have gene tokens from {lowest} to {highest}, but the model's gene "
@@ -362,20 +363,9 @@ def _check_cells(weights: EncoderWeights, cells: RaggedCells) -> None:
             f"the model embeds binned values (uint8), but the cells have {cells.values.dtype}: "
             "prepare them with value_rounding 'round' or 'truncate'"
         )
-    highest = _range(cells.values)[1]
+    highest = integer_range(cells.values)[1]
     if highest >= len(weights.value_bins):
         raise InputError(
             f"the cells have values up to {highest}, but the model has bins 0 to "
             f"{len(weights.value_bins) - 1}: clip the values as its config says"
         )
-
-
-def _range(integers: Tensor) -> tuple[int, int]:
-    """Lowest and highest element; (0, 0) of none."""
-    if len(integers) == 0:
-        return 0, 0
-    if integers.device.type == "cpu":  # NumPy: PyTorch has no minimum of uint16
-        array = integers.numpy()
-        return int(array.min()), int(array.max())
-    lowest, highest = torch.aminmax(integers.long())
-    return int(lowest), int(highest)
