@@ -81,7 +81,7 @@ def _cross_attend(batch_, tables_, scratch_, mixed, discrete, start, stop):
 
 def cross_attention(model: CellPatch, cells: RaggedCells) -> Callable[[], None]:
     """A function that runs the cross-attention of all cells and nothing else."""
-    _, tables, blocks = encoder.prepared(model.encoder_weights())
+    tables, blocks = encoder.kept.of(model.encoder_weights())
     empty = np.empty(0, np.float32)
     batch = encoder.Batch(
         cells.offsets.numpy(),

@@ -43,6 +43,7 @@ class CrossAttended(NamedTuple):
     """Result of `patch_cross_attention`."""
 
     attended: Tensor  # [c, p, D], heads side by side, before the output projection
+    log_sum_exp: Tensor  # [c, h, p], of the scores of entries and pads; -inf without any
     weights: Tensor  # [n, h, p]
     pad_weights: Tensor  # [c, h, p]
 
@@ -79,7 +80,18 @@ def encode(
         Features [cells, patches, E].
     """
     crossed = patch_cross_attention(weights, offsets, genes, values, pads=pads, dropout=dropout)
-    x = _finish_block(weights.cross, weights.patches, crossed.attended)  # [c, p, D]
+    finished = finish(weights, crossed.attended, dropout=dropout)
+    if not attention:
+        return Encoded(finished.features)
+    return finished._replace(cross_attention=crossed.weights, pad_attention=crossed.pad_weights)
+
+
+def finish(weights: EncoderWeights, attended: Tensor, *, dropout: float = 0.0) -> Encoded:
+    """All that follows the cross-attention: features and self-attention weights.
+
+    ``attended`` [cells, patches, D] is what `patch_cross_attention` returns.
+    """
+    x = _finish_block(weights.cross, weights.patches, attended)  # [c, p, D]
     self_attention = []
     for block in weights.self_blocks:
         attended, attention_weights = _self_attention(block, x, weights.heads, dropout)
@@ -87,9 +99,7 @@ def encode(
         self_attention.append(attention_weights)
     if weights.projection_weight is not None:
         x = F.linear(x, weights.projection_weight, weights.projection_bias)
-    if not attention:
-        return Encoded(x)
-    return Encoded(x, crossed.weights, crossed.pad_weights, tuple(self_attention))
+    return Encoded(x, self_attention=tuple(self_attention))
 
 
 def patch_cross_attention(
@@ -134,6 +144,7 @@ def patch_cross_attention(
     exps = torch.exp(scores - highest[cell])
     pad_exps = torch.exp(pad_scores - highest)
     total = pad_exps.index_add(0, cell, exps)  # [c, h, p]
+    log_sum_exp = total.log() + highest
     total = torch.where(total == 0, torch.ones_like(total), total)
     attention = exps / total[cell]
     pad_attention = pad_exps / total
@@ -142,7 +153,7 @@ def patch_cross_attention(
     attended = torch.einsum("chp,ahd->cphd", kept_pads, pad_row)
     attended = attended.index_add(0, cell, torch.einsum("nhp,nhd->nphd", kept, rows))
     attended = attended.flatten(2)  # [c, p, D]: heads side by side
-    return CrossAttended(attended, attention, pad_attention)
+    return CrossAttended(attended, log_sum_exp, attention, pad_attention)
 
 
 def project_tables(weights: EncoderWeights) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,6 +172,19 @@ def project_tables(weights: EncoderWeights) -> tuple[Tensor, Tensor, Tensor]:
         F.linear(weights.genes, wk).unflatten(-1, (heads, head_dim)),
         F.linear(weights.genes, wv).unflatten(-1, (heads, head_dim)),
     )
+
+
+def constant_scores(weights: EncoderWeights) -> Tensor:
+    """The part [h, p] of scores that all entries share, and that cancels in the softmax.
+
+    It is there for who compares log-sum-exps: fast backends leave it out while they compute.
+    """
+    queries, _, _ = project_tables(weights._replace(genes=weights.genes[:0]))
+    _, key_weight, _ = weights.cross.in_weight.chunk(3)
+    _, constant, _ = weights.cross.in_bias.chunk(3)
+    if weights.value_bias is not None:
+        constant = constant + key_weight @ weights.value_bias
+    return torch.einsum("phd,hd->hp", queries, constant.unflatten(0, (weights.heads, -1)))
 
 
 def project_values(weights: EncoderWeights, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 Cells are shared out among threads in blocks; each cell is computed by one thread from its tokens
 to its patch features, so a cell's bits depend on nothing but the cell. Tables are kept for the
-weights used last, see `prepared`.
+weights used last, see `kept.Kept`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-import zlib
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from ..kept import Kept
 from ..reference import Encoded
 from ..threads import run_blocks
 from ..weights import EncoderWeights
@@ -32,13 +31,11 @@ from .tables import Tables, make_scratch, make_tables
 logger = logging.getLogger("cellpatch_fast")
 
 MOST_CELLS = 64  # per call of compiled code: some milliseconds, so that threads balance
-_KEPT_WEIGHTS = 2
 
 
 class Prepared(NamedTuple):
-    """Everything derived from one set of weights, and the weights, which keep it valid."""
+    """Everything derived from one set of weights."""
 
-    weights: EncoderWeights
     tables: Tables
     blocks: Blocks
 
@@ -56,43 +53,11 @@ class Batch(NamedTuple):
     self_attention: np.ndarray  # float32 [c · block · h · p · p], or empty
 
 
-_prepared: OrderedDict[tuple[Any, ...], Prepared] = OrderedDict()
-_preparing = threading.Lock()
+def _prepare(weights: EncoderWeights) -> Prepared:
+    return Prepared(make_tables(weights), make_blocks(weights))
 
 
-def prepared(weights: EncoderWeights) -> Prepared:
-    """The tables of ``weights``, made anew when a weight has changed.
-
-    A change is noticed by a tensor's address and version, which every in-place operation of
-    PyTorch counts up (writing through ``.data`` does not: call `forget` after that). The cache
-    holds on to the weights, so an address cannot be given to another tensor meanwhile.
-    """
-    tensors, structure = weights.flatten()
-    key = (*structure, *(_identity(tensor) for tensor in tensors))
-    with _preparing:
-        if key not in _prepared:
-            # detached: they hold the memory itself, which a parameter may exchange for other
-            held = EncoderWeights.unflatten([t.detach() for t in tensors], structure)
-            _prepared[key] = Prepared(held, make_tables(weights), make_blocks(weights))
-            while len(_prepared) > _KEPT_WEIGHTS:
-                _prepared.popitem(last=False)
-        _prepared.move_to_end(key)
-        return _prepared[key]
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    # Tensors made in inference mode count no versions. A checksum of the paper's gene table
-    # takes 3 ms, its tables 300 ms.
-    if tensor.is_inference():
-        version = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)
-    else:
-        version = tensor._version
-    return tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride()
-
-
-def forget() -> None:
-    """Drop all kept tables."""
-    _prepared.clear()
+kept = Kept(_prepare)
 
 
 def encode(
@@ -105,7 +70,7 @@ def encode(
     attention: bool = False,
 ) -> Encoded:
     """As `reference.encode`, in float32, without gradients. See there for shapes."""
-    _, tables, blocks = prepared(weights)
+    tables, blocks = kept.of(weights)
     cells, entries = len(offsets) - 1, len(genes)
     heads, patches = tables.heads, tables.patches
     kept = int(attention)

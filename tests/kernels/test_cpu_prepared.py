@@ -27,7 +27,7 @@ def run(weights: EncoderWeights, cells: RaggedCells) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> None:
-    encoder.forget()
+    encoder.kept.forget()
 
 
 @pytest.fixture
@@ -179,12 +179,12 @@ def test_only_the_last_two_sets_of_weights_are_kept(
     several = [random_weights(seed) for seed in range(4)]
     for weights in several:
         assert_current(weights)
-    assert len(encoder._prepared) == 2
-    kept = [prepared.weights.genes.data_ptr() for prepared in encoder._prepared.values()]
+    assert len(encoder.kept._kept) == 2
+    kept = [weights.genes.data_ptr() for weights, *_ in encoder.kept._kept.values()]
     assert kept == [weights.genes.data_ptr() for weights in several[-2:]]
-    assert encoder.prepared(several[-1]) is encoder.prepared(several[-1])
-    encoder.forget()
-    assert len(encoder._prepared) == 0
+    assert encoder.kept.of(several[-1]) is encoder.kept.of(several[-1])
+    encoder.kept.forget()
+    assert len(encoder.kept._kept) == 0
 
 
 def test_many_callers_with_many_weights(random_weights: MakeWeights) -> None:
@@ -195,11 +195,11 @@ def test_many_callers_with_many_weights(random_weights: MakeWeights) -> None:
     def call(step: int) -> None:
         try:
             for i in range(100):
-                encoder.prepared(several[(i * step) % 5])
+                encoder.kept.of(several[(i * step) % 5])
         except KeyError as error:
             failures.append(error)
 
-    encoder.prepared(several[0])
+    encoder.kept.of(several[0])
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     callers = [threading.Thread(target=call, args=(step,)) for step in (1, 2, 3, 4)]

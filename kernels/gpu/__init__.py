@@ -1,0 +1,1 @@
+"""The Triton backend: the encoder on a GPU, compute capability 8.0 and newer."""

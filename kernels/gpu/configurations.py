@@ -1,0 +1,67 @@
+"""Launch configurations, shipped per GPU architecture in ``configurations/*.json``.
+
+A configuration holds what changes a cell's rounding (entries per tile, warps) and what does not
+(stages of the software pipeline). The first is fixed for a type of tables; only the second may
+depend on how long the cells of a batch are, so that a cell's bits never depend on its batch.
+
+Nothing is tuned at run time. `tune.py` measures candidates when asked and writes a file of the same
+form, which is then used instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ARCHITECTURES = (80, 90, 100)  # compute capabilities that configurations are shipped for
+TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class Configuration(NamedTuple):
+    """How a kernel is compiled."""
+
+    tile: int  # entries
+    warps: int
+    stages: int
+
+
+def configuration(architecture: int, dtype: torch.dtype, entries_per_cell: float) -> Configuration:
+    """The configuration for a GPU's compute capability (such as 90) and cells of a length."""
+    settings = load(shipped_for(architecture))[TYPES[dtype]]
+    stages = next(
+        bucket["stages"]
+        for bucket in settings["buckets"]
+        if bucket["up_to"] is None or entries_per_cell <= bucket["up_to"]
+    )
+    return Configuration(settings["tile"], settings["warps"], stages)
+
+
+def shipped_for(architecture: int) -> int:
+    """The nearest architecture, not newer, that configurations are shipped for."""
+    return max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])
+
+
+@functools.cache
+def load(architecture: int) -> dict[str, Any]:
+    """The tuned file of this machine if there is one, else the shipped one."""
+    name = f"sm{architecture}.json"
+    tuned = tuned_folder() / name
+    if tuned.is_file():
+        return json.loads(tuned.read_text())["types"]  # type: ignore[no-any-return]
+    shipped = resources.files(__package__).joinpath("configurations", name)
+    return json.loads(shipped.read_text())["types"]  # type: ignore[no-any-return]
+
+
+def tuned_folder() -> Path:
+    """Where `cellpatch tune` keeps what it found: CELLPATCH_CONFIGURATIONS, or the user's cache."""
+    named = os.environ.get("CELLPATCH_CONFIGURATIONS")
+    if named:
+        return Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "cellpatch_fast"

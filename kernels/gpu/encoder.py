@@ -1,0 +1,283 @@
+"""The encoder on a GPU: what `kernels.encode` calls. Launches the kernels of `cells.py`.
+
+Cells are shared out one per program. A batch of few but long cells would leave multiprocessors
+idle that way, so there the chunks of cells are summed in programs of their own first; the bits are
+the same. What is launched depends on shapes alone, never on what tensors hold, so nothing waits
+for the device and all of it can be captured in a CUDA graph.
+
+The fused kernel is made for encoders whose tile of patches fits in registers (`fits`). Others, and
+whoever asks for attention weights, get the cross-attention from the kernel and the rest from
+PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import reference
+from ..kept import Kept
+from ..reference import Encoded
+from ..weights import EncoderWeights
+from .attention import CHUNK, EXTRA
+from .cells import attend_chunks, encode_cells, weigh_entries
+from .configurations import TYPES, configuration
+from .faults import faults, raise_faults
+from .tables import LOG2_E, Sizes, Tables, make_tables
+
+logger = logging.getLogger("cellpatch_fast")
+
+INTERPRETED = triton.knobs.runtime.interpret  # kernels run in Python, on the CPU
+FUSED_PATCHES, FUSED_DIM, FUSED_MLP = 64, 64, 128  # padded sizes up to which all fits in registers
+
+kept = Kept(make_tables)
+
+
+def encode(
+    weights: EncoderWeights,
+    offsets: Tensor,
+    genes: Tensor,
+    values: Tensor,
+    *,
+    pads: Tensor | None = None,
+    attention: bool = False,
+    mean: bool = False,
+    dtype: torch.dtype | None = None,
+    split: bool | None = None,
+) -> Encoded:
+    """As `reference.encode`, without gradients; features are float32.
+
+    Parameters
+    ----------
+    mean
+        Average the features over the patches: [cells, E].
+    dtype
+        Type of the tables: float32, bfloat16 or float16; None for that of the weights. Sums are
+        float32 always.
+    split
+        Whether chunks of cells get programs of their own; None for what fills the GPU.
+
+    Raises
+    ------
+    ValueError
+        If the tensors are on different devices, or an earlier batch was found to be wrong.
+    """
+    launch = _Launch(weights, offsets, genes, values, pads, dtype, split)
+    if attention or not fits(weights):
+        attended, log_sums = launch.attend()
+        finished = reference.finish(_in_float32(weights), attended)
+        features = finished.features.mean(1) if mean else finished.features
+        if not attention:
+            return Encoded(features)
+        return finished._replace(
+            features=features,
+            cross_attention=launch.weigh(log_sums),
+            pad_attention=launch.weigh_pads(log_sums),
+        )
+    return Encoded(launch.encode(mean))
+
+
+def patch_attention(
+    weights: EncoderWeights,
+    offsets: Tensor,
+    genes: Tensor,
+    values: Tensor,
+    *,
+    pads: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    split: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The cross-attention alone: attended [c, p, D] and log-sum-exp [c, h, p], float32."""
+    launch = _Launch(weights, offsets, genes, values, pads, dtype, split)
+    attended, log_sums = launch.attend()
+    return attended, log_sums / LOG2_E + reference.constant_scores(_in_float32(weights))
+
+
+def fits(weights: EncoderWeights) -> bool:
+    """Whether the fused kernel is made for an encoder of this size."""
+    sizes = Sizes.of(weights)
+    widths = {len(block.up_bias) for block in (weights.cross, *weights.self_blocks)}
+    return (
+        sizes.PATCHES <= FUSED_PATCHES
+        and max(sizes.DIM, sizes.OUTPUT) <= FUSED_DIM
+        and sizes.MLP <= FUSED_MLP
+        and len(widths) == 1
+    )
+
+
+class _Launch:
+    """One batch and everything that its kernels are launched with."""
+
+    def __init__(
+        self,
+        weights: EncoderWeights,
+        offsets: Tensor,
+        genes: Tensor,
+        values: Tensor,
+        pads: Tensor | None,
+        dtype: torch.dtype | None,
+        split: bool | None,
+    ) -> None:
+        self.device = genes.device
+        _check_devices(weights, offsets=offsets, genes=genes, values=values, pads=pads)
+        raise_faults(self.device)
+        self.sizes = Sizes.of(weights)
+        self.dtype = table_type(dtype or weights.patches.dtype)
+        with self._current_device():
+            self.tables: Tables = kept.of(weights, self.dtype)
+        if values.dtype in (torch.float64, torch.bfloat16):
+            values = values.float()
+        self.cells, self.entries = len(offsets) - 1, len(genes)
+        self.slots = self.cells + self.entries // CHUNK.value
+        self.pads = None if pads is None else pads.contiguous()
+        self.faults = faults(self.device)
+        self.input = (offsets.contiguous(), genes.contiguous(), values.contiguous())
+        length = self.entries / max(1, self.cells)
+        self.configuration = configuration(_architecture(self.device), self.dtype, length)
+        if split is None:
+            split = length > CHUNK.value and self.cells < 2 * _multiprocessors(self.device)
+        self.split = split
+        self.common = {
+            "PATCHES": self.sizes.PATCHES,
+            "HEADS": self.sizes.heads,
+            "HEAD_DIM": self.sizes.HEAD_DIM,
+            "BINNED": self.sizes.bins > 0,
+        }
+        self.counts = (self.cells, self.entries, self.sizes.genes, self.sizes.bins)
+
+    def encode(self, mean: bool) -> Tensor:
+        """Features [c, p, E], or [c, E] averaged over the patches."""
+        sizes = self.sizes
+        shape = (self.cells, sizes.output_dim)
+        features = self._empty(*(shape if mean else (shape[0], sizes.patches, shape[1])))
+        self._encode_cells(features, features, dim=sizes.dim, DEPTH=sizes.depth, MEAN=mean)
+        return features
+
+    def attend(self) -> tuple[Tensor, Tensor]:
+        """Attended values [c, p, D], and log2 of the sums of exponentials [c, h, p]."""
+        sizes = self.sizes
+        attended = self._empty(self.cells, sizes.patches, sizes.dim)
+        log_sums = self._empty(self.cells, sizes.heads, sizes.patches)
+        self._encode_cells(attended, log_sums, dim=sizes.head_dim, DEPTH=0, MEAN=False)
+        return attended, log_sums
+
+    def weigh(self, log_sums: Tensor) -> Tensor:
+        """Attention weights of all entries [n, h, p]."""
+        weights = self._empty(self.entries, self.sizes.heads, self.sizes.patches)
+        self._run(
+            weigh_entries, self.slots, *self.input, self.tables, log_sums, weights, self.faults,
+            *self.counts, self.sizes.patches,
+            **self.common, TILE=self.configuration.tile,
+        )  # fmt: skip
+        return weights
+
+    def weigh_pads(self, log_sums: Tensor) -> Tensor:
+        """Attention weights of all of a cell's pads together [c, h, p]."""
+        if self.pads is None:
+            return torch.zeros_like(log_sums)
+        scores = self.tables.pad_score[:, : self.sizes.patches]
+        number = self.pads.float()[:, None, None]
+        return torch.where(number > 0, number * torch.exp2(scores - log_sums), 0.0)
+
+    def _encode_cells(self, features: Tensor, log_sums: Tensor, **choices: Any) -> None:
+        tile, _, stages = self.configuration
+        partials = features
+        if self.split:
+            per_patch = 1 + EXTRA.value + self.sizes.HEAD_DIM
+            partials = self._empty(self.slots * self.sizes.heads * self.sizes.PATCHES * per_patch)
+            self._run(
+                attend_chunks, self.slots, *self.input, self.tables, partials, self.faults,
+                *self.counts, **self.common, TILE=tile, STAGES=stages,
+            )  # fmt: skip
+        sizes, dim = self.sizes, choices.pop("dim")
+        self._run(
+            encode_cells, self.cells, *self.input, self.input[0] if self.pads is None else self.pads,
+            self.tables, partials, features, log_sums, self.faults, *self.counts,
+            sizes.patches, dim, sizes.output_dim,
+            **self.common, DIM=sizes.DIM, MLP=sizes.MLP, OUTPUT=sizes.OUTPUT, **choices,
+            PADDED=self.pads is not None, PROJECTED=sizes.projected, SPLIT=self.split,
+            TILE=tile, STAGES=stages,
+        )  # fmt: skip
+
+    def _run(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        if programs == 0:
+            return
+        key = (kernel.__name__, self.device, self.dtype, *constants.items())
+        started = time.perf_counter()
+        with self._current_device():
+            kernel[(programs,)](
+                *arguments,
+                **constants,
+                num_warps=self.configuration.warps,
+                num_stages=self.configuration.stages,
+                enable_fp_fusion=True,
+            )
+        _note_compilation(key, time.perf_counter() - started)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def _current_device(self) -> contextlib.AbstractContextManager[Any]:
+        # Triton launches on the current device, whatever device the tensors are on
+        if self.device.type == "cuda":
+            return torch.cuda.device(self.device)
+        return contextlib.nullcontext()
+
+
+def table_type(dtype: torch.dtype) -> torch.dtype:
+    """The type of the tables for weights of ``dtype``."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        raise ValueError(
+            "Triton's interpreter computes bfloat16 products wrongly: use float32 or float16"
+        )
+    return dtype if dtype in TYPES else torch.float32
+
+
+def _in_float32(weights: EncoderWeights) -> EncoderWeights:
+    tensors, structure = weights.flatten()
+    return EncoderWeights.unflatten([tensor.detach().float() for tensor in tensors], structure)
+
+
+def _check_devices(weights: EncoderWeights, **tensors: Tensor | None) -> None:
+    device = weights.patches.device
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, but the weights are on {device}: move one of them"
+            )
+
+
+@functools.cache
+def _architecture(device: torch.device) -> int:
+    """Compute capability, such as 90; the oldest that is supported in the interpreter."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_compiled: set[Any] = set()
+
+
+def _note_compilation(key: Any, seconds: float) -> None:
+    """Say why a first call took long: kernels are compiled, or read from Triton's cache."""
+    if key not in _compiled:
+        _compiled.add(key)
+        if seconds > 1 and not INTERPRETED:
+            logger.info(
+                "compiled the GPU kernel %s in %.1f s; Triton keeps it on disk", key[0], seconds
+            )
