@@ -1,17 +1,17 @@
-"""Ragged patch attention: the public operations and the choice of backend.
+"""Ragged patch attention: the public operations.
 
-Needs torch and numba only; knows nothing of files, genes or AnnData.
+Needs torch, and numba or triton for the fast backends; knows nothing of files, genes or AnnData.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from . import ops, reference
+from .backends import Backend, resolve_backend
 from .checks import check_cells
 from .reference import Encoded
 from .weights import BlockWeights, EncoderWeights
@@ -23,34 +23,11 @@ __all__ = [
     "EncoderWeights",
     "encode",
     "ops",
+    "patch_attention",
     "reference",
     "resolve_backend",
+    "synchronize",
 ]
-
-Backend = Literal["reference", "numba", "triton"]
-
-
-def resolve_backend(backend: str | None, device: torch.device) -> Backend:
-    """The backend to use: the argument, else CELLPATCH_BACKEND, else the device's fastest.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown or the backend cannot run on ``device``.
-    """
-    name = backend or os.environ.get("CELLPATCH_BACKEND") or None
-    if name is None:
-        return "numba" if device.type == "cpu" else "reference"
-    if name not in get_args(Backend):
-        where = "" if backend else " in CELLPATCH_BACKEND"
-        raise ValueError(
-            f"unknown backend {name!r}{where}: choose from {', '.join(get_args(Backend))}"
-        )
-    if name == "triton":
-        raise ValueError("the triton backend is not built yet: use reference or numba")
-    if name == "numba" and device.type != "cpu":
-        raise ValueError(f"the numba backend runs on the CPU, but the tensors are on {device}")
-    return name  # type: ignore[return-value]
 
 
 def encode(
@@ -61,6 +38,7 @@ def encode(
     *,
     pads: Tensor | None = None,
     attention: bool = False,
+    mean: bool = False,
     backend: str | None = None,
 ) -> Encoded:
     """Encode ragged cells into patch features.
@@ -68,8 +46,9 @@ def encode(
     Parameters
     ----------
     weights
-        The encoder's weights. The reference computes in their dtype, the other backends in
-        float32.
+        The encoder's weights. The reference computes in their dtype and Numba in float32. Triton
+        sums in float32 too; its tables and matrices have the dtype of the weights, or that of
+        `torch.autocast` where it is on.
     offsets
         int32 or int64 [cells + 1]; cell ``c`` owns the entries ``offsets[c] : offsets[c + 1]``.
     genes
@@ -80,40 +59,131 @@ def encode(
         Padding tokens (gene 0, value 0) that each cell attends to besides its entries, [cells].
     attention
         Also return attention weights.
+    mean
+        Average the features over the patches.
     backend
-        ``"reference"`` or ``"numba"``; None chooses. The choice is the reference wherever
-        gradients are needed.
+        ``"reference"``, ``"numba"`` (CPU) or ``"triton"`` (CUDA); None chooses. The choice is the
+        reference wherever gradients are needed.
 
     Returns
     -------
     Encoded
-        Features [cells, patches, E] and, if asked for, attention weights.
+        Features [cells, patches, E], with ``mean`` [cells, E], float32 but for the reference;
+        and, if asked for, attention weights.
 
     Raises
     ------
     ValueError
-        If tokens, offsets, values or the backend do not fit.
+        If tokens, offsets, values or the backend do not fit. On a GPU, contents (gene tokens,
+        bins, offsets) are not waited for: what is wrong with them is raised by the next call or
+        by `synchronize`, unless CELLPATCH_CHECK=1 is set.
     """
-    inputs = (*weights.tensors(), values)
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    chosen = resolve_backend(backend, genes.device)
-    if needs_gradient and chosen == "numba":
-        if backend == "numba":
-            raise ValueError(
-                "the numba backend computes no gradients: encode under torch.no_grad(), or use "
-                "backend='reference'"
-            )
-        chosen = "reference"
+    chosen = _choose(weights, values, backend)
     if chosen == "reference":
-        if not torch.compiler.is_compiling():  # while tracing there is nothing to check
-            check_cells(weights, offsets, genes, values, pads)
+        _check(weights, offsets, genes, values, pads)
         with torch.autocast(genes.device.type, enabled=False):  # in the weights' own precision
-            return reference.encode(weights, offsets, genes, values, pads=pads, attention=attention)
+            return reference.encode(
+                weights, offsets, genes, values, pads=pads, attention=attention, mean=mean
+            )
+    if chosen == "triton" and os.environ.get("CELLPATCH_CHECK") == "1":
+        _check(weights, offsets, genes, values, pads)
     tensors, structure = weights.flatten()
     features, *attentions = torch.ops.cellpatch.encode(
-        tensors, structure, offsets, genes, values, pads, attention
-    )
+        tensors, structure, offsets, genes, values, pads, attention, mean, chosen,
+        _autocast_dtype(genes.device.type),
+    )  # fmt: skip
     if not attention:
         return Encoded(features)
     cross, pad, *blocks = attentions
     return Encoded(features, cross, pad, tuple(blocks))
+
+
+def patch_attention(
+    weights: EncoderWeights,
+    offsets: Tensor,
+    genes: Tensor,
+    values: Tensor,
+    *,
+    pads: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The encoder's cross-attention alone: patches attend over each cell's entries.
+
+    Parameters
+    ----------
+    weights, offsets, genes, values, pads
+        As of `encode`.
+    backend
+        ``"reference"`` or ``"triton"``; None chooses.
+
+    Returns
+    -------
+    attended
+        [cells, patches, D]: heads side by side, before the output projection; 0 for an empty cell.
+    log_sum_exp
+        [cells, heads, patches]: of a cell's scores; -inf for an empty cell.
+
+    Raises
+    ------
+    ValueError
+        As `encode`.
+    """
+    chosen = _choose(weights, values, backend)
+    if chosen == "numba":
+        if backend == "numba":
+            raise ValueError("the numba backend computes whole encoders only: use encode")
+        chosen = "reference"
+    if chosen == "reference" or os.environ.get("CELLPATCH_CHECK") == "1":
+        _check(weights, offsets, genes, values, pads)
+    if chosen == "reference":
+        with torch.autocast(genes.device.type, enabled=False):
+            found = reference.patch_cross_attention(weights, offsets, genes, values, pads=pads)
+        return found.attended, found.log_sum_exp
+    tensors, structure = weights.flatten()
+    attended, log_sum_exp = torch.ops.cellpatch.patch_attention(
+        tensors, structure, offsets, genes, values, pads, _autocast_dtype(genes.device.type)
+    )
+    return attended, log_sum_exp
+
+
+def synchronize(device: torch.device | str | int | None = None) -> None:
+    """Wait for a GPU and raise what its kernels have found wrong with their input.
+
+    Raises
+    ------
+    ValueError
+        Naming what was wrong with cells that were encoded since the last call.
+    """
+    from .gpu.faults import raise_faults
+
+    torch.cuda.synchronize(device)
+    index = torch.cuda.current_device() if device is None else torch.device(device).index
+    raise_faults(torch.device("cuda", index or 0))
+
+
+def _choose(weights: EncoderWeights, values: Tensor, backend: str | None) -> Backend:
+    """The backend, which must be the reference where gradients are needed."""
+    inputs = (*weights.tensors(), values)
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    chosen = resolve_backend(backend, values.device)
+    if needs_gradient and chosen != "reference":
+        if backend is not None:
+            raise ValueError(
+                f"the {backend} backend computes no gradients: encode under torch.no_grad(), or "
+                "use backend='reference'"
+            )
+        return "reference"
+    return chosen
+
+
+def _check(
+    weights: EncoderWeights, offsets: Tensor, genes: Tensor, values: Tensor, pads: Tensor | None
+) -> None:
+    if not torch.compiler.is_compiling():  # while tracing there is nothing to check
+        check_cells(weights, offsets, genes, values, pads)
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None

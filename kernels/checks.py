@@ -34,6 +34,31 @@ def check_types(offsets: Tensor, genes: Tensor, values: Tensor) -> None:
         raise ValueError(f"{len(genes)} genes but {len(values)} values")
 
 
+def check_kinds(
+    weights: EncoderWeights, offsets: Tensor, genes: Tensor, values: Tensor, pads: Tensor | None
+) -> None:
+    """Refuse what does not fit, as far as shapes, dtypes and devices tell.
+
+    Raises
+    ------
+    ValueError
+        Naming what does not fit.
+    """
+    check_types(offsets, genes, values)
+    if weights.value_bins is not None and values.dtype != torch.uint8:
+        raise ValueError(f"a table of value bins needs uint8 values, found {values.dtype}")
+    if len(offsets) == 0:
+        raise ValueError("offsets needs at least one element: it has one more than the cells")
+    if pads is not None and pads.shape != (len(offsets) - 1,):
+        raise ValueError("pads must hold one number, not negative, for each cell")
+    device = weights.patches.device
+    for name, tensor in (("offsets", offsets), ("genes", genes), ("values", values)):
+        if tensor.device != device:
+            raise ValueError(f"{name} are on {tensor.device}, but the weights are on {device}")
+    if pads is not None and pads.device != device:
+        raise ValueError(f"pads are on {pads.device}, but the weights are on {device}")
+
+
 def check_cells(
     weights: EncoderWeights, offsets: Tensor, genes: Tensor, values: Tensor, pads: Tensor | None
 ) -> None:
@@ -44,14 +69,12 @@ def check_cells(
     ValueError
         Naming what does not fit.
     """
-    check_types(offsets, genes, values)
-    if weights.value_bins is not None and values.dtype != torch.uint8:
-        raise ValueError(f"a table of value bins needs uint8 values, found {values.dtype}")
-    if len(offsets) == 0 or int(offsets[0]) != 0 or int(offsets[-1]) != len(genes):
+    check_kinds(weights, offsets, genes, values, pads)
+    if int(offsets[0]) != 0 or int(offsets[-1]) != len(genes):
         raise ValueError(f"offsets must run from 0 to the number of entries, {len(genes)}")
     if bool((offsets[1:] < offsets[:-1]).any()):
         raise ValueError("offsets must not decrease")
-    if pads is not None and (pads.shape != (len(offsets) - 1,) or bool((pads < 0).any())):
+    if pads is not None and bool((pads < 0).any()):
         raise ValueError("pads must hold one number, not negative, for each cell")
     if len(genes) == 0:
         return

@@ -1,7 +1,7 @@
-"""The encoder as a registered PyTorch operator, ``torch.ops.cellpatch.encode``.
+"""Registered PyTorch operators: ``torch.ops.cellpatch.encode`` and ``.patch_attention``.
 
 Registered, so that torch.compile and torch.export see one opaque node with known output shapes.
-The operator is functional and has no gradient yet: where gradients are needed, `kernels.encode`
+The operators are functional and have no gradient yet: where gradients are needed, `kernels.encode`
 runs the reference, whose gradients are PyTorch's own.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_cells
+from .checks import check_cells, check_kinds
 from .cpu import encoder as cpu
 from .weights import EncoderWeights
 
@@ -18,36 +18,49 @@ from .weights import EncoderWeights
 torch.library.define(
     "cellpatch::encode",
     "(Tensor[] weights, int[] structure, Tensor offsets, Tensor genes, Tensor values, "
-    "Tensor? pads, bool attention) -> Tensor[]",
+    "Tensor? pads, bool attention=False, bool mean=False, str? backend=None, "
+    "ScalarType? dtype=None) -> Tensor[]",
+)
+torch.library.define(
+    "cellpatch::patch_attention",
+    "(Tensor[] weights, int[] structure, Tensor offsets, Tensor genes, Tensor values, "
+    "Tensor? pads, ScalarType? dtype=None) -> (Tensor, Tensor)",
 )
 
 
-@torch.library.impl("cellpatch::encode", "CPU")
-def _encode_on_cpu(
+@torch.library.impl("cellpatch::encode", ("CPU", "CUDA"))
+def _encode(
     weights: list[Tensor],
     structure: list[int],
     offsets: Tensor,
     genes: Tensor,
     values: Tensor,
     pads: Tensor | None,
-    attention: bool,
+    attention: bool = False,
+    mean: bool = False,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Encode ragged cells; see `kernels.encode`.
 
-    ``weights`` and ``structure`` are an `EncoderWeights`, flattened. Returns the features
-    [c, p, E] and, with ``attention``, the cross-attention [n, h, p], the attention to pads
+    ``weights`` and ``structure`` are an `EncoderWeights`, flattened; ``backend`` is numba or
+    triton, None for the device's; ``dtype`` is that of the Triton backend's tables. Returns the
+    features and, with ``attention``, the cross-attention [n, h, p], the attention to pads
     [c, h, p] and one self-attention [c, h, p, p] per block.
     """
     unflat = EncoderWeights.unflatten(weights, structure)
-    check_cells(unflat, offsets, genes, values, pads)
-    encoded = cpu.encode(
-        unflat,
-        offsets,
-        genes,
-        values,
-        pads=pads,
-        attention=attention,
-    )
+    if (backend or ("numba" if genes.device.type == "cpu" else "triton")) == "triton":
+        from .gpu import encoder as gpu
+
+        check_kinds(unflat, offsets, genes, values, pads)
+        encoded = gpu.encode(
+            unflat, offsets, genes, values, pads=pads, attention=attention, mean=mean, dtype=dtype
+        )
+    else:
+        check_cells(unflat, offsets, genes, values, pads)
+        encoded = cpu.encode(
+            unflat, offsets, genes, values, pads=pads, attention=attention, mean=mean
+        )
     if not attention:
         return [encoded.features]
     assert encoded.cross_attention is not None
@@ -58,6 +71,44 @@ def _encode_on_cpu(
     return [encoded.features, encoded.cross_attention, encoded.pad_attention, *self_attention]
 
 
+@torch.library.impl("cellpatch::patch_attention", ("CPU", "CUDA"))
+def _patch_attention(
+    weights: list[Tensor],
+    structure: list[int],
+    offsets: Tensor,
+    genes: Tensor,
+    values: Tensor,
+    pads: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attended values [c, p, D] and log-sum-exp [c, h, p]; see `kernels.patch_attention`."""
+    from .gpu import encoder as gpu
+
+    unflat = EncoderWeights.unflatten(weights, structure)
+    check_kinds(unflat, offsets, genes, values, pads)
+    return gpu.patch_attention(unflat, offsets, genes, values, pads=pads, dtype=dtype)
+
+
+@torch.library.register_fake("cellpatch::patch_attention")
+def _patch_attention_fake(
+    weights: list[Tensor],
+    structure: list[int],
+    offsets: Tensor,
+    genes: Tensor,
+    values: Tensor,
+    pads: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    unflat = EncoderWeights.unflatten(weights, structure)
+    cells = offsets.shape[0] - 1
+    patches, dim = unflat.patches.shape
+    like = weights[0]
+    return (
+        like.new_empty((cells, patches, dim), dtype=torch.float32),
+        like.new_empty((cells, unflat.heads, patches), dtype=torch.float32),
+    )
+
+
 @torch.library.register_fake("cellpatch::encode")
 def _encode_fake(
     weights: list[Tensor],
@@ -66,7 +117,10 @@ def _encode_fake(
     genes: Tensor,
     values: Tensor,
     pads: Tensor | None,
-    attention: bool,
+    attention: bool = False,
+    mean: bool = False,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     unflat = EncoderWeights.unflatten(weights, structure)
     cells, entries = offsets.shape[0] - 1, genes.shape[0]
@@ -76,7 +130,8 @@ def _encode_fake(
     def empty(*shape: int) -> Tensor:
         return like.new_empty(shape, dtype=torch.float32)
 
-    features = empty(cells, patches, unflat.output_dim)
+    shape = (cells, unflat.output_dim) if mean else (cells, patches, unflat.output_dim)
+    features = empty(*shape)
     if not attention:
         return [features]
     return [
@@ -89,9 +144,10 @@ def _encode_fake(
 
 def _refuse_backward(context: object, *gradients: object) -> None:
     raise RuntimeError(
-        "torch.ops.cellpatch.encode has no gradient; kernels.encode runs the reference where "
-        "gradients are needed"
+        "torch.ops.cellpatch.* have no gradient; kernels.encode and kernels.patch_attention run "
+        "the reference where gradients are needed"
     )
 
 
 torch.library.register_autograd("cellpatch::encode", _refuse_backward)
+torch.library.register_autograd("cellpatch::patch_attention", _refuse_backward)

@@ -56,6 +56,7 @@ def encode(
     *,
     pads: Tensor | None = None,
     attention: bool = False,
+    mean: bool = False,
     dropout: float = 0.0,
 ) -> Encoded:
     """Encode ragged cells into patch features.
@@ -71,16 +72,20 @@ def encode(
         None for none.
     attention
         Also return attention weights.
+    mean
+        Average the features over the patches.
     dropout
         Probability of dropping an attention weight (training).
 
     Returns
     -------
     Encoded
-        Features [cells, patches, E].
+        Features [cells, patches, E], with ``mean`` [cells, E].
     """
     crossed = patch_cross_attention(weights, offsets, genes, values, pads=pads, dropout=dropout)
     finished = finish(weights, crossed.attended, dropout=dropout)
+    if mean:
+        finished = finished._replace(features=mean_over_patches(finished.features))
     if not attention:
         return Encoded(finished.features)
     return finished._replace(cross_attention=crossed.weights, pad_attention=crossed.pad_weights)
@@ -154,6 +159,15 @@ def patch_cross_attention(
     attended = attended.index_add(0, cell, torch.einsum("nhp,nhd->nphd", kept, rows))
     attended = attended.flatten(2)  # [c, p, D]: heads side by side
     return CrossAttended(attended, log_sum_exp, attention, pad_attention)
+
+
+def mean_over_patches(features: Tensor) -> Tensor:
+    """[cells, patches, E] to [cells, E], in a fixed order.
+
+    A library's reduction may choose its order by the shape of the batch; here one patch is added
+    after the other, so that a cell's bits do not depend on the number of cells.
+    """
+    return sum(features.unbind(1), torch.zeros_like(features[:, 0])) / features.shape[1]
 
 
 def project_tables(weights: EncoderWeights) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from numba import njit
 from torch import Tensor
 
 from ..kept import Kept
-from ..reference import Encoded
+from ..reference import Encoded, mean_over_patches
 from ..threads import run_blocks
 from ..weights import EncoderWeights
 from .attention import GROUP, cross_attend, finish
@@ -68,12 +68,13 @@ def encode(
     *,
     pads: Tensor | None = None,
     attention: bool = False,
+    mean: bool = False,
 ) -> Encoded:
     """As `reference.encode`, in float32, without gradients. See there for shapes."""
     tables, blocks = kept.of(weights)
     cells, entries = len(offsets) - 1, len(genes)
     heads, patches = tables.heads, tables.patches
-    kept = int(attention)
+    wanted = int(attention)
     self_blocks = blocks.depth - 1
     batch = Batch(
         np.ascontiguousarray(offsets.numpy(), np.int64),
@@ -81,9 +82,9 @@ def encode(
         values.float().contiguous().numpy(),
         np.zeros(cells, np.float32) if pads is None else pads.float().contiguous().numpy(),
         np.empty(cells * patches * blocks.output_dim, np.float32),
-        np.empty(kept * entries * heads * patches, np.float32),
-        np.empty(kept * cells * heads * patches, np.float32),
-        np.empty(kept * cells * self_blocks * heads * patches * patches, np.float32),
+        np.empty(wanted * entries * heads * patches, np.float32),
+        np.empty(wanted * cells * heads * patches, np.float32),
+        np.empty(wanted * cells * self_blocks * heads * patches * patches, np.float32),
     )
     discrete = not values.dtype.is_floating_point
 
@@ -98,6 +99,8 @@ def encode(
 
     run_blocks(task, cells, _cells_per_task(cells))
     features = torch.from_numpy(batch.features).view(cells, patches, blocks.output_dim)
+    if mean:
+        features = mean_over_patches(features)
     if not attention:
         return Encoded(features)
     stacked = torch.from_numpy(batch.self_attention)

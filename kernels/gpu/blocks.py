@@ -98,9 +98,9 @@ def self_attend(x, matrices, vectors, unscale, patches, PATCHES: tl.constexpr,
 
 
 @triton.jit
-def run_blocks(y, matrices, vectors, unscale, patches, dim, DEPTH: tl.constexpr, PATCHES: tl.constexpr,
-               HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
-               MLP: tl.constexpr):  # fmt: skip
+def run_blocks(y, matrices, vectors, unscale, patches, dim, DEPTH: tl.constexpr,
+               PATCHES: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+               DIM: tl.constexpr, MLP: tl.constexpr):  # fmt: skip
     """All that follows the cross-attention's output projection: features before `project`.
 
     ``y`` [p, DIM] is residual plus attention, without the projection's bias. Also returns where

@@ -28,7 +28,7 @@ from ..reference import Encoded
 from ..weights import EncoderWeights
 from .attention import CHUNK, EXTRA
 from .cells import attend_chunks, encode_cells, weigh_entries
-from .configurations import TYPES, configuration
+from .configuration import TYPES, configuration
 from .faults import faults, raise_faults
 from .tables import LOG2_E, Sizes, Tables, make_tables
 
@@ -67,13 +67,15 @@ def encode(
     Raises
     ------
     ValueError
-        If the tensors are on different devices, or an earlier batch was found to be wrong.
+        If an earlier batch was found to be wrong, or this one already was (in the interpreter).
     """
     launch = _Launch(weights, offsets, genes, values, pads, dtype, split)
     if attention or not fits(weights):
         attended, log_sums = launch.attend()
         finished = reference.finish(_in_float32(weights), attended)
-        features = finished.features.mean(1) if mean else finished.features
+        features = finished.features
+        if mean:
+            features = reference.mean_over_patches(features)
         if not attention:
             return Encoded(features)
         return finished._replace(
@@ -126,7 +128,6 @@ class _Launch:
         split: bool | None,
     ) -> None:
         self.device = genes.device
-        _check_devices(weights, offsets=offsets, genes=genes, values=values, pads=pads)
         raise_faults(self.device)
         self.sizes = Sizes.of(weights)
         self.dtype = table_type(dtype or weights.patches.dtype)
@@ -197,9 +198,10 @@ class _Launch:
                 *self.counts, **self.common, TILE=tile, STAGES=stages,
             )  # fmt: skip
         sizes, dim = self.sizes, choices.pop("dim")
+        pads = self.input[0] if self.pads is None else self.pads  # not read where there are none
         self._run(
-            encode_cells, self.cells, *self.input, self.input[0] if self.pads is None else self.pads,
-            self.tables, partials, features, log_sums, self.faults, *self.counts,
+            encode_cells, self.cells, *self.input, pads, self.tables, partials,
+            features, log_sums, self.faults, *self.counts,
             sizes.patches, dim, sizes.output_dim,
             **self.common, DIM=sizes.DIM, MLP=sizes.MLP, OUTPUT=sizes.OUTPUT, **choices,
             PADDED=self.pads is not None, PROJECTED=sizes.projected, SPLIT=self.split,
@@ -220,6 +222,8 @@ class _Launch:
                 enable_fp_fusion=True,
             )
         _note_compilation(key, time.perf_counter() - started)
+        if self.device.type == "cpu":  # nothing is asynchronous there
+            raise_faults(self.device)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -243,15 +247,6 @@ def table_type(dtype: torch.dtype) -> torch.dtype:
 def _in_float32(weights: EncoderWeights) -> EncoderWeights:
     tensors, structure = weights.flatten()
     return EncoderWeights.unflatten([tensor.detach().float() for tensor in tensors], structure)
-
-
-def _check_devices(weights: EncoderWeights, **tensors: Tensor | None) -> None:
-    device = weights.patches.device
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, but the weights are on {device}: move one of them"
-            )
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _MESSAGES = (
-    "a gene token is not in the model's gene embedding: were the cells made with another vocabulary?",
+    "a gene token is not in the gene embedding: were the cells made with another vocabulary?",
     "a value has no bin: clip the values as the model's config says",
     "offsets do not run from 0 to the number of entries without decreasing",
     "a number of pads is negative",

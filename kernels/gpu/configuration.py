@@ -53,9 +53,9 @@ def load(architecture: int) -> dict[str, Any]:
     name = f"sm{architecture}.json"
     tuned = tuned_folder() / name
     if tuned.is_file():
-        return json.loads(tuned.read_text())["types"]  # type: ignore[no-any-return]
+        return json.loads(tuned.read_text())["types"]
     shipped = resources.files(__package__).joinpath("configurations", name)
-    return json.loads(shipped.read_text())["types"]  # type: ignore[no-any-return]
+    return json.loads(shipped.read_text())["types"]
 
 
 def tuned_folder() -> Path:
