@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from .errors import InputError
-from .kernels import resolve_backend
+from .kernels import resolve_backend, synchronize
 from .loader import MAX_CELLS, MAX_ENTRIES, CellStream, read_ahead
 from .model import CellPatch
-from .model.encoder import pool
 
 if TYPE_CHECKING:
     from .detect import Expected
@@ -129,8 +128,14 @@ class Embedder:
         with contextlib.closing(blocks), _evaluating(self.model):
             for block in blocks:
                 with torch.inference_mode(), _memory_errors():
-                    features = self.model.encode(block.cells.to(self.device), backend=self.backend)
-                    rows = pool(features, self.pooling).float().cpu().numpy()
+                    features = self.model.encode(
+                        block.cells.to(self.device),
+                        mean=self.pooling == "mean",
+                        backend=self.backend,
+                    )
+                    rows = features.flatten(1).float().cpu().numpy()
+                    if self.device.type == "cuda" and self.backend == "triton":
+                        synchronize(self.device)
                 yield EmbeddedBlock(block.start, rows, block.unknown_entries, block.empty_cells)
 
 

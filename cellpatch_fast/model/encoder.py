@@ -8,8 +8,9 @@ The module holds parameters and says what fits them; the computing is done by
   the device.
 - The attention layers are `torch.nn.MultiheadAttention`, as containers only: their parameters
   have the names and the layout that every PyTorch user knows, their forward is never called.
-- What goes into a kernel is checked first. A kernel reads table rows at the addresses that gene
-  tokens name, so a token beyond the table must not reach it.
+- What goes into a kernel is checked first: a kernel reads table rows at the addresses that gene
+  tokens name. On a GPU that would mean waiting for it before every batch, so there the kernels
+  check what they read themselves, and what they find is raised by the next call.
 """
 
 from __future__ import annotations
@@ -142,32 +143,39 @@ class CellPatch(StoredModel):
             padded_length=padded_length,
         )
 
-    def encode(self, cells: RaggedCells, *, backend: str | None = None) -> Tensor:
+    def encode(
+        self, cells: RaggedCells, *, mean: bool = False, backend: str | None = None
+    ) -> Tensor:
         """Patch features of cells.
 
         Parameters
         ----------
         cells
             Gene tokens of the model's vocabulary, values prepared as its config says.
+        mean
+            Average the features over the patches.
         backend
             ``"reference"``, ``"numba"`` or ``"triton"``; None for the fastest that can do the
             job. Only the reference can record gradients, drop attention weights or compute in
-            fp64; use ``torch.inference_mode()`` and ``model.eval()`` for the others.
+            fp64; use ``torch.inference_mode()`` and ``model.eval()`` for the others. Triton's
+            tables have the parameters' dtype, or that of `torch.autocast` where it is on.
 
         Returns
         -------
         Tensor
-            [cells, patches, output_dim], in the parameters' dtype.
+            [cells, patches, output_dim], or [cells, output_dim] with ``mean``, in the parameters'
+            dtype.
 
         Raises
         ------
         InputError
             If the cells do not fit the model: gene tokens beyond the table, values that a
-            binned embedding has no bin for, another device.
+            binned embedding has no bin for, another device. On a GPU, tokens and bins are not
+            waited for: the next call raises a ValueError, or ``kernels.synchronize()``.
         ValueError
             If ``backend`` is unknown or cannot do the job.
         """
-        return self._run(cells, attention=False, backend=backend).features
+        return self._run(cells, mean=mean, backend=backend).features
 
     def encode_with_attention(self, cells: RaggedCells, *, backend: str | None = None) -> Encoded:
         """As `encode`, with the attention weights of every block.
@@ -193,7 +201,14 @@ class CellPatch(StoredModel):
             projected=self.projection is not None,
         )
 
-    def _run(self, cells: RaggedCells, *, attention: bool, backend: str | None) -> Encoded:
+    def _run(
+        self,
+        cells: RaggedCells,
+        *,
+        backend: str | None,
+        attention: bool = False,
+        mean: bool = False,
+    ) -> Encoded:
         pads = None
         if self.config.padded_length is not None:
             # a cell longer than the padded length has no pads; it is not cut
@@ -203,6 +218,7 @@ class CellPatch(StoredModel):
             cells,
             pads=pads,
             attention=attention,
+            mean=mean,
             dropout=self.config.attention_dropout if self.training else None,
             backend=backend,
         )
@@ -237,9 +253,7 @@ def pool(features: Tensor, how: Pool) -> Tensor:
     if how == "flatten":
         return features.flatten(1)
     if how == "mean":
-        # One patch after the other, so that the order of summation is fixed whatever the number
-        # of cells: a library's reduction may choose its order by the shape of the batch.
-        return sum(features.unbind(1), torch.zeros_like(features[:, 0])) / features.shape[1]
+        return reference.mean_over_patches(features)
     raise ValueError(f"unknown pooling {how!r}: choose from {', '.join(get_args(Pool))}")
 
 
@@ -288,9 +302,10 @@ def run_encoder(
     cells: RaggedCells,
     *,
     pads: Tensor | None,
-    attention: bool,
     dropout: float | None,
     backend: str | None,
+    attention: bool = False,
+    mean: bool = False,
 ) -> Encoded:
     """Check the cells and run them on the backend that can do the job.
 
@@ -300,24 +315,31 @@ def run_encoder(
         Padding tokens that each cell attends to, [cells]; None for none.
     dropout
         Probability of dropping an attention weight in training; None in evaluation.
+    attention, mean
+        See `kernels.encode`.
     """
-    _check_cells(weights, cells)
     arguments = (weights, cells.offsets, cells.genes, cells.values)
     dtype = weights.patches.dtype
+    if dropout is None and not records_gradients(weights, cells):
+        if backend is None and dtype == torch.float64:
+            backend = "reference"  # the others compute in float32
+        _check_cells(weights, cells, kernels.resolve_backend(backend, cells.device))
+        found = kernels.encode(
+            *arguments, pads=pads, attention=attention, mean=mean, backend=backend
+        )
+        return _cast(found, dtype)
+    if backend is not None and kernels.resolve_backend(backend, cells.device) != "reference":
+        reason = "records gradients" if dropout is None else "is in training mode"
+        raise ValueError(
+            f"the {backend} backend serves inference only, but the model {reason}: call it "
+            "under torch.inference_mode() after model.eval(), or leave backend unset"
+        )
+    _check_cells(weights, cells, "reference")
     # in the parameters' own precision, also where the caller autocasts
     with torch.autocast(cells.device.type, enabled=False):
-        if dropout is None and not records_gradients(weights, cells):
-            if backend is None and dtype == torch.float64:
-                backend = "reference"  # the others compute in float32
-            found = kernels.encode(*arguments, pads=pads, attention=attention, backend=backend)
-            return _cast(found, dtype)
-        if backend is not None and kernels.resolve_backend(backend, cells.device) != "reference":
-            reason = "records gradients" if dropout is None else "is in training mode"
-            raise ValueError(
-                f"the {backend} backend serves inference only, but the model {reason}: call it "
-                "under torch.inference_mode() after model.eval(), or leave backend unset"
-            )
-        return reference.encode(*arguments, pads=pads, attention=attention, dropout=dropout or 0.0)
+        return reference.encode(
+            *arguments, pads=pads, attention=attention, mean=mean, dropout=dropout or 0.0
+        )
 
 
 def records_gradients(weights: EncoderWeights, cells: RaggedCells) -> bool:
@@ -340,7 +362,7 @@ def _cast(encoded: Encoded, dtype: torch.dtype) -> Encoded:
     )
 
 
-def _check_cells(weights: EncoderWeights, cells: RaggedCells) -> None:
+def _check_cells(weights: EncoderWeights, cells: RaggedCells, backend: kernels.Backend) -> None:
     """One pass over the tokens (and the bins), so that no kernel reads beyond a table."""
     device = weights.patches.device
     if cells.device != device:
@@ -348,6 +370,13 @@ def _check_cells(weights: EncoderWeights, cells: RaggedCells) -> None:
             f"the cells are on {cells.device}, the model on {device}: "
             "move one of them with .to(device)"
         )
+    if weights.value_bins is not None and cells.values.dtype != torch.uint8:
+        raise InputError(
+            f"the model embeds binned values (uint8), but the cells have {cells.values.dtype}: "
+            "prepare them with value_rounding 'round' or 'truncate'"
+        )
+    if backend == "triton" and cells.device.type == "cuda":
+        return  # the kernels check the rest; see kernels.gpu.faults
     cells.validate()
     lowest, highest = integer_range(cells.genes)
     if lowest < 0 or highest >= len(weights.genes):
@@ -358,11 +387,6 @@ def _check_cells(weights: EncoderWeights, cells: RaggedCells) -> None:
         )
     if weights.value_bins is None:
         return
-    if cells.values.dtype != torch.uint8:
-        raise InputError(
-            f"the model embeds binned values (uint8), but the cells have {cells.values.dtype}: "
-            "prepare them with value_rounding 'round' or 'truncate'"
-        )
     highest = integer_range(cells.values)[1]
     if highest >= len(weights.value_bins):
         raise InputError(
