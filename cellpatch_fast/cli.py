@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version("cellpatch-fast"))
     parser.set_defaults(after_interruption="Nothing was written.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_embed, _add_import, _add_new_model, _add_inspect, _add_demo):
+    for add in (_add_embed, _add_import, _add_new_model, _add_inspect, _add_demo, _add_tune):
         add(commands)
     return parser
 
@@ -220,6 +220,41 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="default: cellpatch-demo",
     )  # fmt: skip
     parser.set_defaults(run=_demo, after_interruption="The same command starts anew.")
+
+
+def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="measure the GPU kernels' configurations on this machine's GPU",
+        description="Measure launch configurations on this machine's GPU and keep the fastest, "
+        "which are then used instead of those that are shipped. Takes some minutes, most of them "
+        "for compiling. Embeddings change by rounding.",
+    )
+    parser.add_argument("--device", default="cuda", metavar="D", help="default: cuda")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the file, to be named in CELLPATCH_CONFIGURATIONS (default: "
+        "~/.cache/cellpatch_fast, where it is found)",
+    )
+    parser.set_defaults(run=_tune)
+
+
+def _tune(parsed: argparse.Namespace) -> None:
+    import torch
+
+    from .embedding import usable_device
+    from .kernels import resolve_backend
+
+    device = usable_device(parsed.device)
+    try:
+        resolve_backend("triton", device)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    from .kernels.gpu.tuning import tune
+
+    print(tune(torch.device(device), output=parsed.output))
 
 
 def _embed(parsed: argparse.Namespace) -> None:

@@ -75,7 +75,7 @@ class Embedder:
             raise InputError(f"unknown pooling {pooling!r}: choose flatten or mean")
         if batch_size is not None and batch_size < 1:
             raise InputError(f"the batch size must be at least 1, found {batch_size}")
-        target = None if device is None else _usable(device)
+        target = None if device is None else usable_device(device)
         if not isinstance(model, CellPatch):
             model = CellPatch.from_pretrained(model)
         if target is not None and not _same(target, model.patches.device):
@@ -139,8 +139,14 @@ class Embedder:
                 yield EmbeddedBlock(block.start, rows, block.unknown_entries, block.empty_cells)
 
 
-def _usable(device: torch.device | str) -> torch.device:
-    """``device`` if this machine has it."""
+def usable_device(device: torch.device | str) -> torch.device:
+    """``device`` if this machine has it.
+
+    Raises
+    ------
+    InputError
+        If it has not.
+    """
     try:
         found = torch.device(device)
         torch.empty(0, device=found)

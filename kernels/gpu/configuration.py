@@ -4,8 +4,8 @@ A configuration holds what changes a cell's rounding (entries per tile, warps) a
 (stages of the software pipeline). The first is fixed for a type of tables; only the second may
 depend on how long the cells of a batch are, so that a cell's bits never depend on its batch.
 
-Nothing is tuned at run time. `tune.py` measures candidates when asked and writes a file of the same
-form, which is then used instead.
+Nothing is tuned at run time. `tuning.py` measures candidates when asked and writes a file of the
+same form, which is then used instead.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+FORMAT_VERSION = 1
 ARCHITECTURES = (80, 90, 100)  # compute capabilities that configurations are shipped for
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -31,7 +32,9 @@ class Configuration(NamedTuple):
     stages: int
 
 
-def configuration(architecture: int, dtype: torch.dtype, entries_per_cell: float) -> Configuration:
+def configuration_for(
+    architecture: int, dtype: torch.dtype, entries_per_cell: float
+) -> Configuration:
     """The configuration for a GPU's compute capability (such as 90) and cells of a length."""
     settings = load(shipped_for(architecture))[TYPES[dtype]]
     stages = next(
@@ -49,13 +52,37 @@ def shipped_for(architecture: int) -> int:
 
 @functools.cache
 def load(architecture: int) -> dict[str, Any]:
-    """The tuned file of this machine if there is one, else the shipped one."""
+    """Settings of each type: from the tuned file of this machine if there is one, else shipped.
+
+    Raises
+    ------
+    ValueError
+        If the tuned file cannot be read.
+    """
     name = f"sm{architecture}.json"
     tuned = tuned_folder() / name
-    if tuned.is_file():
-        return json.loads(tuned.read_text())["types"]
-    shipped = resources.files(__package__).joinpath("configurations", name)
-    return json.loads(shipped.read_text())["types"]
+    if not tuned.is_file():
+        return _settings(resources.files(__package__).joinpath("configurations", name).read_text())
+    try:
+        return _settings(tuned.read_text())
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{tuned} is not a file of launch configurations ({error!r}): delete it, or make it "
+            "anew with `cellpatch tune`"
+        ) from error
+
+
+def _settings(text: str) -> dict[str, Any]:
+    content = json.loads(text)
+    if content["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format version {content['format_version']!r}")
+    types: dict[str, Any] = content["types"]
+    for name in TYPES.values():
+        settings = types[name]
+        Configuration(int(settings["tile"]), int(settings["warps"]), 1)
+        if settings["buckets"][-1]["up_to"] is not None:
+            raise ValueError(f"no bucket for the longest cells of {name}")
+    return types
 
 
 def tuned_folder() -> Path:

@@ -28,7 +28,7 @@ from ..reference import Encoded
 from ..weights import EncoderWeights
 from .attention import CHUNK, EXTRA
 from .cells import attend_chunks, encode_cells, weigh_entries
-from .configuration import TYPES, configuration
+from .configuration import TYPES, Configuration, configuration_for
 from .faults import faults, raise_faults
 from .tables import LOG2_E, Sizes, Tables, make_tables
 
@@ -51,6 +51,7 @@ def encode(
     mean: bool = False,
     dtype: torch.dtype | None = None,
     split: bool | None = None,
+    configuration: Configuration | None = None,
 ) -> Encoded:
     """As `reference.encode`, without gradients; features are float32.
 
@@ -63,13 +64,15 @@ def encode(
         float32 always.
     split
         Whether chunks of cells get programs of their own; None for what fills the GPU.
+    configuration
+        How kernels are compiled; None for what is shipped, or was tuned on this machine.
 
     Raises
     ------
     ValueError
         If an earlier batch was found to be wrong, or this one already was (in the interpreter).
     """
-    launch = _Launch(weights, offsets, genes, values, pads, dtype, split)
+    launch = _Launch(weights, offsets, genes, values, pads, dtype, split, configuration)
     if attention or not fits(weights):
         attended, log_sums = launch.attend()
         finished = reference.finish(_in_float32(weights), attended)
@@ -126,6 +129,7 @@ class _Launch:
         pads: Tensor | None,
         dtype: torch.dtype | None,
         split: bool | None,
+        configuration: Configuration | None = None,
     ) -> None:
         self.device = genes.device
         raise_faults(self.device)
@@ -141,7 +145,9 @@ class _Launch:
         self.faults = faults(self.device)
         self.input = (offsets.contiguous(), genes.contiguous(), values.contiguous())
         length = self.entries / max(1, self.cells)
-        self.configuration = configuration(_architecture(self.device), self.dtype, length)
+        self.configuration = configuration or configuration_for(
+            architecture(self.device), self.dtype, length
+        )
         if split is None:
             split = length > CHUNK.value and self.cells < 2 * _multiprocessors(self.device)
         self.split = split
@@ -250,7 +256,7 @@ def _in_float32(weights: EncoderWeights) -> EncoderWeights:
 
 
 @functools.cache
-def _architecture(device: torch.device) -> int:
+def architecture(device: torch.device) -> int:
     """Compute capability, such as 90; the oldest that is supported in the interpreter."""
     if device.type != "cuda":
         return 80
