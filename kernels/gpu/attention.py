@@ -44,7 +44,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .product import product
+from .product import product, terms_of
 
 # Columns beside the V rows: 1; the value as the tables' type rounds it; what rounding took away.
 EXTRA = tl.constexpr(8)
@@ -99,7 +99,8 @@ def bound_scores(tables, values, count, PATCHES: tl.constexpr, HEADS: tl.constex
 @triton.jit
 def find_highest(tables, queries, slopes, genes, values, count, gene_rows, bins,
                  PATCHES: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-                 BINNED: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                 BINNED: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr,
+                 STAGES: tl.constexpr):  # fmt: skip
     """Per head, the highest score [p] of the chunk's entries."""
     highest = ()
     for _ in tl.static_range(HEADS):
@@ -108,7 +109,7 @@ def find_highest(tables, queries, slopes, genes, values, count, gene_rows, bins,
     for start in tl.range(0, count, TILE, num_stages=STAGES):
         higher = ()
         for h in tl.static_range(HEADS):
-            keys = load_keys(tables, gene, value, h, HEADS, HEAD_DIM, BINNED)
+            keys = load_keys(tables, gene, value, h, HEADS, HEAD_DIM, BINNED, TERMS)
             part = slopes[h][:, None] * value[None, :]  # the slope is 0 where BINNED
             scores = product(queries[h], keys, part)  # [p, n]
             higher = higher + (tl.maximum(highest[h], tl.max(scores, 1)),)
@@ -119,47 +120,77 @@ def find_highest(tables, queries, slopes, genes, values, count, gene_rows, bins,
 
 @triton.jit
 def extra_columns(value, inside, dtype: tl.constexpr):
-    """(1, v, what rounding took from v, 0 ...) [n, EXTRA]; 0 beyond the end."""
-    narrow: tl.constexpr = tl.float16 if dtype == tl.float32 else dtype
+    """(1, v, what rounding took from v, 0 ...) [n, EXTRA]; 0 beyond the end. One exact term."""
     column = tl.arange(0, EXTRA)[None, :]
-    rounded = value.to(narrow).to(tl.float32)
+    rounded = value.to(dtype).to(tl.float32)
     columns = tl.where(column == 1, rounded[:, None], (value - rounded)[:, None])
     columns = tl.where(column == 0, 1.0, columns)
-    return tl.where(inside[:, None] & (column < 3), columns, 0.0).to(narrow)
+    return (tl.where(inside[:, None] & (column < 3), columns, 0.0).to(dtype),)
+
+
+@triton.jit
+def load_query(tables, h, PATCHES: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+               TERMS: tl.constexpr):  # fmt: skip
+    """Queries [p, d] of head h, in terms."""
+    p, d = tl.arange(0, PATCHES)[:, None], tl.arange(0, HEAD_DIM)[None, :]
+    query = ()
+    for term in tl.static_range(TERMS):
+        row = (term * HEADS + h) * PATCHES + p
+        query = query + (tl.load(tables.query + row * HEAD_DIM + d),)
+    return query
 
 
 @triton.jit
 def load_keys(tables, gene, value, h, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-              BINNED: tl.constexpr):  # fmt: skip
-    """Keys [d, n] of head h."""
+              BINNED: tl.constexpr, TERMS: tl.constexpr):  # fmt: skip
+    """Keys [d, n] of head h, in terms."""
     d = tl.arange(0, HEAD_DIM)[:, None]
-    row = gene * (2 * HEADS * HEAD_DIM) + h * 2 * HEAD_DIM  # [n]
-    keys = tl.load(tables.rows + row[None, :] + d)
+    row = ((gene * HEADS + h) * (2 * TERMS * HEAD_DIM))[None, :]
+    keys = ()
+    for term in tl.static_range(TERMS):
+        keys = keys + (tl.load(tables.rows + row + term * HEAD_DIM + d),)
     if BINNED:
-        row = value.to(tl.int32) * (2 * HEADS * HEAD_DIM) + h * 2 * HEAD_DIM
-        part = tl.load(tables.bin_rows + row[None, :] + d)
-        keys = (keys.to(tl.float32) + part.to(tl.float32)).to(keys.dtype)
+        row = ((value.to(tl.int32) * HEADS + h) * (2 * TERMS * HEAD_DIM))[None, :]
+        parts = ()
+        for term in tl.static_range(TERMS):
+            parts = parts + (tl.load(tables.bin_rows + row + term * HEAD_DIM + d),)
+        keys = add(keys, parts, TERMS)
     return keys
 
 
 @triton.jit
 def load_rows(tables, gene, value, inside, h, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-              BINNED: tl.constexpr):  # fmt: skip
-    """Value rows [n, d] of head h; 0 beyond the end."""
-    d = tl.arange(0, HEAD_DIM)[None, :] + HEAD_DIM
-    row = gene * (2 * HEADS * HEAD_DIM) + h * 2 * HEAD_DIM  # [n]
-    rows = tl.load(tables.rows + row[:, None] + d, mask=inside[:, None], other=0.0)
+              BINNED: tl.constexpr, TERMS: tl.constexpr):  # fmt: skip
+    """Value rows [n, d] of head h, in terms; 0 beyond the end."""
+    d = tl.arange(0, HEAD_DIM)[None, :] + TERMS * HEAD_DIM
+    kept = inside[:, None]
+    row = ((gene * HEADS + h) * (2 * TERMS * HEAD_DIM))[:, None]
+    rows = ()
+    for term in tl.static_range(TERMS):
+        rows = rows + (tl.load(tables.rows + row + term * HEAD_DIM + d, mask=kept, other=0.0),)
     if BINNED:
-        row = value.to(tl.int32) * (2 * HEADS * HEAD_DIM) + h * 2 * HEAD_DIM
-        part = tl.load(tables.bin_rows + row[:, None] + d, mask=inside[:, None], other=0.0)
-        rows = (rows.to(tl.float32) + part.to(tl.float32)).to(rows.dtype)
+        row = ((value.to(tl.int32) * HEADS + h) * (2 * TERMS * HEAD_DIM))[:, None]
+        parts = ()
+        for term in tl.static_range(TERMS):
+            place = tables.bin_rows + row + term * HEAD_DIM + d
+            parts = parts + (tl.load(place, mask=kept, other=0.0),)
+        rows = add(rows, parts, TERMS)
     return rows
+
+
+@triton.jit
+def add(a, b, TERMS: tl.constexpr):
+    """The sum of two operands in terms."""
+    total = a[0].to(tl.float32) + b[0].to(tl.float32)
+    if TERMS == 2:
+        total += a[1].to(tl.float32) + b[1].to(tl.float32)
+    return terms_of(total, a[0].dtype, TERMS)
 
 
 @triton.jit
 def attend_chunk(tables, genes, values, count, gene_rows, bins, PATCHES: tl.constexpr,
                  HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BINNED: tl.constexpr,
-                 TILE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                 TERMS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Sums over at most CHUNK entries that begin at the pointers ``genes`` and ``values``.
 
     Returns
@@ -178,11 +209,10 @@ def attend_chunk(tables, genes, values, count, gene_rows, bins, PATCHES: tl.cons
     # and have less room before they need to know the maximum
     LIFT: tl.constexpr = 0.0 if dtype == tl.bfloat16 else 15.0
     LIMIT: tl.constexpr = 60.0 if dtype == tl.bfloat16 else (24.0 if dtype == tl.float16 else 18.0)
-    p, d = tl.arange(0, PATCHES), tl.arange(0, HEAD_DIM)
+    p = tl.arange(0, PATCHES)
     queries, slopes, totals, sums = (), (), (), ()
     for h in tl.static_range(HEADS):
-        place = tables.query + (h * PATCHES + p)[:, None] * HEAD_DIM + d[None, :]
-        queries = queries + (tl.load(place),)
+        queries = queries + (load_query(tables, h, PATCHES, HEADS, HEAD_DIM, TERMS),)
         slopes = slopes + (tl.load(tables.slope + h * PATCHES + p),)
         totals = totals + (tl.zeros([PATCHES, EXTRA], tl.float32),)
         sums = sums + (tl.zeros([PATCHES, HEAD_DIM], tl.float32),)
@@ -190,7 +220,7 @@ def attend_chunk(tables, genes, values, count, gene_rows, bins, PATCHES: tl.cons
     if spread > LIMIT:
         highest = find_highest(
             tables, queries, slopes, genes, values, count, gene_rows, bins,
-            PATCHES, HEADS, HEAD_DIM, BINNED, TILE, STAGES,
+            PATCHES, HEADS, HEAD_DIM, BINNED, TERMS, TILE, STAGES,
         )  # fmt: skip
     shifts = ()
     for h in tl.static_range(HEADS):
@@ -204,14 +234,14 @@ def attend_chunk(tables, genes, values, count, gene_rows, bins, PATCHES: tl.cons
         extra = extra_columns(value / unit, inside, dtype)
         new_totals, new_sums = (), ()
         for h in tl.static_range(HEADS):
-            keys = load_keys(tables, gene, value, h, HEADS, HEAD_DIM, BINNED)
-            rows = load_rows(tables, gene, value, inside, h, HEADS, HEAD_DIM, BINNED)
+            keys = load_keys(tables, gene, value, h, HEADS, HEAD_DIM, BINNED, TERMS)
+            rows = load_rows(tables, gene, value, inside, h, HEADS, HEAD_DIM, BINNED, TERMS)
             if BINNED:
                 part = tl.broadcast_to(-shifts[h][:, None], [PATCHES, TILE])
             else:
                 part = slopes[h][:, None] * value[None, :] - shifts[h][:, None]
             scores = product(queries[h], keys, part)  # [p, n]
-            weights = tl.exp2(scores).to(dtype)
+            weights = terms_of(tl.exp2(scores), dtype, TERMS)
             new_sums = new_sums + (sum_up(weights, rows, sums[h]),)
             new_totals = new_totals + (sum_up(weights, extra, totals[h]),)
         totals, sums = new_totals, new_sums
@@ -233,9 +263,10 @@ def sum_up(weights, rows, sums):
     The matrix units round their accumulator towards zero, which would cost float32 tables their
     precision in a long sum: there, a tile is summed from zero and added on the ordinary way.
     """
-    if weights.dtype == tl.float32:
+    if len(weights) == 2:
         return tl.fma(product(weights, rows, tl.zeros_like(sums)), 1.0, sums)
-    return product(weights, rows, sums)
+    else:
+        return product(weights, rows, sums)
 
 
 @triton.jit

@@ -19,27 +19,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .product import levelled, scaled_product
+from .product import scaled_product, scaled_terms
 
 EPSILON = tl.constexpr(1e-5)  # of layer norms
 
 
 @triton.jit
-def load_matrix(matrix, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    return tl.load(matrix + row[:, None] * COLUMNS + column[None, :])
+def load_matrix(matrix, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr):
+    """[ROWS, COLUMNS], in terms, which lie one after the other."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    terms = ()
+    for term in tl.static_range(TERMS):
+        terms = terms + (tl.load(matrix + (term * ROWS + row) * COLUMNS + column),)
+    return terms
 
 
 @triton.jit
-def multiply(x, weight, unscale):
-    """x [p, k] · weight [k, m], float32, in the weight's type; see `tables.Tables.unscale`."""
-    return scaled_product(x.to(weight.dtype), weight) * unscale
+def multiply(x, matrix, unscale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr):
+    """x [p, ROWS] · matrix [ROWS, COLUMNS], float32; see `tables.Tables.unscale`."""
+    weight = load_matrix(matrix, ROWS, COLUMNS, TERMS)
+    return scaled_product(x, weight, matrix.dtype.element_ty, TERMS) * unscale
 
 
 @triton.jit
-def affine(x, weight, bias, unscale, COLUMNS: tl.constexpr):
-    """x [p, k] · weight [k, COLUMNS] + bias, float32; ``bias`` is a pointer."""
-    return multiply(x, weight, unscale) + tl.load(bias + tl.arange(0, COLUMNS))[None, :]
+def affine(x, matrix, bias, unscale, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+           TERMS: tl.constexpr):  # fmt: skip
+    """`multiply`, plus a bias."""
+    added = tl.load(bias + tl.arange(0, COLUMNS))[None, :]
+    return multiply(x, matrix, unscale, ROWS, COLUMNS, TERMS) + added
 
 
 @triton.jit
@@ -54,73 +61,65 @@ def layer_norm(x, weight, bias, dim, DIM: tl.constexpr):
 
 
 @triton.jit
-def project_out(y, attended, matrix, unscale, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
-    """y [p, DIM] + attended [p, d] of one head · that head's rows of the output projection."""
-    return y + multiply(attended, load_matrix(matrix, HEAD_DIM, DIM), unscale)
-
-
-@triton.jit
-def finish_block(x, matrices, vectors, unscale, dim, DIM: tl.constexpr, MLP: tl.constexpr):
+def finish_block(x, matrices, vectors, unscale, dim, DIM: tl.constexpr, MLP: tl.constexpr,
+                 TERMS: tl.constexpr):  # fmt: skip
     """Layer norm, MLP, residual, layer norm of x [p, DIM], the sum of residual and attention."""
     x = layer_norm(x, vectors, vectors + DIM, dim, DIM)
-    up, down = load_matrix(matrices, DIM, MLP), load_matrix(matrices + DIM * MLP, MLP, DIM)
     vectors += 2 * DIM
-    inner = affine(x, up, vectors, unscale, MLP)
+    inner = affine(x, matrices, vectors, unscale, DIM, MLP, TERMS)
     inner = 0.5 * inner * (1.0 + tl.erf(inner * 0.7071067811865476))  # GELU
     vectors += MLP
-    x += affine(inner, down, vectors, unscale, DIM)
+    x += affine(inner, matrices + TERMS * DIM * MLP, vectors, unscale, MLP, DIM, TERMS)
     return layer_norm(x, vectors + DIM, vectors + 2 * DIM, dim, DIM)
 
 
 @triton.jit
 def self_attend(x, matrices, vectors, unscale, patches, PATCHES: tl.constexpr,
-                HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
+                HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+                TERMS: tl.constexpr):  # fmt: skip
     """x [p, DIM] + attention among the patches of a cell, with its output projection."""
     dtype: tl.constexpr = matrices.dtype.element_ty
+    size: tl.constexpr = TERMS * DIM * HEAD_DIM  # of one head's matrix
     p = tl.arange(0, PATCHES)
     y = x
     for h in tl.static_range(HEADS):
         projected = ()
         for part in tl.static_range(3):  # query, key, value
-            weight = load_matrix(matrices + (part * HEADS + h) * DIM * HEAD_DIM, DIM, HEAD_DIM)
+            matrix = matrices + (part * HEADS + h) * size
             bias = vectors + (part * HEADS + h) * HEAD_DIM
-            projected = projected + (affine(x, weight, bias, unscale, HEAD_DIM).to(dtype),)
-        keys, key_scale = levelled(projected[1])
-        rows, row_scale = levelled(projected[2])
-        scores = scaled_product(projected[0], tl.trans(keys)) * key_scale  # [p, p]
+            projected = projected + (affine(x, matrix, bias, unscale, DIM, HEAD_DIM, TERMS),)
+        keys, key_scale = scaled_terms(tl.trans(projected[1]), dtype, TERMS)
+        rows, row_scale = scaled_terms(projected[2], dtype, TERMS)
+        scores = scaled_product(projected[0], keys, dtype, TERMS) * key_scale  # [p, p]
         scores = tl.where(p[None, :] < patches, scores, float("-inf"))
         weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
-        attended = scaled_product(weights.to(dtype), rows)
+        attended = scaled_product(weights, rows, dtype, TERMS)
         attended *= (row_scale / tl.sum(weights, 1))[:, None]
-        place = matrices + (3 * HEADS * DIM + h * DIM) * HEAD_DIM
-        y = project_out(y, attended, place, unscale, HEAD_DIM, DIM)
+        matrix = matrices + (3 * HEADS + h) * size
+        y += multiply(attended, matrix, unscale, HEAD_DIM, DIM, TERMS)
     return y
 
 
 @triton.jit
 def run_blocks(y, matrices, vectors, unscale, patches, dim, DEPTH: tl.constexpr,
                PATCHES: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-               DIM: tl.constexpr, MLP: tl.constexpr):  # fmt: skip
+               DIM: tl.constexpr, MLP: tl.constexpr, TERMS: tl.constexpr):  # fmt: skip
     """All that follows the cross-attention's output projection: features before `project`.
 
     ``y`` [p, DIM] is residual plus attention, without the projection's bias. Also returns where
     the weights of the final projection lie.
     """
-    attention_matrices: tl.constexpr = 4 * HEADS * HEAD_DIM * DIM
+    attention_matrices: tl.constexpr = TERMS * 4 * HEADS * HEAD_DIM * DIM
     attention_vectors: tl.constexpr = 3 * HEADS * HEAD_DIM
     for block in tl.static_range(DEPTH):
         if block > 0:
-            y = self_attend(y, matrices, vectors, unscale, patches, PATCHES, HEADS, HEAD_DIM, DIM)
+            y = self_attend(
+                y, matrices, vectors, unscale, patches, PATCHES, HEADS, HEAD_DIM, DIM, TERMS
+            )
         matrices += attention_matrices
         vectors += attention_vectors
         y += tl.load(vectors + tl.arange(0, DIM))[None, :]  # bias of the output projection
-        y = finish_block(y, matrices, vectors + DIM, unscale, dim, DIM, MLP)
-        matrices += 2 * DIM * MLP
+        y = finish_block(y, matrices, vectors + DIM, unscale, dim, DIM, MLP, TERMS)
+        matrices += TERMS * 2 * DIM * MLP
         vectors += 6 * DIM + MLP
     return y, matrices, vectors
-
-
-@triton.jit
-def project(x, matrix, bias, unscale, DIM: tl.constexpr, OUTPUT: tl.constexpr):
-    """The final projection of x [p, DIM] to [p, OUTPUT]."""
-    return affine(x, load_matrix(matrix, DIM, OUTPUT), bias, unscale, OUTPUT)

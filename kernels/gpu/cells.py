@@ -24,10 +24,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention import CHUNK, EXTRA, attend_chunk, load_entries, load_keys, merge
-from .blocks import project, project_out, run_blocks
+from .attention import CHUNK, EXTRA, attend_chunk, load_entries, load_keys, load_query, merge
+from .blocks import affine, multiply, run_blocks
 from .product import product
 
+# One compilation for all batches: not another for counts that are 1 or divisible by 16, nor for
+# inputs that begin within 16 bytes (entries of a cell do anyway).
+UNSPECIALIZED = triton.jit(
+    do_not_specialize=["cells", "entries", "gene_rows", "bins", "patches", "dim", "output_dim"],
+    do_not_specialize_on_alignment=["offsets", "genes", "values", "pads"],
+)
 BAD_OFFSETS = tl.constexpr(2)  # place in `errors`; 0 is a gene, 1 a value, 3 a number of pads
 BAD_PADS = tl.constexpr(3)
 
@@ -100,17 +106,18 @@ def chunk_of_slot(slot, offsets, cells, entries, errors):
     return cell, first + done, count.to(tl.int32)
 
 
-@triton.jit
+@UNSPECIALIZED
 def attend_chunks(offsets, genes, values, tables, partials, errors, cells, entries, gene_rows, bins,
                   PATCHES: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-                  BINNED: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                  BINNED: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr,
+                  STAGES: tl.constexpr):  # fmt: skip
     """One chunk per program: its partial sums to ``partials``."""
     slot = tl.program_id(0)
     _, first, count = chunk_of_slot(slot, offsets, cells, entries, errors)
     if count > 0:
         shifts, totals, sums, unknown = attend_chunk(
             tables, genes + first, values + first, count, gene_rows, bins,
-            PATCHES, HEADS, HEAD_DIM, BINNED, TILE, STAGES,
+            PATCHES, HEADS, HEAD_DIM, BINNED, TERMS, TILE, STAGES,
         )  # fmt: skip
         report_unknown(unknown, errors)
         for h in tl.static_range(HEADS):
@@ -154,14 +161,14 @@ def attend(shift, totals, sums, tables, h, HEAD_DIM: tl.constexpr, BINNED: tl.co
     return attended, shift + tl.log2(divisor)
 
 
-@triton.jit
+@UNSPECIALIZED
 def encode_cells(offsets, genes, values, pads, tables, partials, features, log_sums, errors,
                  cells, entries, gene_rows, bins, patches, dim, output_dim,
                  PATCHES: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
                  DIM: tl.constexpr, MLP: tl.constexpr, OUTPUT: tl.constexpr, DEPTH: tl.constexpr,
-                 BINNED: tl.constexpr, PADDED: tl.constexpr, PROJECTED: tl.constexpr,
-                 MEAN: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
-                 STAGES: tl.constexpr):  # fmt: skip
+                 BINNED: tl.constexpr, TERMS: tl.constexpr, PADDED: tl.constexpr,
+                 PROJECTED: tl.constexpr, MEAN: tl.constexpr, SPLIT: tl.constexpr,
+                 TILE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """One cell per program: its features, or with DEPTH = 0 its attended values.
 
     ``features`` is float32 [c, patches, output_dim], or [c, output_dim] with MEAN. With DEPTH = 0
@@ -187,7 +194,7 @@ def encode_cells(offsets, genes, values, pads, tables, partials, features, log_s
             rest = tl.minimum(count - done, CHUNK)
             shifts, totals, sums, unknown = attend_chunk(
                 tables, genes + first + done, values + first + done, rest, gene_rows, bins,
-                PATCHES, HEADS, HEAD_DIM, BINNED, TILE, STAGES,
+                PATCHES, HEADS, HEAD_DIM, BINNED, TERMS, TILE, STAGES,
             )  # fmt: skip
             report_unknown(unknown, errors)
         merged = merge_heads(merged, (shifts, totals, sums), HEADS)
@@ -215,14 +222,14 @@ def encode_cells(offsets, genes, values, pads, tables, partials, features, log_s
             attended, _ = attend(
                 merged[0][h], merged[1][h], merged[2][h], tables, h, HEAD_DIM, BINNED
             )
-            place = tables.matrices + (3 * HEADS * DIM + h * DIM) * HEAD_DIM
-            x = project_out(x, attended, place, unscale, HEAD_DIM, DIM)
+            matrix = tables.matrices + TERMS * (3 * HEADS + h) * DIM * HEAD_DIM
+            x += multiply(attended, matrix, unscale, HEAD_DIM, DIM, TERMS)
         x, matrices, vectors = run_blocks(
             x, tables.matrices, tables.vectors, unscale, patches, dim,
-            DEPTH, PATCHES, HEADS, HEAD_DIM, DIM, MLP,
+            DEPTH, PATCHES, HEADS, HEAD_DIM, DIM, MLP, TERMS,
         )  # fmt: skip
         if PROJECTED:
-            x = project(x, matrices, vectors, unscale, DIM, OUTPUT)
+            x = affine(x, matrices, vectors, unscale, DIM, OUTPUT, TERMS)
         column = tl.arange(0, OUTPUT)
         if MEAN:
             x = tl.sum(tl.where(p[:, None] < patches, x, 0.0), 0) / patches
@@ -234,13 +241,13 @@ def encode_cells(offsets, genes, values, pads, tables, partials, features, log_s
             tl.store(features + row + column[None, :], x, mask=kept)
 
 
-@triton.jit
+@UNSPECIALIZED
 def weigh_entries(offsets, genes, values, tables, log_sums, weights, errors,
                   cells, entries, gene_rows, bins, patches,
                   PATCHES: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-                  BINNED: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+                  BINNED: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Attention weights [n, HEADS, patches] of one chunk, from `encode_cells`'s ``log_sums``."""
-    p, d = tl.arange(0, PATCHES), tl.arange(0, HEAD_DIM)
+    p = tl.arange(0, PATCHES)
     cell, first, count = chunk_of_slot(tl.program_id(0), offsets, cells, entries, errors)
     for start in range(0, count, TILE):
         entry = start + tl.arange(0, TILE)
@@ -250,8 +257,8 @@ def weigh_entries(offsets, genes, values, tables, log_sums, weights, errors,
         )
         for h in tl.static_range(HEADS):
             row = h * PATCHES + p
-            query = tl.load(tables.query + row[:, None] * HEAD_DIM + d[None, :])
-            keys = load_keys(tables, gene, value, h, HEADS, HEAD_DIM, BINNED)
+            query = load_query(tables, h, PATCHES, HEADS, HEAD_DIM, TERMS)
+            keys = load_keys(tables, gene, value, h, HEADS, HEAD_DIM, BINNED, TERMS)
             part = tl.load(tables.slope + row)[:, None] * value[None, :]
             log_sum = tl.load(log_sums + (cell * HEADS + h) * patches + p, mask=p < patches)
             scores = product(query, keys, part)  # [p, n]

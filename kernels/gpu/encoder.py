@@ -156,6 +156,7 @@ class _Launch:
             "HEADS": self.sizes.heads,
             "HEAD_DIM": self.sizes.HEAD_DIM,
             "BINNED": self.sizes.bins > 0,
+            "TERMS": len(self.tables.query),
         }
         self.counts = (self.cells, self.entries, self.sizes.genes, self.sizes.bins)
 

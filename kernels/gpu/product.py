@@ -1,10 +1,10 @@
 """Matrix products on the matrix units, to the precision of their operands.
 
-bf16 and float16 operands are multiplied exactly and added in float32. The matrix units know no
-float32, so a float32 operand is split into two float16 numbers, which keep 22 bits of it, and three
-products make up one (the fourth, of both small parts, is below 2^-22 of it). That is a third of the
-float16 rate: twice what three tf32 products would give, and with 60 % fewer instructions per entry
-in the cross-attention, because accumulators become operands in place.
+An operand is a tuple of *terms*, whose sum is meant: one bf16 or float16 tensor, or two float16
+tensors that stand for a float32 one. The matrix units know no float32; two float16 keep 22 bits of
+it, and three products make up one (the fourth, of both small terms, is below 2^-22 of it). That is
+a third of the float16 rate: twice what three tf32 products would give, and with a third of the
+instructions per entry in the cross-attention, because accumulators become operands in place.
 
 float16 ends at 65,504 and 2^-24. So operands are brought near 2^13 by powers of two, which costs no
 precision: tables and matrices when they are made (`tables.py`), activations here.
@@ -17,28 +17,23 @@ import triton.language as tl
 
 
 @triton.jit
-def split(x):
-    """float32 x as float16 number + float16 remainder."""
-    large = x.to(tl.float16)
-    return large, (x - large.to(tl.float32)).to(tl.float16)
+def terms_of(x, dtype: tl.constexpr, TERMS: tl.constexpr):
+    """float32 x, within the range of ``dtype``, as that many terms."""
+    large = x.to(dtype)
+    if TERMS == 1:
+        return (large,)
+    else:
+        return large, (x - large.to(tl.float32)).to(dtype)
 
 
 @triton.jit
 def product(a, b, sums):
-    """a [m, k] · b [k, n] + sums; a and b float32 within float16's range, or both bf16 or float16.
-
-    b may be float16 where a is float32: then it is exact.
-    """
-    if a.dtype == tl.float32:
-        large_a, small_a = split(a)
-        if b.dtype == tl.float32:
-            large_b, small_b = split(b)
-            sums = tl.dot(large_a, small_b, sums)
-        else:
-            large_b = b
-        sums = tl.dot(small_a, large_b, sums)
-        return tl.dot(large_a, large_b, sums)
-    return tl.dot(a, b, sums)
+    """a [m, k] · b [k, n] + sums, for tuples of terms a and b; float32. The smallest come first."""
+    if len(a) == 2:
+        if len(b) == 2:
+            sums = tl.dot(a[0], b[1], sums)
+        sums = tl.dot(a[1], b[0], sums)
+    return tl.dot(a[0], b[0], sums)
 
 
 @triton.jit
@@ -51,19 +46,21 @@ def scales(largest):
 
 
 @triton.jit
-def scaled_product(a, b):
-    """a [m, k] · b [k, n], float32, for float32 a of any magnitude; b as in `product`."""
-    nothing = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
-    if a.dtype == tl.float32:
+def scaled_product(a, b, dtype: tl.constexpr, TERMS: tl.constexpr):
+    """a [m, k] · b [k, n], float32, for float32 a of any magnitude and terms b."""
+    nothing = tl.zeros([a.shape[0], b[0].shape[1]], tl.float32)
+    if TERMS == 1:
+        return product(terms_of(a, dtype, 1), b, nothing)
+    else:
         up, down = scales(tl.max(tl.abs(a), 1))  # of each row
-        return product(a * up[:, None], b, nothing) * down[:, None]
-    return product(a, b, nothing)
+        return product(terms_of(a * up[:, None], dtype, 2), b, nothing) * down[:, None]
 
 
 @triton.jit
-def levelled(b):
-    """b brought within the range that `product` needs, and the factor that undoes it."""
-    if b.dtype == tl.float32:
+def scaled_terms(b, dtype: tl.constexpr, TERMS: tl.constexpr):
+    """Terms of float32 b of any magnitude, and the factor that their product lacks."""
+    if TERMS == 1:
+        return terms_of(b, dtype, 1), 1.0
+    else:
         up, down = scales(tl.max(tl.abs(b)))
-        return b * up, down
-    return b, 1.0
+        return terms_of(b * up, dtype, 2), down

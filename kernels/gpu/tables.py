@@ -25,22 +25,23 @@ GENES_AT_ONCE = 8192  # bounds memory while projecting
 class Tables(NamedTuple):
     """Tensors, every dimension padded by zeros to a power of two; scores in powers of two.
 
-    "Type" is the tables' type: float32, bfloat16 or float16.
+    Terms are bfloat16 or float16: one tensor of the tables' type, or two float16 tensors that make
+    up a float32 one (see `product`).
     """
 
-    rows: Tensor  # type [g, h, 2, d]: keys and values of each gene, brought into range
+    rows: Tensor  # terms [g, h, (key, value), term, d] of each gene, brought into range
     row_unscale: Tensor  # float32 [h]: the power of two that undoes this for values
-    query: Tensor  # type [h, p, d]: times log2(e) / sqrt(d), and what undoes this for keys
+    query: Tensor  # terms [term, h, p, d]: times log2(e) / sqrt(d), and what undoes this for keys
     slope: Tensor  # float32 [h, p]: of the score, by an affine value; 0 where binned
     highest: Tensor  # float32 [h, p]: bounds of the score but for an affine value part
     lowest: Tensor
-    bin_rows: Tensor  # type [bins, h, 2, d], as rows; one row of zeros where affine
+    bin_rows: Tensor  # terms, as rows: of each bin; one row of zeros where affine
     value_row: Tensor  # float32 [h, d]: slope of the value, by an affine value; as rows
     constant_row: Tensor  # float32 [h, d]: what all values have in common
     pad_score: Tensor  # float32 [h, p]: of gene 0 with value 0
     pad_row: Tensor  # float32 [h, d], as rows
     patches: Tensor  # float32 [p, D]
-    matrices: Tensor  # type: see `blocks`; brought into range
+    matrices: Tensor  # terms: see `blocks`; brought into range
     unscale: Tensor  # float32 []: the power of two that undoes this
     vectors: Tensor  # float32: see `blocks`
 
@@ -92,7 +93,7 @@ def _padded(size: int) -> int:
 
 
 def make_tables(weights: EncoderWeights, dtype: torch.dtype) -> Tables:
-    """Project the tables of ``weights``; matrices and gene rows in ``dtype``.
+    """Project the tables of ``weights``; those of terms in ``dtype``.
 
     Raises
     ------
@@ -100,7 +101,7 @@ def make_tables(weights: EncoderWeights, dtype: torch.dtype) -> Tables:
         If the table of genes is too large for 32-bit positions.
     """
     sizes = Sizes.of(weights)
-    if sizes.genes * sizes.heads * 2 * sizes.HEAD_DIM >= 1 << 31:
+    if sizes.genes * sizes.heads * 4 * sizes.HEAD_DIM >= 1 << 31:
         raise ValueError(
             f"a table of {sizes.genes} genes with {sizes.heads} heads of {sizes.head_dim} is too "
             "large for the triton backend: use backend='reference'"
@@ -139,26 +140,25 @@ def _make_tables(weights: EncoderWeights, sizes: Sizes, dtype: torch.dtype) -> T
     row_exponent = 13 - _exponent(largest[:, 1])
     key_exponent = (_exponent(queries.abs().amax((1, 2))) - _exponent(largest[:, 0])) // 2
     scale = torch.stack([_power_of_two(key_exponent), _power_of_two(row_exponent)], 1)[..., None]
-    query = (queries * _power_of_two(-key_exponent)[:, None, None]).to(dtype)
+    query = _terms(queries * _power_of_two(-key_exponent)[:, None, None], dtype, 0)
+    rounded = query.float().sum(0)
 
-    rows = weights.genes.new_empty((sizes.genes, heads, 2, sizes.HEAD_DIM), dtype=dtype)
-    bounds = []
+    bounds, rows = [], query.new_empty((sizes.genes, heads, 2, len(query), sizes.HEAD_DIM))
     for part, to in zip(parts, rows.split(GENES_AT_ONCE), strict=True):
-        to.copy_(key_and_value(part) * scale)
-        bounds.append(torch.aminmax(_scores(query, to[:, :, 0]), dim=0))
+        to.copy_(_terms(key_and_value(part) * scale, dtype, -2))
+        bounds.append(torch.aminmax(_scores(rounded, to), dim=0))
     lowest = torch.stack([bound.min for bound in bounds]).amin(0)  # [h, p]
     highest = torch.stack([bound.max for bound in bounds]).amax(0)
 
     constant = value_bias
-    pad_keys, pad_row = rows[0, :, 0].float(), rows[0, :, 1].float()  # [h, d]
+    pad = rows[0].float().sum(-2)  # [h, 2, d]
     if binned:
-        bin_rows = (bins * scale).to(dtype)
-        scores = _scores(query, bin_rows[:, :, 0])
+        bin_rows = _terms(bins * scale, dtype, -2)
+        scores = _scores(rounded, bin_rows)
         lowest, highest = lowest + scores.amin(0), highest + scores.amax(0)
-        slope, value_row = torch.zeros_like(lowest), torch.zeros_like(pad_row)
-        # as the kernel adds them
-        pad_keys = (pad_keys + bin_rows[0, :, 0].float()).to(dtype).float()
-        pad_row = (pad_row + bin_rows[0, :, 1].float()).to(dtype).float()
+        slope, value_row = torch.zeros_like(lowest), torch.zeros_like(pad[:, 1])
+        # rounded as the kernel adds them
+        pad = _terms(pad + bin_rows[0].float().sum(-2), dtype, -2).float().sum(-2)
     else:
         assert weights.value_weight is not None
         assert weights.value_bias is not None
@@ -168,23 +168,24 @@ def _make_tables(weights: EncoderWeights, sizes: Sizes, dtype: torch.dtype) -> T
         value_row = (direction * scale)[:, 1].float()
         constant = constant + value_weight @ weights.value_bias.detach().double()
     block_tensors = list(_block_tensors(weights, sizes))
-    matrices = torch.cat([t.flatten() for t in block_tensors if t.ndim > 1])
+    matrices = [t for t in block_tensors if t.ndim > 1]
     vectors = torch.cat([t for t in block_tensors if t.ndim == 1])
-    exponent = 13 - _exponent(matrices.abs().amax())
+    exponent = 13 - _exponent(torch.stack([t.abs().amax() for t in matrices]).amax())
+    in_range = [_terms(t * _power_of_two(exponent), dtype, -3).flatten() for t in matrices]
     return Tables(
         rows=rows,
         row_unscale=_power_of_two(-row_exponent),
-        query=query.contiguous(),
+        query=query,
         slope=slope.contiguous(),
         highest=highest.contiguous(),
         lowest=lowest.contiguous(),
         bin_rows=bin_rows,
         value_row=value_row.contiguous(),
         constant_row=split(constant).float(),
-        pad_score=torch.einsum("hpd,hd->hp", query.float(), pad_keys),
-        pad_row=pad_row.contiguous(),
+        pad_score=torch.einsum("hpd,hd->hp", rounded, pad[:, 0]).contiguous(),
+        pad_row=pad[:, 1].contiguous(),
         patches=_pad(weights.patches.detach().float(), sizes.PATCHES, sizes.DIM),
-        matrices=(matrices * _power_of_two(exponent)).to(dtype),
+        matrices=torch.cat(in_range),
         unscale=_power_of_two(-exponent),
         vectors=vectors.float(),
     )
@@ -205,9 +206,17 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent + 127) << 23).view(torch.float32)
 
 
-def _scores(query: Tensor, keys: Tensor) -> Tensor:
-    """Scores [n, h, p] of keys [n, h, d], from what the kernels will read."""
-    return torch.einsum("hpd,nhd->nhp", query.float(), keys.float())
+def _terms(exact: Tensor, dtype: torch.dtype, place: int) -> Tensor:
+    """Numbers as terms for tables of ``dtype``, stacked at dimension ``place``."""
+    if dtype != torch.float32:
+        return exact.to(dtype).unsqueeze(place)
+    large = exact.half()
+    return torch.stack([large, (exact - large).half()], place)
+
+
+def _scores(query: Tensor, rows: Tensor) -> Tensor:
+    """Scores [n, h, p] of the keys in rows [n, h, 2, term, d], from what the kernels will read."""
+    return torch.einsum("hpd,nhd->nhp", query, rows[:, :, 0].float().sum(-2))
 
 
 def _block_tensors(weights: EncoderWeights, sizes: Sizes) -> Iterator[Tensor]:
