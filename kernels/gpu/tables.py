@@ -223,12 +223,14 @@ def _block_tensors(weights: EncoderWeights, sizes: Sizes) -> Iterator[Tensor]:
     """Matrices [in, out] and vectors in the order in which `blocks` reads each kind; float64."""
     HEAD_DIM, DIM, MLP = sizes.HEAD_DIM, sizes.DIM, sizes.MLP
     scale = LOG2_E / math.sqrt(sizes.head_dim)
-    for block in (weights.cross, *weights.self_blocks):
+    for number, block in enumerate((weights.cross, *weights.self_blocks)):
         w = BlockWeights(*(tensor.detach().double() for tensor in block))
         inputs = w.in_weight.unflatten(0, (3, sizes.heads, -1)).transpose(-1, -2)  # [3, h, D, d]
         biases = w.in_bias.unflatten(0, (3, sizes.heads, -1))  # [3, h, d]
         # queries take the softmax's scale with them
         inputs = torch.cat([inputs[:1] * scale, inputs[1:]])
+        if number == 0:  # the cross-attention's are in `rows`: here they would only claim range
+            inputs = torch.zeros_like(inputs)
         biases = torch.cat([biases[:1] * scale, biases[1:]])
         outputs = w.out_weight.T.unflatten(0, (sizes.heads, -1))  # [h, d, D]
         yield _pad(inputs, DIM, HEAD_DIM)
