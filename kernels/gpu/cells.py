@@ -13,7 +13,7 @@ The cell of a slot is found by bisection; a slot that the cell does not need (on
 ends at once.
 
 Nothing waits for the host: what is wrong with the input (a gene without a table row, decreasing
-offsets) is replaced by something harmless and recorded in `errors`, see `errors.py`.
+offsets) is replaced by something harmless and recorded in `faults`, see `faults.py`.
 
 Memory: inputs, outputs and tables; with SPLIT also 4 * HEADS * PATCHES * (HEAD_DIM + 9) bytes per
 slot, 12.8 KB at the paper's sizes, and then there are few cells.
@@ -34,25 +34,25 @@ UNSPECIALIZED = triton.jit(
     do_not_specialize=["cells", "entries", "gene_rows", "bins", "patches", "dim", "output_dim"],
     do_not_specialize_on_alignment=["offsets", "genes", "values", "pads"],
 )
-BAD_OFFSETS = tl.constexpr(2)  # place in `errors`; 0 is a gene, 1 a value, 3 a number of pads
+BAD_OFFSETS = tl.constexpr(2)  # place in `faults`; 0 is a gene, 1 a value, 3 a number of pads
 BAD_PADS = tl.constexpr(3)
 
 
 @triton.jit
-def cell_bounds(offsets, cell, entries, errors):
+def cell_bounds(offsets, cell, entries, faults):
     """First entry (int64) and number of entries (int32) of a cell, as far as they exist."""
     first, last = tl.load(offsets + cell).to(tl.int64), tl.load(offsets + cell + 1).to(tl.int64)
     wrong = (first < 0) | (last < first) | (last > entries) | ((cell == 0) & (first != 0))
-    tl.store(errors + BAD_OFFSETS, 1, mask=wrong)
+    tl.store(faults + BAD_OFFSETS, 1, mask=wrong)
     first = tl.minimum(tl.maximum(first, 0), entries)
     last = tl.minimum(tl.maximum(last, first), entries)
     return first, (last - first).to(tl.int32)
 
 
 @triton.jit
-def report_unknown(unknown, errors):
-    tl.store(errors, 1, mask=(unknown & 1) != 0)
-    tl.store(errors + 1, 1, mask=(unknown & 2) != 0)
+def report_unknown(unknown, faults):
+    tl.store(faults, 1, mask=(unknown & 1) != 0)
+    tl.store(faults + 1, 1, mask=(unknown & 2) != 0)
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def partial_place(partials, slot, h, PATCHES: tl.constexpr, HEADS: tl.constexpr,
 
 
 @triton.jit
-def chunk_of_slot(slot, offsets, cells, entries, errors):
+def chunk_of_slot(slot, offsets, cells, entries, faults):
     """The cell of a slot, the first entry of its chunk, and the chunk's entries, 0 if idle."""
     slot = slot.to(tl.int64)
     cell, above = slot * 0, slot * 0 + cells
@@ -100,26 +100,26 @@ def chunk_of_slot(slot, offsets, cells, entries, errors):
         beyond = middle + tl.load(offsets + middle).to(tl.int64) // CHUNK > slot
         above = tl.where(beyond, middle, above)
         cell = tl.where(beyond, cell, middle)
-    first, count = cell_bounds(offsets, cell, entries, errors)
+    first, count = cell_bounds(offsets, cell, entries, faults)
     done = (slot - cell - first // CHUNK) * CHUNK
     count = tl.where(done < 0, 0, tl.minimum(tl.maximum(count - done, 0), CHUNK))
     return cell, first + done, count.to(tl.int32)
 
 
 @UNSPECIALIZED
-def attend_chunks(offsets, genes, values, tables, partials, errors, cells, entries, gene_rows, bins,
+def attend_chunks(offsets, genes, values, tables, partials, faults, cells, entries, gene_rows, bins,
                   PATCHES: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
                   BINNED: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr,
                   STAGES: tl.constexpr):  # fmt: skip
     """One chunk per program: its partial sums to ``partials``."""
     slot = tl.program_id(0)
-    _, first, count = chunk_of_slot(slot, offsets, cells, entries, errors)
+    _, first, count = chunk_of_slot(slot, offsets, cells, entries, faults)
     if count > 0:
         shifts, totals, sums, unknown = attend_chunk(
             tables, genes + first, values + first, count, gene_rows, bins,
             PATCHES, HEADS, HEAD_DIM, BINNED, TERMS, TILE, STAGES,
         )  # fmt: skip
-        report_unknown(unknown, errors)
+        report_unknown(unknown, faults)
         for h in tl.static_range(HEADS):
             to_shift, to_totals, to_sums = partial_place(
                 partials, slot.to(tl.int64), h, PATCHES, HEADS, HEAD_DIM
@@ -162,7 +162,7 @@ def attend(shift, totals, sums, tables, h, HEAD_DIM: tl.constexpr, BINNED: tl.co
 
 
 @UNSPECIALIZED
-def encode_cells(offsets, genes, values, pads, tables, partials, features, log_sums, errors,
+def encode_cells(offsets, genes, values, pads, tables, partials, features, log_sums, faults,
                  cells, entries, gene_rows, bins, patches, dim, output_dim,
                  PATCHES: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
                  DIM: tl.constexpr, MLP: tl.constexpr, OUTPUT: tl.constexpr, DEPTH: tl.constexpr,
@@ -177,7 +177,7 @@ def encode_cells(offsets, genes, values, pads, tables, partials, features, log_s
     """
     p = tl.arange(0, PATCHES)
     cell = tl.program_id(0).to(tl.int64)
-    first, count = cell_bounds(offsets, cell, entries, errors)
+    first, count = cell_bounds(offsets, cell, entries, faults)
     merged = nothing(PATCHES, HEADS, HEAD_DIM)
     for done in range(0, count, CHUNK):
         if SPLIT:
@@ -196,11 +196,11 @@ def encode_cells(offsets, genes, values, pads, tables, partials, features, log_s
                 tables, genes + first + done, values + first + done, rest, gene_rows, bins,
                 PATCHES, HEADS, HEAD_DIM, BINNED, TERMS, TILE, STAGES,
             )  # fmt: skip
-            report_unknown(unknown, errors)
+            report_unknown(unknown, faults)
         merged = merge_heads(merged, (shifts, totals, sums), HEADS)
     if PADDED:
         number = tl.load(pads + cell)
-        tl.store(errors + BAD_PADS, 1, mask=number < 0)
+        tl.store(faults + BAD_PADS, 1, mask=number < 0)
         number = tl.maximum(number.to(tl.float32), 0.0)
         merged = add_pads(merged, tables, number, PATCHES, HEADS, HEAD_DIM)
 
@@ -242,13 +242,13 @@ def encode_cells(offsets, genes, values, pads, tables, partials, features, log_s
 
 
 @UNSPECIALIZED
-def weigh_entries(offsets, genes, values, tables, log_sums, weights, errors,
+def weigh_entries(offsets, genes, values, tables, log_sums, weights, faults,
                   cells, entries, gene_rows, bins, patches,
                   PATCHES: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
                   BINNED: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Attention weights [n, HEADS, patches] of one chunk, from `encode_cells`'s ``log_sums``."""
     p = tl.arange(0, PATCHES)
-    cell, first, count = chunk_of_slot(tl.program_id(0), offsets, cells, entries, errors)
+    cell, first, count = chunk_of_slot(tl.program_id(0), offsets, cells, entries, faults)
     for start in range(0, count, TILE):
         entry = start + tl.arange(0, TILE)
         inside = entry < count

@@ -16,7 +16,7 @@ from torch import Tensor
 _MESSAGES = (
     "a gene token is not in the gene embedding: were the cells made with another vocabulary?",
     "a value has no bin: clip the values as the model's config says",
-    "offsets do not run from 0 to the number of entries without decreasing",
+    "offsets do not start at 0, decrease, or end beyond the entries",
     "a number of pads is negative",
 )
 
