@@ -24,6 +24,38 @@ WIDTH = 640  # of an embedding at the paper's sizes
 
 
 @pytest.fixture(scope="session")
+def device_of() -> Callable[[str], torch.device]:
+    """``device_of(backend)``: Triton runs on the GPU, where there is one, the others on the CPU."""
+
+    def choose(backend: str) -> torch.device:
+        on_gpu = backend == "triton" and torch.cuda.is_available()
+        return torch.device("cuda" if on_gpu else "cpu")
+
+    return choose
+
+
+@pytest.fixture(scope="session")
+def triton_backend() -> Iterator[None]:
+    """What tests of the Triton backend need: the package, and patience with its interpreter.
+
+    At every call of a function within a kernel the interpreter exchanges the contents of
+    `triton.language` again, which takes half of its time. Our functions share that module with the
+    kernel that calls them, for which it is done already.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    as_it_was = interpreter.InterpretedFunction.__call__
+
+    def call(function: Any, *arguments: Any, **others: Any) -> Any:
+        if function.fn.__module__.startswith("cellpatch_fast."):
+            return function.rewrite()(*arguments, **others)
+        return as_it_was(function, *arguments, **others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+
+
+@pytest.fixture(scope="session")
 def small_vocabulary() -> GeneVocabulary:
     """Every 191st human gene."""
     human = GeneVocabulary.human()

@@ -1,4 +1,7 @@
-"""A cell's bits depend on that cell and the current weights alone; empty cells stay in place."""
+"""The Numba backend: a cell's bits depend on that cell and the current weights alone.
+
+And its result is right for any length, which takes more examples than `test_attention` has.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cellpatch_fast.kernels import Encoded, EncoderWeights, encode, reference
+from cellpatch_fast.kernels import Encoded, EncoderWeights, encode
 from cellpatch_fast.kernels.cpu import encoder
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from cellpatch_fast.cells import RaggedCells
 
 MakeWeights = Callable[..., EncoderWeights]
 MakeCells = Callable[..., RaggedCells]
-AsType = Callable[[EncoderWeights, torch.dtype], EncoderWeights]
-Errors = Callable[[Tensor, Tensor], Tensor]
 Compare = Callable[..., Encoded]
 
 KINDS = ["integers", "continuous", "binned"]
+
+
+@pytest.fixture(scope="module")
+def backend() -> str:
+    return "numba"
 
 
 def run(
@@ -112,12 +120,6 @@ def test_features_do_not_depend_on_attention_being_kept(sample: Sample) -> None:
     assert torch.equal(run(weights, cells, pads).features, with_attention)
 
 
-def test_no_pads_are_zero_pads(sample: Sample) -> None:
-    weights, cells, _ = sample
-    none = run(weights, cells, torch.zeros(len(cells), dtype=torch.int64)).features
-    assert torch.equal(run(weights, cells).features, none)
-
-
 def test_new_tables_are_the_old_ones(sample: Sample, threads: int) -> None:
     """Making the tables again, on any number of threads, gives the same bits."""
     weights, cells, pads = sample
@@ -205,90 +207,47 @@ def test_neighbours_that_are_not_numbers_do_not_matter(
     assert torch.equal(together[others], torch.cat(alone)[others])
 
 
-# --- an empty cell attends to nothing ----------------------------------------------------------
+# --- right for any length ----------------------------------------------------------------------
 
 
-def test_empty_cells_stay_in_their_place(
-    random_weights: MakeWeights, random_cells: MakeCells, as_type: AsType, cell_errors: Errors
-) -> None:
-    """Wherever they are, their features are those of an attended value of 0."""
-    weights = random_weights()
-    lengths = [0, 0, 3, 0, 17, 0]
-    cells = random_cells(lengths)
-    features = run(weights, cells, attention=True).features
-    exact = as_type(weights, torch.float64)
-    nothing = torch.zeros(1, 13, 10, dtype=torch.float64)
-    x = reference._finish_block(exact.cross, exact.patches, nothing)
-    attended, _ = reference._self_attention(exact.self_blocks[0], x, 2, 0.0)
-    x = reference._finish_block(exact.self_blocks[0], x, attended)
-    assert exact.projection_weight is not None
-    assert exact.projection_bias is not None
-    x = x @ exact.projection_weight.T + exact.projection_bias
-    empty = torch.tensor(lengths) == 0
-    assert cell_errors(features[empty], x.expand(4, -1, -1)).max() <= 1e-5
-    assert (features[~empty] != features[0]).any(dim=2).all()
-
-
-@pytest.mark.parametrize("count", [0, 1, 200])
-def test_batches_without_any_entry(random_weights: MakeWeights, count: int, threads: int) -> None:
-    weights = random_weights(self_blocks=2)
-    none = torch.zeros(0, dtype=torch.int32)
-    cells = RaggedCells(torch.zeros(count + 1, dtype=torch.int64), none, none.to(torch.uint8))
-    encoded = run(weights, cells, attention=True)
-    assert [tuple(part.shape) for part in parts(encoded)] == [
-        (count, 13, 3), (0, 2, 13), (count, 2, 13), (count, 2, 13, 13), (count, 2, 13, 13),
-    ]  # fmt: skip
-    assert encoded.features.isfinite().all()
-    assert (encoded.features == encoded.features[:1]).all()
-    assert encoded.pad_attention is not None
-    assert (encoded.pad_attention == 0).all()
-
-
-# --- kinds of tensors --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("offsets", [torch.int32, torch.int64])
-@pytest.mark.parametrize("genes", [torch.uint16, torch.uint32, torch.int32, torch.int64])
-def test_integer_types_do_not_matter(
-    random_weights: MakeWeights, random_cells: MakeCells, genes: torch.dtype, offsets: torch.dtype
-) -> None:
-    weights, cells = random_weights(), random_cells([17, 0, 40])
-    expected = encode(weights, cells.offsets, cells.genes, cells.values, backend="numba").features
-    tokens = torch.stack([cells.genes, cells.genes]).T.contiguous().to(genes)
-    for variant in (cells.genes.to(genes), tokens[:, 1]):  # also with gaps between elements
-        found = encode(
-            weights, cells.offsets.to(offsets), variant, cells.values, backend="numba"
-        ).features
-        assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+@settings(deadline=None, max_examples=30)
+@given(
+    lengths=st.lists(st.integers(0, 5000), min_size=1, max_size=3),
+    genes=st.sampled_from([50, 101]),  # most genes are there many times
+    values=st.sampled_from(["integers", "continuous", "binned"]),
+    pads=st.booleans(),
+    scores=st.sampled_from([None, 20.0, 200.0]),
+    in_order=st.booleans(),
+    seed=st.integers(0, 1000),
 )
-def test_types_of_values(
-    random_weights: MakeWeights, random_cells: MakeCells, compare: Compare, dtype: torch.dtype
+@example([0], 50, "integers", False, None, False, 0)
+@example([5000, 0, 1], 101, "binned", True, 200.0, False, 1)
+@example([31, 32, 33], 101, "continuous", True, 200.0, True, 2)  # around a tile of entries
+@example([700, 0, *range(30)] * 2, 101, "integers", True, 20.0, True, 3)  # more than a group
+@example([700, 0, *range(30)] * 2, 101, "integers", True, 20.0, False, 3)
+def test_any_lengths(
+    random_weights: MakeWeights,
+    random_cells: MakeCells,
+    compare: Compare,
+    lengths: list[int],
+    genes: int,
+    values: str,
+    pads: bool,
+    scores: float | None,
+    in_order: bool,
+    seed: int,
 ) -> None:
-    weights = random_weights(value_scores=10.0)
-    cells = random_cells([17, 0, 40], bins=6 if dtype == torch.uint8 else None, dtype=dtype)
-    compare(weights, cells, attention=True)
-
-
-def test_integers_equal_the_same_numbers_as_floats(
-    random_weights: MakeWeights, random_cells: MakeCells, cell_errors: Errors
-) -> None:
-    weights, cells = random_weights(), random_cells([17, 0, 40])
-    features = [
-        encode(weights, cells.offsets, cells.genes, values, backend="numba").features
-        for values in (cells.values, cells.values.float())
-    ]
-    assert torch.equal(*features)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_weights_of_other_types(
-    random_weights: MakeWeights, random_cells: MakeCells, compare: Compare, dtype: torch.dtype
-) -> None:
-    compare(random_weights(dtype=dtype), random_cells([17, 0, 40]), attention=True)
+    """And any order of entries: their tokens ascend in most files."""
+    bins = 6 if values == "binned" else None
+    weights = random_weights(seed, bins=bins, gene_scores=scores, value_scores=scores)
+    cells = random_cells(
+        lengths, genes=genes, bins=None if values == "continuous" else 6, seed=seed
+    )
+    for cell in range(len(lengths) if in_order else 0):
+        first, last = cells.offsets[cell : cell + 2]
+        cells.genes[first:last] = cells.genes[first:last].sort().values
+    number = torch.arange(len(lengths)) * 1000 if pads else None
+    compare(weights, cells, number)
 
 
 # --- one compiled kernel -----------------------------------------------------------------------
