@@ -1,0 +1,230 @@
+"""How the kernel benchmarks time and record: one `Row` for each attempt, whatever came of it.
+
+A method is prepared once per batch (what depends on the cells' lengths alone may be done there,
+which favours the baselines: ours needs none of it) and then called over and over, each time on
+another batch of several that together exceed the GPU's L2 cache. On a GPU, time is taken by events
+around each call; the statistic is the median with the 20th and 80th percentiles.
+
+No attempt disappears: what cannot be imported, runs out of memory, is too inaccurate or comes after
+the time is up leaves a row that says so, and no speed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cellpatch_fast import RaggedCells
+
+Call = Callable[[], Tensor]
+Computes = Literal["cross-attention", "encoder"]
+
+
+class Method(NamedTuple):
+    """One way to compute one thing."""
+
+    computes: Computes
+    name: str
+    form: str  # "plain" or "projected": how a baseline makes keys and values; else ""
+    # A call that returns attended values [c, p, D] or features [c, p, E] of the cells.
+    prepare: Callable[[RaggedCells], Call]
+    ours: bool = False
+    # Tokens that a padded method takes at once, so that it fits in memory; None: not padded.
+    padded_tokens: int | None = None
+    attends_to_padding: bool = False
+    replayed: bool = False  # launched from a CUDA graph
+
+
+class Effort(NamedTuple):
+    """How long one method is measured."""
+
+    seconds: float = 0.25
+    fewest: int = 5
+    most: int = 100
+
+
+class Timing(NamedTuple):
+    """Seconds of one call."""
+
+    p20: float
+    median: float
+    p80: float
+    repeats: int
+
+
+@dataclass
+class Row:
+    """One attempt to measure one method on one case."""
+
+    case: str
+    computes: Computes
+    method: str
+    form: str
+    ours: bool
+    replayed: bool
+    status: Literal["measured", "inaccurate", "failed", "not run"]
+    reason: str = ""
+    error: float | None = None  # relative, of the worst cell, against float64
+    bound: float | None = None
+    cells: int | None = None
+    genes: int | None = None
+    seconds: Timing | None = None
+    cells_per_second: float | None = None
+    genes_per_second: float | None = None
+    extra_bytes: int | None = None  # allocated by a call at most, its result included; GPU only
+    result_bytes: int | None = None
+
+    @classmethod
+    def of(cls, case: str, method: Method, status: Any, **found: Any) -> Row:
+        computes, name, form = method.computes, method.name, method.form
+        return cls(case, computes, name, form, method.ours, method.replayed, status, **found)
+
+
+class Checked(NamedTuple):
+    """A method's error on the small batch, or why there is none."""
+
+    error: float | None
+    bound: float
+    failure: str = ""
+
+
+def check(method: Method, cells: RaggedCells, expected: Tensor, bound: float) -> Checked:
+    """Compare a method with the float64 result [c, ...] of the same cells."""
+    try:
+        found = method.prepare(cells)().double().flatten(1)
+        difference = found - expected.flatten(1)
+        error = float((difference.norm(dim=1) / expected.flatten(1).norm(dim=1)).max())
+        return Checked(error, bound)
+    except Exception as failure:
+        return Checked(None, bound, explain(failure))
+
+
+def measure(
+    case: str, method: Method, sets: Sequence[RaggedCells], checked: Checked, effort: Effort
+) -> Row:
+    """Time a method on several batches of a case."""
+    if checked.failure:
+        return Row.of(case, method, "failed", reason=checked.failure, bound=checked.bound)
+    found: dict[str, Any] = {"error": checked.error, "bound": checked.bound}
+    if checked.error is None or not checked.error <= checked.bound:  # a NaN is not
+        reason = f"relative error {checked.error:.1e}, allowed are {checked.bound:.1e}"
+        return Row.of(case, method, "inaccurate", reason=reason, **found)
+    device = sets[0].device
+    try:
+        if method.padded_tokens is not None:
+            sets = [first_cells(cells, method.padded_tokens) for cells in sets]
+        # padding or not, rates count real genes; sets are alike, not equal
+        cells = round(statistics.mean(len(cells) for cells in sets))
+        genes = round(statistics.mean(cells.entries for cells in sets))
+        calls: list[Callable[[], object]] = [method.prepare(cells) for cells in sets]
+        found |= {"cells": cells, "genes": genes}
+        found["extra_bytes"], found["result_bytes"] = memory_of(calls[0], device)
+        per_call = 1
+        if method.replayed:
+            calls, per_call = [capture(calls, device)], len(calls)
+        timing = time_calls(calls, device, effort, per_call)
+    except Exception as failure:
+        return Row.of(case, method, "failed", reason=explain(failure), **found)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return Row.of(
+        case,
+        method,
+        "measured",
+        seconds=timing,
+        cells_per_second=cells / timing.median,
+        genes_per_second=genes / timing.median,
+        **found,
+    )
+
+
+def first_cells(cells: RaggedCells, tokens: int) -> RaggedCells:
+    """As many of the cells as fit into so many tokens when padded; one at least."""
+    longest = int(cells.lengths.max())
+    return cells.slice(0, max(1, tokens // longest))
+
+
+def time_calls(
+    calls: Sequence[Callable[[], object]], device: torch.device, effort: Effort, per_call: int = 1
+) -> Timing:
+    """Call in turn, until the effort is spent; the first round is not counted (if it may be)."""
+    if effort.most == 1:
+        (once,) = _durations(calls[:1], 1, device)
+        return Timing(once / per_call, once / per_call, once / per_call, 1)
+    for call in calls[: effort.fewest]:
+        call()
+    (once,) = _durations(calls[:1], 1, device)
+    repeats = int(effort.seconds / max(once, 1e-6))
+    repeats = min(max(repeats, effort.fewest), effort.most)
+    taken = sorted(seconds / per_call for seconds in _durations(calls, repeats, device))
+    low, high = taken[int(0.2 * (repeats - 1))], taken[round(0.8 * (repeats - 1))]
+    return Timing(low, statistics.median(taken), high, repeats)
+
+
+def _durations(
+    calls: Sequence[Callable[[], object]], repeats: int, device: torch.device
+) -> list[float]:
+    """Seconds of each of ``repeats`` calls."""
+    if device.type != "cuda":
+        durations = []
+        for i in range(repeats):
+            started = time.perf_counter()
+            calls[i % len(calls)]()
+            durations.append(time.perf_counter() - started)
+        return durations
+    events = []
+    torch.cuda.synchronize(device)
+    for i in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        calls[i % len(calls)]()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def capture(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], None]:
+    """A function that replays all ``calls``, one after the other, from one CUDA graph."""
+    if device.type != "cuda":
+        raise RuntimeError("CUDA graphs need a GPU")
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def memory_of(call: Callable[[], object], device: torch.device) -> tuple[int | None, int | None]:
+    """Bytes that a call allocates at most, and bytes of its result; None without a GPU."""
+    if device.type != "cuda":
+        return None, None
+    call()  # what is made once and kept (tables, compiled kernels) is not the call's
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    extra = torch.cuda.max_memory_allocated(device) - before
+    assert isinstance(result, Tensor)
+    return extra, result.nbytes
+
+
+def explain(failure: Exception) -> str:
+    """One line that says what went wrong."""
+    lines = str(failure).strip().splitlines() or [""]
+    return f"{type(failure).__name__}: {lines[0]}"[:240]
