@@ -82,7 +82,7 @@ def self_attend(x, matrices, vectors, unscale, patches, PATCHES: tl.constexpr,
     size: tl.constexpr = TERMS * DIM * HEAD_DIM  # of one head's matrix
     p = tl.arange(0, PATCHES)
     y = x
-    for h in tl.static_range(HEADS):
+    for h in tl.range(0, HEADS, num_stages=1):
         projected = ()
         for part in tl.static_range(3):  # query, key, value
             matrix = matrices + (part * HEADS + h) * size
@@ -111,7 +111,7 @@ def run_blocks(y, matrices, vectors, unscale, patches, dim, DEPTH: tl.constexpr,
     """
     attention_matrices: tl.constexpr = TERMS * 4 * HEADS * HEAD_DIM * DIM
     attention_vectors: tl.constexpr = 3 * HEADS * HEAD_DIM
-    for block in tl.static_range(DEPTH):
+    for block in tl.range(0, DEPTH, num_stages=1):  # a loop, as unrolled it compiles for a minute
         if block > 0:
             y = self_attend(
                 y, matrices, vectors, unscale, patches, PATCHES, HEADS, HEAD_DIM, DIM, TERMS

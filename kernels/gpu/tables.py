@@ -172,23 +172,24 @@ def _make_tables(weights: EncoderWeights, sizes: Sizes, dtype: torch.dtype) -> T
     vectors = torch.cat([t for t in block_tensors if t.ndim == 1])
     exponent = 13 - _exponent(torch.stack([t.abs().amax() for t in matrices]).amax())
     in_range = [_terms(t * _power_of_two(exponent), dtype, -3).flatten() for t in matrices]
-    return Tables(
+    tables = Tables(
         rows=rows,
         row_unscale=_power_of_two(-row_exponent),
         query=query,
-        slope=slope.contiguous(),
-        highest=highest.contiguous(),
-        lowest=lowest.contiguous(),
+        slope=slope,
+        highest=highest,
+        lowest=lowest,
         bin_rows=bin_rows,
-        value_row=value_row.contiguous(),
+        value_row=value_row,
         constant_row=split(constant).float(),
-        pad_score=torch.einsum("hpd,hd->hp", rounded, pad[:, 0]).contiguous(),
-        pad_row=pad[:, 1].contiguous(),
+        pad_score=torch.einsum("hpd,hd->hp", rounded, pad[:, 0]),
+        pad_row=pad[:, 1],
         patches=_pad(weights.patches.detach().float(), sizes.PATCHES, sizes.DIM),
         matrices=torch.cat(in_range),
         unscale=_power_of_two(-exponent),
         vectors=vectors.float(),
     )
+    return Tables(*(tensor.contiguous() for tensor in tables))
 
 
 def _largest(key_and_value: Tensor) -> Tensor:
