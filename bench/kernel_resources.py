@@ -1,0 +1,375 @@
+"""What the compiler makes of the GPU kernels: ``python bench/kernel_resources.py [--output DIR]``.
+
+Needs no GPU. Compiles the kernels of kernels/gpu/cells.py as they are launched, at the paper's
+sizes, for every architecture that configurations are shipped for, and reads registers, spills,
+memory and instructions from the machine code with the tools of Triton's own wheel.
+
+A full product of variants would be some hundred kernels per architecture and type, most of them
+alike. `variants` compiles every choice of each parameter with every kernel, and those pairs that
+change the machine code much: the whole encoder (DEPTH 3) and the attention alone (DEPTH 0), cells
+whole and split, affine and binned values, each with every shipped number of stages.
+
+What a row says of the main loop, that over a cell's entries, is a bound on speed, not a time:
+
+- issue: clocks per entry and multiprocessor to issue all instructions of the loop, one per clock
+  in each of the 4 schedulers;
+- exp: clocks per entry of the unit that computes exponentials, 8 per instruction of a warp.
+
+The larger one bounds the loop. Programs per multiprocessor is what registers, shared memory, tensor
+memory and warps leave room for.
+
+Prints Markdown; with ``--output`` writes it to kernel-resources.md, with kernel-resources.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+CONFIGURATIONS = ROOT / "kernels/gpu/configurations"
+ARCHITECTURES = (80, 90, 100)  # compute capabilities
+TYPES = {"float32": "fp16", "bfloat16": "bf16", "float16": "fp16"}  # of tables: of their terms
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+# Of a multiprocessor. A program may have 255 registers per thread and takes them by 8; the driver
+# keeps 1 KB of shared memory per program. Architecture 100 has tensor memory, in columns.
+REGISTERS, WARPS, PROGRAMS, TENSOR_COLUMNS = 65_536, 64, 32, 512
+SHARED_KB = {80: 164, 90: 228, 100: 228}
+RESERVED_KB = 1
+SCHEDULERS, CLOCKS_PER_EXPONENTIAL = 4, 8
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel, one launch configuration, one choice of everything fixed at compile time."""
+
+    architecture: int
+    type: str  # of the tables
+    kernel: str
+    tile: int
+    warps: int
+    stages: int
+    programs: int  # per multiprocessor, intended
+    genes: str = "u16"
+    values: str = "u8"
+    depth: int = 3
+    split: bool = False
+    binned: bool = False
+    padded: bool = False
+    mean: bool = False
+
+    @property
+    def choices(self) -> str:
+        words = [f"{self.genes}/{self.values}", "binned" if self.binned else "affine"]
+        if self.kernel == "encode_cells":
+            words.append("encoder" if self.depth else "attention")
+            chosen = {"split": self.split, "pads": self.padded, "mean": self.mean}
+            words += [word for word, there in chosen.items() if there]
+        return " ".join(words)
+
+
+def shipped(architecture: int, once: bool = False) -> Iterator[Variant]:
+    """One variant per type and number of stages in an architecture's file; ``once``: per type."""
+    settings = json.loads((CONFIGURATIONS / f"sm{architecture}.json").read_text())["types"]
+    for name, of_type in settings.items():
+        stages = sorted({bucket["stages"] for bucket in of_type["buckets"]})
+        for number in stages[-1:] if once else stages:
+            yield Variant(
+                architecture, name, "", of_type["tile"], of_type["warps"], number,
+                of_type["programs_per_multiprocessor"],
+            )  # fmt: skip
+
+
+def variants(architectures: Iterable[int], once: bool = False) -> list[Variant]:
+    """What is compiled; ``once``: each kernel for each architecture and type, nothing more."""
+    found: list[Variant] = []
+    for base in itertools.chain.from_iterable(shipped(a, once) for a in architectures):
+        encode = replace(base, kernel="encode_cells")
+        chunks = replace(base, kernel="attend_chunks")
+        weigh = replace(base, kernel="weigh_entries", genes="i32", values="fp32")
+        found += [encode, replace(chunks, binned=True), weigh]
+        if not once:
+            attention = replace(encode, depth=0)
+            found += [
+                replace(encode, binned=True, padded=True, mean=True),
+                replace(encode, split=True, padded=True, mean=True),
+                replace(attention, padded=True, genes="i32", values="fp32"),
+                replace(attention, binned=True, genes="i32"),
+                replace(attention, split=True, binned=True),
+                replace(chunks, values="fp16"),
+                replace(weigh, binned=True, values="u8"),
+            ]
+    return list(dict.fromkeys(found))
+
+
+def source(variant: Variant) -> Any:
+    """The kernel with its arguments as `encoder.py` launches it: a `triton.compiler.ASTSource`."""
+    from cellpatch_fast.kernels.gpu import cells
+    from cellpatch_fast.kernels.gpu.tables import Tables
+    from triton.compiler import ASTSource
+
+    from cellpatch_fast import CellPatchConfig
+
+    config = CellPatchConfig(value_embedding="binned" if variant.binned else "affine")
+    terms = f"*{TYPES[variant.type]}"
+    in_terms = ("rows", "query", "bin_rows", "matrices")
+    kinds: dict[str, Any] = {
+        name: terms if name in in_terms else "*fp32" for name in Tables._fields
+    }
+    tables = Tables(**kinds)
+    pointers = {
+        "offsets": "*i64",
+        "genes": f"*{variant.genes}",
+        "values": f"*{variant.values}",
+        "pads": "*i64",
+        "faults": "*i32",
+    } | dict.fromkeys(("partials", "features", "log_sums", "weights"), "*fp32")
+    integers = {
+        "cells": 1009,  # as any number of cells and entries
+        "entries": 1_000_003,
+        "gene_rows": config.max_genes,
+        "bins": config.value_bins if variant.binned else 0,
+        "patches": config.patches,
+        "dim": config.dim if variant.depth else config.head_dim,
+        "output_dim": config.output_dim,
+    }
+    constants = {
+        "PATCHES": config.patches,
+        "HEADS": config.heads,
+        "HEAD_DIM": config.head_dim,
+        "DIM": config.dim,
+        "MLP": config.mlp_dim,
+        "OUTPUT": 16,  # the projection's 10, padded
+        "DEPTH": variant.depth,
+        "BINNED": variant.binned,
+        "TERMS": 2 if variant.type == "float32" else 1,
+        "PADDED": variant.padded,
+        "PROJECTED": True,
+        "MEAN": variant.mean,
+        "SPLIT": variant.split,
+        "TILE": variant.tile,
+        "STAGES": variant.stages,
+    }
+    kernel = getattr(cells, variant.kernel)
+    signature: dict[str, Any] = {}
+    divisible: list[tuple[int, ...]] = []  # places of arguments: by 16, as Triton specialises
+    for place, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name == "tables":
+            signature[name] = tables
+            divisible += [(place, field) for field in range(len(tables))]
+        elif name in constants:
+            signature[name] = "constexpr"
+        else:
+            signature[name] = pointers.get(name, "i32")
+            aligned = name in pointers or integers[name] % 16 == 0
+            as_any = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+            if aligned and not as_any:
+                divisible.append((place,))
+    return ASTSource(
+        kernel,
+        signature,
+        {name: constants[name] for name, kind in signature.items() if kind == "constexpr"},
+        {place: [["tt.divisibility", 16]] for place in divisible},
+    )
+
+
+def measure(variant: Variant) -> dict[str, Any]:
+    """Compile one variant; what its machine code needs and does."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    kernel_source = source(variant)
+    started = processor_seconds()
+    options = {
+        "num_warps": variant.warps,
+        "num_stages": variant.stages,
+        "enable_fp_fusion": True,
+    }
+    target = GPUTarget("cuda", variant.architecture, 32)
+    try:
+        kernel = triton.compile(kernel_source, target=target, options=options)
+    except Exception as error:
+        raise RuntimeError(f"does not compile: {variant}") from error
+    seconds = processor_seconds() - started
+    usage, instructions, loops = read_machine_code(kernel.asm["cubin"])
+    counts = collections.Counter(
+        instruction.split()[0].split(".")[0] for instruction in instructions
+    )
+    tensor_columns = getattr(kernel.metadata, "tmem_size", 0) or 0
+    shared = kernel.metadata.shared
+    return {
+        **asdict(variant),
+        "choices": variant.choices,
+        "registers": usage["REG"],
+        "stack": usage["STACK"],
+        "local": usage["LOCAL"],
+        "spill instructions": counts["LDL"] + counts["STL"],
+        "shared": shared,
+        "tensor columns": tensor_columns,
+        "programs that fit": programs(variant, usage["REG"], shared, tensor_columns),
+        "instructions": len(instructions),
+        "matrix instructions": counts[MATRIX_INSTRUCTION[variant.architecture]],
+        **main_loop(variant, instructions, loops),
+        "compile seconds": seconds,
+    }
+
+
+def programs(variant: Variant, registers: int, shared: int, tensor_columns: int) -> int:
+    """Programs that a multiprocessor has room for."""
+    return min(
+        REGISTERS // (variant.warps * 32 * -(-registers // 8) * 8),
+        SHARED_KB[variant.architecture] * 1024 // (shared + RESERVED_KB * 1024),
+        TENSOR_COLUMNS // max(tensor_columns, 1),
+        WARPS // variant.warps,
+        PROGRAMS,
+    )
+
+
+def main_loop(
+    variant: Variant, instructions: list[str], loops: list[tuple[int, int]]
+) -> dict[str, float]:
+    """Clocks per entry of the smallest loop with an exponential per entry, head and patch."""
+    from cellpatch_fast import CellPatchConfig
+
+    config = CellPatchConfig()
+    expected = config.patches * config.heads * variant.tile // (32 * variant.warps)
+    found = []
+    for first, last in [] if variant.split else loops:
+        exponentials = sum("MUFU.EX2" in text for text in instructions[first:last])
+        if exponentials >= expected:
+            found.append((last - first, first, last))
+    if not found:
+        return {}
+    length, first, last = min(found)
+    special = sum(text.startswith("MUFU") for text in instructions[first:last])
+    per_entry = variant.warps / variant.tile / SCHEDULERS
+    return {
+        "loop instructions": length,
+        "issue clocks per entry": length * per_entry,
+        "exp clocks per entry": special * CLOCKS_PER_EXPONENTIAL * per_entry,
+    }
+
+
+def read_machine_code(cubin: bytes) -> tuple[dict[str, int], list[str], list[tuple[int, int]]]:
+    """Resources by cuobjdump's names; instructions; loops as ranges of them."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        resources = _output(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        listing = _output(knobs.nvidia.nvdisasm.path, "-c", file.name)
+    usage = {
+        name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)
+    }
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?(.*?);", line):
+            instructions.append(instruction[1].strip())
+    loops = []
+    for place, text in enumerate(instructions):
+        branch = re.match(r"BRA.*`\((\.L_x_\d+)\)", text)
+        if branch and labels[branch[1]] <= place:
+            loops.append((labels[branch[1]], place + 1))
+    return usage, instructions, loops
+
+
+def processor_seconds() -> float:
+    """Of this process and those it waited for, as ptxas: other work on the machine adds nothing."""
+    return sum(os.times()[:4])
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def measure_all(chosen: list[Variant]) -> Iterator[dict[str, Any]]:
+    """`measure` of each, in as many processes as there are processors, with an empty cache."""
+    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not compiled
+    workers = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(measure, chosen)
+
+
+COLUMNS = {
+    "GPU": "sm{architecture}",
+    "type": "{type}",
+    "kernel": "{kernel}",
+    "variant": "{choices}",
+    "tile, warps, stages": "{tile}, {warps}, {stages}",
+    "registers": "{registers}",
+    "stack + local, B": "{memory}",
+    "shared, KB": "{shared_kb:.1f}",
+    "programs": "{fit}",
+    "matrix instructions": "{matrix}",
+    "issue": "{issue}",
+    "exp": "{exp}",
+    "code, KB": "{code:.0f}",
+    "compiled in, processor s": "{seconds:.1f}",
+}
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """Markdown of all rows."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * 5}{' ---: |' * (len(COLUMNS) - 5)}"]
+    for row in rows:
+        clocks = (row.get(f"{kind} clocks per entry") for kind in ("issue", "exp"))
+        issue, exp = ("" if number is None else f"{number:.1f}" for number in clocks)
+        cells = " | ".join(COLUMNS.values()).format(
+            **row, memory=row["stack"] + row["local"], shared_kb=row["shared"] / 1024,
+            fit=row["programs that fit"], matrix=row["matrix instructions"], issue=issue, exp=exp,
+            code=row["instructions"] * 16 / 1024, seconds=row["compile seconds"],
+        )  # fmt: skip
+        lines.append(f"| {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--architecture", type=int, nargs="+", choices=ARCHITECTURES,
+                        default=ARCHITECTURES, help="compute capability times 10")  # fmt: skip
+    parser.add_argument("--once", action="store_true",
+                        help="only each kernel once per architecture and type")  # fmt: skip
+    parser.add_argument("--output", type=Path, help="folder for kernel-resources.md and .json")
+    options = parser.parse_args()
+    chosen = variants(options.architecture, options.once)
+    rows = []
+    for row in measure_all(chosen):
+        rows.append(row)
+        print(f"{len(rows)} of {len(chosen)} kernels compiled", file=sys.stderr, end="\r")
+    import triton
+
+    heading = f"Kernels as Triton {triton.__version__} compiles them (`bench/kernel_resources.py`)"
+    text = f"{heading}\n\n{report(rows)}\n"
+    print(text)
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "kernel-resources.md").write_text(text)
+        results = {"triton": triton.__version__, "kernels": rows}
+        (options.output / "kernel-resources.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

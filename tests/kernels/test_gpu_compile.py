@@ -1,0 +1,77 @@
+"""What the compiler makes of the GPU kernels, on any Linux machine: no GPU is needed.
+
+Each kernel is compiled once for each architecture and type of tables; the whole table, with every
+variant, is what ``bench/kernel_resources.py`` prints.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "bench/kernel_resources.py"
+ARCHITECTURES = (80, 90, 100)
+TYPES = ("float32", "bfloat16", "float16")
+KERNELS = ("encode_cells", "attend_chunks", "weigh_entries")
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton, which is made for Linux only"
+)
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """One row per kernel, see ``bench/kernel_resources.py``."""
+    folder = tmp_path_factory.mktemp("resources")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), "--once", "--output", str(folder)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    kernels: Rows = json.loads((folder / "kernel-resources.json").read_text())["kernels"]
+    return kernels
+
+
+def names(rows: Rows) -> list[str]:
+    return [f"sm{r['architecture']} {r['type']} {r['kernel']} {r['choices']}" for r in rows]
+
+
+def test_every_kernel_compiles_for_every_architecture_and_type(compiled: Rows) -> None:
+    found = {(row["architecture"], row["type"], row["kernel"]) for row in compiled}
+    assert found == set(itertools.product(ARCHITECTURES, TYPES, KERNELS))
+
+
+def test_nothing_spills_to_local_memory(compiled: Rows) -> None:
+    kinds = ("stack", "local", "spill instructions")
+    assert names([row for row in compiled if any(row[kind] for kind in kinds)]) == []
+
+
+def test_products_run_on_the_matrix_units(compiled: Rows) -> None:
+    assert names([row for row in compiled if row["matrix instructions"] == 0]) == []
+
+
+def test_a_multiprocessor_has_room_for_the_intended_programs(compiled: Rows) -> None:
+    assert names([row for row in compiled if row["registers"] > 255]) == []
+    assert names([row for row in compiled if row["programs that fit"] < row["programs"]]) == []
+
+
+def test_exponentials_bound_the_loop_over_entries_in_16_bit_types(compiled: Rows) -> None:
+    """Nothing else takes as long; and no exponential is computed twice."""
+    loops = [
+        row for row in compiled if row["type"] != "float32" and row["kernel"] != "weigh_entries"
+    ]
+    assert len(loops) == 12
+    slow = [r for r in loops if r["issue clocks per entry"] >= r["exp clocks per entry"]]
+    assert names(slow) == []
+    assert all(8 <= row["exp clocks per entry"] < 8.5 for row in loops)
