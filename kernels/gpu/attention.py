@@ -10,16 +10,34 @@ is one `exp2`, the instruction that the hardware has.
 
 What an entry costs, at the paper's sizes (64 patches, 2 heads of 16; both heads together):
 
-- Bytes: 1 to 4 of its gene and value from device memory, once; 128 (bf16) of its row K | V of
-  both heads, one cache line, from L2 or L1.
+- Bytes: 2 to 8 of its gene and value from device memory, once; 128 of its row K | V of both heads,
+  one cache line, from L2 or L1 (256 for float32 tables).
 - Matrix units: 2,048 multiply-adds for the scores, 2,048 for the sums of V rows, 1,024 for the
   totals: columns (1, v) stand beside the V rows, so that the denominator and the sum of a_i v_i
   need no reduction across threads, and an entry beyond the cell's end is masked where it has 24
   numbers (V and those columns) and not where it has 128 (the weights).
 - 128 exponentials, 128 multiply-adds (value part of the score), 64 packed conversions to bf16.
-  An A100 takes 16 exponentials per clock and multiprocessor, so 8 clocks per entry bound the
-  kernel; the matrix units need 5 and issuing all instructions of the loop 4.7 (both counted in
-  the machine code for 128-entry tiles, see bench/results).
+
+In clocks per entry and multiprocessor of an A100, counted in the machine code of the loop (bench/
+results/kernel-resources.md): 8.1 for the exponentials, of which 16 come out per clock; 5.0 on the
+matrix units; 5.1 to issue all instructions; 2 for L2. So with bf16 tables the exponentials bound
+the kernel, as in the design's roofline. With float32 tables the matrix units do: 14 clocks.
+
+What was weighed against this, by the same count (none of it was timed):
+
+- Ready weights: gather exp2(q · K) instead of K. No exponentials and no product for the scores, but
+  320 bytes of a table and 256 of the value's factors per entry, which pass L1 or shared memory three
+  times before the matrix units have them as operands: 9 clocks, and 5 of L2 instead of 2.
+- Factorised exponentials (gene part times value part) save none of the 128 where K is gathered.
+- Exponentials in half precision, two per instruction in PTX, are two instructions in machine code.
+- A running maximum, as in FlashAttention: 2 clocks more to issue, and 72 more registers. Knowing the
+  range beforehand replaces it; where the range is too wide, a pass of its own finds the maximum.
+- Persistent programs that loop over cells: the compiler keeps the addresses of all weights in
+  registers across the loop, which spills. One cell per program.
+- The value part as further columns of K: 2 clocks more on the matrix units, where multiply-adds are
+  free beside the exponentials.
+
+The next gain would be a quarter of the exponentials as polynomials on the idle multiply-add units.
 
 Three things in the loop look odd and are there for the compiler:
 
@@ -32,11 +50,11 @@ Three things in the loop look odd and are there for the compiler:
   like any other, times masked V rows.
 
 Ranges. With the highest and lowest score that any gene can have, known from the tables, and the
-chunk's range of values, the exponent's range is known before the loop. Where it is at most
-60 powers of two, weights are relative to the highest possible score: no running maximum, and
-no underflow that matters (float32 and bf16 end at 2^-126; 2^-60 times 70,000 entries stays far
-above). Otherwise the loop keeps a running maximum, as FlashAttention does. The choice depends on
-the chunk alone.
+chunk's range of values, the exponent's range is known before the loop. Where it is at most `LIMIT`
+powers of two, weights are relative to the highest possible score, and nothing that matters
+underflows: bf16 ends at 2^-126 as float32 does, and 2^-60 times 70,000 entries stays far above.
+Otherwise `find_highest` passes over the chunk first, and weights are relative to what it found. The
+choice depends on the chunk alone.
 """
 
 from __future__ import annotations
