@@ -216,7 +216,11 @@ def test_pads_are_so_many_entries_of_gene_0(
 
 @pytest.mark.parametrize("scores", [None, 200.0])
 def test_attention_weights_sum_to_one(
-    random_weights: MakeWeights, random_cells: MakeCells, run: Run, scores: float | None
+    random_weights: MakeWeights,
+    random_cells: MakeCells,
+    run: Run,
+    backend: str,
+    scores: float | None,
 ) -> None:
     weights = random_weights(gene_scores=scores, value_scores=scores, self_blocks=2)
     lengths, pads = [61, 0, 0, 1, 500], torch.tensor([0, 2, 0, 7, 1])
@@ -229,7 +233,8 @@ def test_attention_weights_sum_to_one(
     assert (encoded.cross_attention >= 0).all()
     assert (encoded.pad_attention[pads == 0] == 0).all()
     attends = (torch.tensor(lengths) + pads > 0).double()[:, None, None]
-    torch.testing.assert_close(totals, attends.expand_as(totals), rtol=0, atol=1e-6)
+    tolerance = 1e-6 if backend == "numba" else 1e-5
+    torch.testing.assert_close(totals, attends.expand_as(totals), rtol=0, atol=tolerance)
     for block in encoded.self_attention or ():
         torch.testing.assert_close(block.sum(-1), torch.ones(block.shape[:-1]), rtol=0, atol=1e-6)
     assert len(encoded.self_attention or ()) == 2
