@@ -26,12 +26,12 @@ the kernel, as in the design's roofline. With float32 tables the matrix units do
 What was weighed against this, by the same count (none of it was timed):
 
 - Ready weights: gather exp2(q · K) instead of K. No exponentials and no product for the scores, but
-  320 bytes of a table and 256 of the value's factors per entry, which pass L1 or shared memory three
-  times before the matrix units have them as operands: 9 clocks, and 5 of L2 instead of 2.
+  320 bytes of a table and 256 of the value's factors per entry, which pass L1 or shared memory
+  three times before the matrix units have them as operands: 9 clocks, and 5 of L2 instead of 2.
 - Factorised exponentials (gene part times value part) save none of the 128 where K is gathered.
 - Exponentials in half precision, two per instruction in PTX, are two instructions in machine code.
-- A running maximum, as in FlashAttention: 2 clocks more to issue, and 72 more registers. Knowing the
-  range beforehand replaces it; where the range is too wide, a pass of its own finds the maximum.
+- A running maximum, as in FlashAttention: 2 clocks more to issue, and spilled registers. Knowing
+  the range beforehand replaces it; where the range is too wide, a pass of its own finds the maximum.
 - Persistent programs that loop over cells: the compiler keeps the addresses of all weights in
   registers across the loop, which spills. One cell per program.
 - The value part as further columns of K: 2 clocks more on the matrix units, where multiply-adds are
@@ -70,6 +70,7 @@ EXTRA = tl.constexpr(8)
 # but in the same order and to the same bits. A chunk of fewer would merge more often (a merge
 # costs as much as 20 entries), one of more would leave a single long cell to fewer programs.
 CHUNK = tl.constexpr(1024)
+THREADS = tl.constexpr(128)  # of a program, as configurations have it
 
 
 @triton.jit
@@ -81,8 +82,15 @@ def load_entries(genes, values, start, count, gene_rows, bins, TILE: tl.constexp
     value part. ``count`` is at least 1.
     """
     entry = tl.minimum(start + tl.arange(0, TILE), count - 1)
-    gene = tl.load(genes + entry)
-    value = tl.load(values + entry).to(tl.float32)
+    if TILE < THREADS:
+        # What has fewer elements than a program has threads, the compiler loads, checks and
+        # converts anew for every layout that it is needed in: so load copies, one per thread.
+        entry = entry[:, None] + tl.zeros([1, THREADS // TILE], tl.int32)
+        gene = tl.max(tl.load(genes + entry), 1)
+        value = tl.max(tl.load(values + entry), 1).to(tl.float32)
+    else:
+        gene = tl.load(genes + entry)
+        value = tl.load(values + entry).to(tl.float32)
     unknown_gene = (gene < 0) | (gene >= gene_rows)
     unknown_bin = (bins > 0) & (value >= bins)
     gene = tl.where(unknown_gene, 0, gene).to(tl.int32)
@@ -226,7 +234,7 @@ def attend_chunk(tables, genes, values, count, gene_rows, bins, PATCHES: tl.cons
     # float16, also in the place of float32, ends at 2^16 and 2^-24: weights begin at 2^15 there,
     # and have less room before they need to know the maximum
     LIFT: tl.constexpr = 0.0 if dtype == tl.bfloat16 else 15.0
-    LIMIT: tl.constexpr = 60.0 if dtype == tl.bfloat16 else (24.0 if dtype == tl.float16 else 18.0)
+    LIMIT: tl.constexpr = 60.0 if dtype == tl.bfloat16 else (24.0 if TERMS == 1 else 18.0)
     p = tl.arange(0, PATCHES)
     queries, slopes, totals, sums = (), (), (), ()
     for h in tl.static_range(HEADS):

@@ -249,6 +249,7 @@ def weigh_entries(offsets, genes, values, tables, log_sums, weights, faults,
     """Attention weights [n, HEADS, patches] of one chunk, from `encode_cells`'s ``log_sums``."""
     p = tl.arange(0, PATCHES)
     cell, first, count = chunk_of_slot(tl.program_id(0), offsets, cells, entries, faults)
+    of_chunk = weights + first * (HEADS * patches)  # within it, places fit 32 bits
     for start in range(0, count, TILE):
         entry = start + tl.arange(0, TILE)
         inside = entry < count
@@ -262,6 +263,6 @@ def weigh_entries(offsets, genes, values, tables, log_sums, weights, faults,
             part = tl.load(tables.slope + row)[:, None] * value[None, :]
             log_sum = tl.load(log_sums + (cell * HEADS + h) * patches + p, mask=p < patches)
             scores = product(query, keys, part)  # [p, n]
-            place = ((first + entry) * HEADS + h)[None, :] * patches + p[:, None]
+            place = (entry * HEADS + h)[None, :] * patches + p[:, None]
             kept = (p[:, None] < patches) & inside[None, :]
-            tl.store(weights + place, tl.exp2(scores - log_sum[:, None]), mask=kept)
+            tl.store(of_chunk + place, tl.exp2(scores - log_sum[:, None]), mask=kept)
