@@ -31,7 +31,7 @@ What was weighed against this, by the same count (none of it was timed):
 - Factorised exponentials (gene part times value part) save none of the 128 where K is gathered.
 - Exponentials in half precision, two per instruction in PTX, are two instructions in machine code.
 - A running maximum, as in FlashAttention: 2 clocks more to issue, and spilled registers. Knowing
-  the range beforehand replaces it; where the range is too wide, a pass of its own finds the maximum.
+  the range beforehand replaces it; where the range is too wide, a pass of its own finds it.
 - Persistent programs that loop over cells: the compiler keeps the addresses of all weights in
   registers across the loop, which spills. One cell per program.
 - The value part as further columns of K: 2 clocks more on the matrix units, where multiply-adds are
