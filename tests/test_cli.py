@@ -20,7 +20,7 @@ from cellpatch_fast.io.embeddings import EmbeddingWriter
 
 from .conftest import GENES, MakeCells
 
-COMMANDS = ("embed", "import-checkpoint", "new-model", "inspect", "demo")
+COMMANDS = ("embed", "import-checkpoint", "new-model", "inspect", "demo", "tune")
 HEAVY = ("torch", "numba", "numpy", "pandas", "anndata", "zarr", "h5py", "scanpy", "tqdm")
 
 Capture = pytest.CaptureFixture[str]
@@ -301,6 +301,16 @@ def test_inspect_store_and_unfinished_store(
     assert (found["cells"], found["empty_cells"]) == ("211", "1")
     assert found["obsm/X_cellpatch"] == "211 x 640 float32"
     assert found["pool"] == "flatten"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda", "cannot compute on the device 'cuda'"), ("nonsense", "cannot compute on the device")],
+)
+def test_tune_needs_a_gpu(capsys: Capture, device: str, message: str) -> None:
+    assert cli.main(["tune", "--device", device]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_inspect_something_else(capsys: Capture, tmp_path: Path) -> None:
