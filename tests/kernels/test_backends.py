@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from cellpatch_fast.kernels import EncoderWeights, encode, reference, resolve_backend
+from cellpatch_fast.kernels import (
+    EncoderWeights,
+    backends,
+    encode,
+    patch_attention,
+    reference,
+    resolve_backend,
+)
 from cellpatch_fast.kernels.cpu import encoder
 from torch import Tensor
 
 from cellpatch_fast.cells import RaggedCells
 
+from .conftest import move
+
 MakeWeights = Callable[..., EncoderWeights]
 MakeCells = Callable[..., RaggedCells]
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
 @pytest.fixture(autouse=True)
@@ -24,11 +35,36 @@ def _no_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CELLPATCH_BACKEND", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_known_of_gpus() -> Iterator[None]:
+    """What was found about a GPU and warned of is kept for the process."""
+    for clear in (True, False):
+        backends._unfit.cache_clear()
+        backends._warn_once.cache_clear()
+        if clear:
+            yield
+
+
 @pytest.fixture
-def chosen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``gpu(8, 0)``: PyTorch says that there is a GPU of that compute capability."""
+
+    def pretend(*capability: int) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old GPU")
+
+    return pretend
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch, triton_backend: None) -> list[str]:
     """The backends that computed, in order."""
+    from cellpatch_fast.kernels.gpu import encoder as gpu_encoder
+
     calls: list[str] = []
-    for module, name in ((reference, "reference"), (encoder, "numba")):
+    for module, name in (
+        (reference, "reference"), (encoder, "numba"), (gpu_encoder, "triton")
+    ):  # fmt: skip
 
         def note(
             *arguments: Any, encode: Any = module.encode, name: str = name, **others: Any
@@ -51,21 +87,26 @@ def run(weights: EncoderWeights, cells: RaggedCells, **options: Any) -> Tensor:
     ("argument", "environment", "device", "expected"),
     [
         (None, None, CPU, "numba"),
-        (None, None, CUDA, "reference"),
+        (None, None, CUDA, "triton"),
+        (None, None, MPS, "reference"),
         (None, "", CPU, "numba"),
         (None, "reference", CPU, "reference"),
+        (None, "triton", CUDA, "triton"),
         ("numba", "reference", CPU, "numba"),
         ("reference", "numba", CPU, "reference"),
         ("reference", None, CUDA, "reference"),
+        ("triton", "reference", CUDA, "triton"),
     ],
 )
 def test_argument_then_environment_then_device(
     monkeypatch: pytest.MonkeyPatch,
+    gpu: Callable[..., None],
     argument: str | None,
     environment: str | None,
     device: torch.device,
     expected: str,
 ) -> None:
+    gpu(8, 0)
     if environment is not None:
         monkeypatch.setenv("CELLPATCH_BACKEND", environment)
     assert resolve_backend(argument, device) == expected
@@ -76,37 +117,118 @@ def test_argument_then_environment_then_device(
     ("name", "device", "message"),
     [
         ("cuda", CPU, "unknown backend 'cuda'.*: choose from reference, numba, triton"),
-        ("triton", CPU, "triton backend is not built yet: use reference or numba"),
-        ("triton", CUDA, "triton backend is not built yet: use reference or numba"),
+        ("triton", CPU, "runs on a CUDA GPU, but the tensors are on the CPU: move them, or choose"),
+        ("triton", MPS, "runs on a CUDA GPU, but the tensors are on mps"),
+        (
+            "triton",
+            CUDA,
+            r"needs compute capability 8\.0 or newer, but cuda:0 \(Old GPU\) has 7\.5",
+        ),
         ("numba", CUDA, "numba backend runs on the CPU, but the tensors are on cuda"),
     ],
 )
 def test_backends_that_cannot_run(
     monkeypatch: pytest.MonkeyPatch,
+    gpu: Callable[..., None],
+    triton_backend: None,
     name: str,
     device: torch.device,
     message: str,
     in_environment: bool,
 ) -> None:
+    gpu(7, 5)
+    monkeypatch.setattr("cellpatch_fast.kernels.gpu.encoder.INTERPRETED", False)
     if in_environment:
         monkeypatch.setenv("CELLPATCH_BACKEND", name)
     with pytest.raises(ValueError, match=message):
         resolve_backend(None if in_environment else name, device)
 
 
+@pytest.mark.parametrize("backend", [None, "triton"])
+@pytest.mark.parametrize("device", [CUDA, CPU])
+def test_triton_missing(
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: Callable[..., None],
+    backend: str | None,
+    device: torch.device,
+) -> None:
+    """An error that says what to do, and not the slow reference without a word."""
+    gpu(9, 0)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "triton" else find(name)
+    )
+    if (backend, device) == (None, CPU):
+        assert resolve_backend(backend, device) == "numba"
+        return
+    with pytest.raises(ValueError, match=r"triton, which is not installed: pip install 'cellpatch"):
+        resolve_backend(backend, device)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (6, 1)])
+def test_gpus_that_are_too_old_use_the_reference_with_one_warning(
+    gpu: Callable[..., None], capability: tuple[int, int]
+) -> None:
+    gpu(*capability)
+    with pytest.warns(UserWarning, match=r"Old GPU.*computing with the reference") as caught:
+        found = [resolve_backend(None, CUDA) for _ in range(3)]
+    assert found == 3 * ["reference"]
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve_backend("reference", CUDA) == "reference"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_gpus_that_are_new_enough(gpu: Callable[..., None], capability: tuple[int, int]) -> None:
+    gpu(*capability)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve_backend(None, torch.device("cuda:1")) == "triton"
+
+
+def test_gpus_of_another_maker_use_the_reference(
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(9, 4)  # what PyTorch says of an MI300
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.warns(UserWarning, match=r"made for NVIDIA GPUs.*ROCm: computing with the refer"):
+        assert resolve_backend(None, CUDA) == "reference"
+    with pytest.raises(ValueError, match=r"ROCm: choose backend='reference'"):
+        resolve_backend("triton", CUDA)
+
+
 def test_encode_runs_the_backend_it_was_told(
-    random_weights: MakeWeights, random_cells: MakeCells, chosen: list[str]
+    random_weights: MakeWeights,
+    random_cells: MakeCells,
+    chosen: list[str],
+    device_of: Callable[[str], torch.device],
 ) -> None:
     weights, cells = random_weights(), random_cells([3, 0, 2])
     for backend in (None, "reference", "numba"):
         run(weights, cells, backend=backend)
-    assert chosen == ["numba", "reference", "numba"]
+    device = device_of("triton")
+    run(move(weights, device), cells.to(device), backend="triton")
+    assert chosen == ["numba", "reference", "numba", "triton"]
+
+
+def test_cross_attention_alone_is_the_reference_s_on_a_cpu(
+    random_weights: MakeWeights, random_cells: MakeCells
+) -> None:
+    weights, cells = random_weights(), random_cells([3, 0, 2])
+    given = weights, cells.offsets, cells.genes, cells.values
+    expected = reference.patch_cross_attention(*given)
+    attended, log_sum_exp = patch_attention(*given)
+    assert torch.equal(attended, expected.attended)
+    assert torch.equal(log_sum_exp, expected.log_sum_exp)
+    with pytest.raises(ValueError, match="numba backend computes whole encoders only: use encode"):
+        patch_attention(*given, backend="numba")
 
 
 # --- gradients ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("environment", [None, "numba"])
+@pytest.mark.parametrize("environment", [None, "numba", "triton"])
 @pytest.mark.parametrize("which", ["genes", "projection_weight", "values"])
 def test_gradients_need_the_reference(
     random_weights: MakeWeights,
@@ -127,13 +249,18 @@ def test_gradients_need_the_reference(
     assert leaf.grad.any()
 
 
-def test_numba_refuses_gradients(
-    random_weights: MakeWeights, random_cells: MakeCells, chosen: list[str]
+def test_fast_backends_refuse_gradients(
+    random_weights: MakeWeights,
+    random_cells: MakeCells,
+    chosen: list[str],
+    backend: str,
+    device: torch.device,
 ) -> None:
-    weights, cells = random_weights(), random_cells([3, 0, 2])
+    weights, cells = move(random_weights(), device), random_cells([3, 0, 2]).to(device)
     weights.genes.requires_grad_()
-    with pytest.raises(ValueError, match=r"numba backend computes no gradients.*torch.no_grad\(\)"):
-        run(weights, cells, backend="numba")
+    message = rf"{backend} backend computes no gradients.*torch.no_grad\(\)"
+    with pytest.raises(ValueError, match=message):
+        run(weights, cells, backend=backend)
     assert not chosen
 
 
@@ -169,14 +296,22 @@ def changed(cells: RaggedCells, **fields: Any) -> tuple[Tensor, Tensor, Tensor]:
     return tensors["offsets"], tensors["genes"], tensors["values"]
 
 
-@pytest.mark.parametrize("backend", ["reference", "numba"])
+@pytest.fixture(params=["reference", "numba", "triton"])
+def checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend that looks at every entry before it runs, as Triton does if it is asked."""
+    if request.param == "triton":
+        request.getfixturevalue("triton_backend")
+        monkeypatch.setenv("CELLPATCH_CHECK", "1")
+    return request.param
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"offsets": [0, 3, 4]}, "offsets must run from 0 to the number of entries, 5"),
         ({"offsets": [1, 3, 5]}, "offsets must run from 0 to the number of entries, 5"),
         ({"offsets": [0, 3, 6]}, "offsets must run from 0 to the number of entries, 5"),
-        ({"offsets": torch.zeros(0, dtype=torch.int64)}, "offsets must run from 0"),
+        ({"offsets": torch.zeros(0, dtype=torch.int64)}, "offsets needs at least one element"),
         ({"offsets": [0, 4, 3, 5]}, "offsets must not decrease"),
         ({"offsets": [0, -1, 5]}, "offsets must not decrease"),
         ({"genes": [1, 2, 3, 4]}, "4 genes but 5 values"),
@@ -193,33 +328,43 @@ def test_cells_that_do_not_fit(
     random_cells: MakeCells,
     fields: dict[str, Any],
     message: str,
-    backend: str,
+    checked: str,
+    device_of: Callable[[str], torch.device],
 ) -> None:
-    batch = changed(random_cells([3, 2]), **fields)
+    device = device_of(checked)
+    batch = [tensor.to(device) for tensor in changed(random_cells([3, 2]), **fields)]
     with pytest.raises(ValueError, match=message):
-        encode(random_weights(), *batch, backend=backend)
+        encode(move(random_weights(), device), *batch, backend=checked)
 
 
-@pytest.mark.parametrize("backend", ["reference", "numba"])
 @pytest.mark.parametrize("pads", [[1, 2, 3], [[1, 2]], [1, -1]])
 def test_pads_that_do_not_fit(
-    random_weights: MakeWeights, random_cells: MakeCells, backend: str, pads: Any
+    random_weights: MakeWeights,
+    random_cells: MakeCells,
+    checked: str,
+    device_of: Callable[[str], torch.device],
+    pads: Any,
 ) -> None:
+    device = device_of(checked)
+    weights, cells = move(random_weights(), device), random_cells([3, 2]).to(device)
     with pytest.raises(ValueError, match="pads must hold one number, not negative, for each cell"):
-        run(random_weights(), random_cells([3, 2]), pads=torch.tensor(pads), backend=backend)
+        run(weights, cells, pads=torch.tensor(pads, device=device), backend=checked)
 
 
-@pytest.mark.parametrize("backend", ["reference", "numba"])
 def test_values_that_are_no_bins(
-    random_weights: MakeWeights, random_cells: MakeCells, backend: str
+    random_weights: MakeWeights,
+    random_cells: MakeCells,
+    checked: str,
+    device_of: Callable[[str], torch.device],
 ) -> None:
-    weights = random_weights(bins=4)
+    device = device_of(checked)
+    weights = move(random_weights(bins=4), device)
     with pytest.raises(ValueError, match=r"needs uint8 values, found torch.float32"):
-        run(weights, random_cells([3, 2], bins=None), backend=backend)
-    cells = random_cells([3, 2], bins=4)
+        run(weights, random_cells([3, 2], bins=None).to(device), backend=checked)
+    cells = random_cells([3, 2], bins=4).to(device)
     cells.values[2] = 4
     with pytest.raises(ValueError, match="the largest value is 4, but there are 4 value bins"):
-        run(weights, cells, backend=backend)
+        run(weights, cells, backend=checked)
 
 
 @pytest.mark.parametrize(
