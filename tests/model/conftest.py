@@ -59,6 +59,18 @@ class Original:
         return [self.arrays[f"alone{cell}/{name}"] for cell in range(len(self.genes))]
 
 
+@pytest.fixture(scope="module", params=["reference", "numba", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "triton":
+        request.getfixturevalue("triton_backend")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def device(backend: str, device_of: Callable[[str], torch.device]) -> torch.device:
+    return device_of(backend)
+
+
 @pytest.fixture(scope="session")
 def arrays() -> dict[str, Tensor]:
     with np.load(ROOT / "tests/data/original_outputs.npz") as file:

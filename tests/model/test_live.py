@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from cellpatch_fast.errors import InputError
 from cellpatch_fast.model import accelerate, restore
 
-BACKENDS = ["reference", "numba"]
 Live = Callable[..., Any]
 
 
@@ -44,32 +43,36 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
 # --- the same results --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_padded_outputs_of_the_original(original: Any, live: Live, backend: str) -> None:
-    model = accelerate(live(original), backend=backend)
+def test_padded_outputs_of_the_original(
+    original: Any, live: Live, backend: str, device: torch.device
+) -> None:
+    model = accelerate(live(original).to(device), backend=backend)
+    given = original.values.to(device), original.genes.to(device)
     with torch.inference_mode():
-        features = model.get_mid_embeding(original.values, original.genes)
-        assert_close(features, original.arrays["embedding_padded"])
+        features = model.get_mid_embeding(*given)
+        assert_close(features.cpu(), original.arrays["embedding_padded"])
         if original.kind == "pretrain":
-            _, attention = model.get_mid_embeding(original.values, original.genes, True)
+            _, attention = model.get_mid_embeding(*given, True)
             expected = original.arrays["attention_padded"]
-            assert_close(attention["encoder_cross_extract_blocks"], expected)
-            prompts = original.arrays["prompt_genes"]
-            predicted = model(original.values, original.genes, prompts)
-            assert_close(predicted, original.arrays["prediction_padded"])
+            assert_close(attention["encoder_cross_extract_blocks"].cpu(), expected)
+            prompts = original.arrays["prompt_genes"].to(device)
+            predicted = model(*given, prompts)
+            assert_close(predicted.cpu(), original.arrays["prediction_padded"])
         if original.kind == "annotate_projected":
-            logits = model(original.values, original.genes)
-            assert_close(logits, original.arrays["logits_padded"])
+            logits = model(*given)
+            assert_close(logits.cpu(), original.arrays["logits_padded"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_without_padding_cells_are_as_if_alone(original: Any, live: Live, backend: str) -> None:
-    model = accelerate(live(original), mask_padding=True, backend=backend)
+def test_without_padding_cells_are_as_if_alone(
+    original: Any, live: Live, backend: str, device: torch.device
+) -> None:
+    model = accelerate(live(original).to(device), mask_padding=True, backend=backend)
+    given = original.values.to(device), original.genes.to(device)
     with torch.inference_mode():
-        features, attention = model.get_mid_embeding(original.values, original.genes, True)
+        features, attention = model.get_mid_embeding(*given, True)
     for cell, expected in enumerate(original.alone("embedding")):
-        assert_close(features[cell], expected)
-    cross = attention["encoder_cross_extract_blocks"]
+        assert_close(features[cell].cpu(), expected)
+    cross = attention["encoder_cross_extract_blocks"].cpu()
     assert cross.shape == (4, 64, 90)
     assert not cross.transpose(1, 2)[~original.keep].any()
     if original.kind == "pretrain":
@@ -77,16 +80,18 @@ def test_without_padding_cells_are_as_if_alone(original: Any, live: Live, backen
             assert_close(cross[cell, :, : expected.shape[1]], expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_attention_of_every_block(original: Any, live: Live, backend: str) -> None:
+def test_attention_of_every_block(
+    original: Any, live: Live, backend: str, device: torch.device
+) -> None:
     with torch.inference_mode():
-        arguments = (original.values, original.genes, True)
-        _, expected = live(original).get_mid_embeding(*arguments)
-        _, found = accelerate(live(original), backend=backend).get_mid_embeding(*arguments)
+        given = original.values, original.genes
+        _, expected = live(original).get_mid_embeding(*given, True)
+        model = accelerate(live(original).to(device), backend=backend)
+        _, found = model.get_mid_embeding(*(tensor.to(device) for tensor in given), True)
     assert list(found) == list(expected)
     assert len(found) == 3
     for name, attention in expected.items():
-        assert_close(found[name], attention)
+        assert_close(found[name].cpu(), attention)
 
 
 def test_padding_counts_wherever_it_lies(pretrain: Any, live: Live) -> None:
