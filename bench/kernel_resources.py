@@ -7,7 +7,7 @@ memory and instructions from the machine code with the tools of Triton's own whe
 A full product of variants would be some hundred kernels per architecture and type, most of them
 alike. `variants` compiles every choice of each parameter with every kernel, and those pairs that
 change the machine code much: the whole encoder (DEPTH 3) and the attention alone (DEPTH 0), cells
-whole and split, affine and binned values, each with every shipped number of stages.
+whole and split, affine and binned values; and the encoder with every shipped number of stages.
 
 What a row says of the main loop, that over a cell's entries, is a bound on speed, not a time:
 
@@ -84,14 +84,13 @@ class Variant:
         return " ".join(words)
 
 
-def shipped(architecture: int, once: bool = False) -> Iterator[Variant]:
-    """One variant per type and number of stages in an architecture's file; ``once``: per type."""
+def shipped(architecture: int) -> Iterator[Variant]:
+    """One variant per type and number of stages in an architecture's file, most stages first."""
     settings = json.loads((CONFIGURATIONS / f"sm{architecture}.json").read_text())["types"]
     for name, of_type in settings.items():
-        stages = sorted({bucket["stages"] for bucket in of_type["buckets"]})
-        for number in stages[-1:] if once else stages:
+        for number in sorted({bucket["stages"] for bucket in of_type["buckets"]}, reverse=True):
             yield Variant(
-                architecture, name, "", of_type["tile"], of_type["warps"], number,
+                architecture, name, "encode_cells", of_type["tile"], of_type["warps"], number,
                 of_type["programs_per_multiprocessor"],
             )  # fmt: skip
 
@@ -99,23 +98,27 @@ def shipped(architecture: int, once: bool = False) -> Iterator[Variant]:
 def variants(architectures: Iterable[int], once: bool = False) -> list[Variant]:
     """What is compiled; ``once``: each kernel for each architecture and type, nothing more."""
     found: list[Variant] = []
-    for base in itertools.chain.from_iterable(shipped(a, once) for a in architectures):
-        encode = replace(base, kernel="encode_cells")
-        chunks = replace(base, kernel="attend_chunks")
-        weigh = replace(base, kernel="weigh_entries", genes="i32", values="fp32")
-        found += [encode, replace(chunks, binned=True), weigh]
-        if not once:
+    met: set[tuple[int, str]] = set()
+    for encode in itertools.chain.from_iterable(map(shipped, architectures)):
+        if (encode.architecture, encode.type) in met:  # with fewer stages: the encoder alone
+            found += [] if once else [encode]
+            continue
+        met.add((encode.architecture, encode.type))
+        chunks = replace(encode, kernel="attend_chunks")
+        weigh = replace(encode, kernel="weigh_entries", genes="i32", values="fp32")
+        found += [encode, replace(chunks, binned=True, stages=1), weigh]
+        if not once and encode.type != "float16":  # which is bfloat16's code but for the format
             attention = replace(encode, depth=0)
             found += [
-                replace(encode, binned=True, padded=True, mean=True),
+                replace(encode, binned=True, stages=1, padded=True, mean=True),
                 replace(encode, split=True, padded=True, mean=True),
                 replace(attention, padded=True, genes="i32", values="fp32"),
-                replace(attention, binned=True, genes="i32"),
-                replace(attention, split=True, binned=True),
+                replace(attention, binned=True, stages=1, genes="i32"),
+                replace(attention, split=True, binned=True, stages=1),
                 replace(chunks, values="fp16"),
-                replace(weigh, binned=True, values="u8"),
+                replace(weigh, binned=True, stages=1, values="u8"),
             ]
-    return list(dict.fromkeys(found))
+    return found
 
 
 def source(variant: Variant) -> Any:

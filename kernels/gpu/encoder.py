@@ -148,6 +148,8 @@ class _Launch:
         self.configuration = configuration or configuration_for(
             architecture(self.device), self.dtype, length
         )
+        if self.sizes.bins:  # their rows are added in registers: nothing is copied ahead of use
+            self.configuration = self.configuration._replace(stages=1)
         if split is None:
             split = length > CHUNK.value and self.cells < 2 * _multiprocessors(self.device)
         self.split = split
