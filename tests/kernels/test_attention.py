@@ -86,7 +86,7 @@ def test_scores_to_200_of_genes_and_values(
 ) -> None:
     bins = 6 if values == "binned" else None
     weights = random_weights(bins=bins, gene_scores=200.0, value_scores=200.0)
-    cells = random_cells([211, 11, 97, 1, 5], bins=None if values == "continuous" else 6)
+    cells = random_cells([97, 11, 61, 1, 5], bins=None if values == "continuous" else 6)
     for part in score_parts(weights, cells):
         assert 150 < part.abs().max() <= 200.01
         assert part.min() < -100

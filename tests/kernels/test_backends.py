@@ -144,8 +144,7 @@ def test_backends_that_cannot_run(
         resolve_backend(None if in_environment else name, device)
 
 
-@pytest.mark.parametrize("backend", [None, "triton"])
-@pytest.mark.parametrize("device", [CUDA, CPU])
+@pytest.mark.parametrize(("backend", "device"), [(None, CUDA), ("triton", CUDA), ("triton", CPU)])
 def test_triton_missing(
     monkeypatch: pytest.MonkeyPatch,
     gpu: Callable[..., None],
@@ -158,9 +157,6 @@ def test_triton_missing(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "triton" else find(name)
     )
-    if (backend, device) == (None, CPU):
-        assert resolve_backend(backend, device) == "numba"
-        return
     with pytest.raises(ValueError, match=r"triton, which is not installed: pip install 'cellpatch"):
         resolve_backend(backend, device)
 

@@ -32,7 +32,9 @@ def sample(
     """Weights with scores to 120, cells of very different lengths, and pads."""
     kind = request.param
     bins = 6 if kind == "binned" else None
-    weights = random_weights(bins=bins, gene_scores=120.0, value_scores=20.0)
+    weights = random_weights(
+        bins=bins, gene_scores=120.0, value_scores=20.0, self_blocks=int(kind == "integers")
+    )
     cells = random_cells([3, 0, 70, 33], bins=None if kind == "continuous" else 6)
     return weights, cells, torch.tensor([0, 2, 7, 0])
 

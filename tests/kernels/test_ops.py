@@ -22,11 +22,11 @@ Run = Callable[..., Encoded]
 Compare = Callable[..., Encoded]
 
 CASES = [
-    pytest.param({}, None, False, [5, 0, 17], id="features"),
-    pytest.param({}, None, True, [5, 0, 17], id="attention"),
-    pytest.param({}, [0, 3, 2], True, [5, 0, 17], id="attention_with_pads"),
-    pytest.param({"bins": 6, "projection": None}, None, True, [5, 0, 17], id="bins"),
-    pytest.param({"self_blocks": 0}, None, True, [5, 0, 17], id="no_self_attention"),
+    pytest.param({}, None, False, [5, 0], id="features"),
+    pytest.param({}, None, True, [5, 0], id="attention"),
+    pytest.param({}, [0, 3], True, [5, 0], id="attention_with_pads"),
+    pytest.param({"bins": 6, "projection": None}, None, True, [5, 0], id="bins"),
+    pytest.param({"self_blocks": 0}, None, True, [5, 0], id="no_self_attention"),
     pytest.param({"self_blocks": 3}, None, True, [0, 0], id="only_empty_cells"),
     pytest.param({}, None, True, [], id="no_cells"),
 ]
