@@ -142,7 +142,7 @@ def source(variant: Variant) -> Any:
         "values": f"*{variant.values}",
         "pads": "*i64",
         "faults": "*i32",
-    } | dict.fromkeys(("partials", "features", "log_sums", "weights"), "*fp32")
+    } | dict.fromkeys(("partials", "features", "normalizers", "weights"), "*fp32")
     integers = {
         "cells": 1009,  # as any number of cells and entries
         "entries": 1_000_003,

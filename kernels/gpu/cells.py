@@ -146,8 +146,8 @@ def add_pads(merged, tables, pads, PATCHES: tl.constexpr, HEADS: tl.constexpr,
 
 
 @triton.jit
-def attend(shift, totals, sums, tables, h, HEAD_DIM: tl.constexpr, BINNED: tl.constexpr):
-    """Attended values [p, d] of head h, and log2 of the sum of exponentials [p]."""
+def attend(totals, sums, tables, h, HEAD_DIM: tl.constexpr, BINNED: tl.constexpr):
+    """Attended values [p, d] of head h, and what they were divided by [p]: 1 for nothing."""
     d, column = tl.arange(0, HEAD_DIM), tl.arange(0, EXTRA)[None, :]
     total = tl.sum(tl.where(column == 0, totals, 0.0), 1)  # [p]
     if not BINNED:
@@ -158,11 +158,11 @@ def attend(shift, totals, sums, tables, h, HEAD_DIM: tl.constexpr, BINNED: tl.co
     divisor = tl.where(total == 0.0, 1.0, total)  # of a cell that attends to nothing
     attended = sums * (tl.load(tables.row_unscale + h) / divisor)[:, None]
     attended += tl.where(total == 0.0, 0.0, 1.0)[:, None] * constant[None, :]
-    return attended, shift + tl.log2(divisor)
+    return attended, divisor
 
 
 @UNSPECIALIZED
-def encode_cells(offsets, genes, values, pads, tables, partials, features, log_sums, faults,
+def encode_cells(offsets, genes, values, pads, tables, partials, features, normalizers, faults,
                  cells, entries, gene_rows, bins, patches, dim, output_dim,
                  PATCHES: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
                  DIM: tl.constexpr, MLP: tl.constexpr, OUTPUT: tl.constexpr, DEPTH: tl.constexpr,
@@ -173,7 +173,8 @@ def encode_cells(offsets, genes, values, pads, tables, partials, features, log_s
 
     ``features`` is float32 [c, patches, output_dim], or [c, output_dim] with MEAN. With DEPTH = 0
     it holds attended values [c, patches, HEADS, head_dim], where ``dim`` is head_dim, and
-    ``log_sums`` [c, HEADS, patches] the log2 of the sums of exponentials.
+    ``normalizers`` [2, c, HEADS, patches] what exponents are relative to, and sums of exponentials.
+    Their logarithm would be one number, but float32 holds that of a score of hundreds to 1e-5 only.
     """
     p = tl.arange(0, PATCHES)
     cell = tl.program_id(0).to(tl.int64)
@@ -207,21 +208,19 @@ def encode_cells(offsets, genes, values, pads, tables, partials, features, log_s
     if DEPTH == 0:
         d = tl.arange(0, HEAD_DIM)
         for h in tl.static_range(HEADS):
-            attended, log_sum = attend(
-                merged[0][h], merged[1][h], merged[2][h], tables, h, HEAD_DIM, BINNED
-            )
+            attended, divisor = attend(merged[1][h], merged[2][h], tables, h, HEAD_DIM, BINNED)
             row = (cell * patches + p)[:, None] * HEADS + h
             kept = (p[:, None] < patches) & (d[None, :] < dim)
             tl.store(features + row * dim + d[None, :], attended, mask=kept)
             place = (cell * HEADS + h) * patches + p
-            tl.store(log_sums + place, log_sum, mask=p < patches)
+            tl.store(normalizers + place, merged[0][h], mask=p < patches)
+            place += cells.to(tl.int64) * HEADS * patches
+            tl.store(normalizers + place, divisor, mask=p < patches)
     else:
         unscale = tl.load(tables.unscale)
         x = tl.load(tables.patches + p[:, None] * DIM + tl.arange(0, DIM)[None, :])
         for h in tl.static_range(HEADS):
-            attended, _ = attend(
-                merged[0][h], merged[1][h], merged[2][h], tables, h, HEAD_DIM, BINNED
-            )
+            attended, _ = attend(merged[1][h], merged[2][h], tables, h, HEAD_DIM, BINNED)
             matrix = tables.matrices + TERMS * (3 * HEADS + h) * DIM * HEAD_DIM
             x += multiply(attended, matrix, unscale, HEAD_DIM, DIM, TERMS)
         x, matrices, vectors = run_blocks(
@@ -242,11 +241,11 @@ def encode_cells(offsets, genes, values, pads, tables, partials, features, log_s
 
 
 @UNSPECIALIZED
-def weigh_entries(offsets, genes, values, tables, log_sums, weights, faults,
+def weigh_entries(offsets, genes, values, tables, normalizers, weights, faults,
                   cells, entries, gene_rows, bins, patches,
                   PATCHES: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
                   BINNED: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """Attention weights [n, HEADS, patches] of one chunk, from `encode_cells`'s ``log_sums``."""
+    """Attention weights [n, HEADS, patches] of one chunk, from `encode_cells`'s ``normalizers``."""
     p = tl.arange(0, PATCHES)
     cell, first, count = chunk_of_slot(tl.program_id(0), offsets, cells, entries, faults)
     of_chunk = weights + first * (HEADS * patches)  # within it, places fit 32 bits
@@ -261,8 +260,11 @@ def weigh_entries(offsets, genes, values, tables, log_sums, weights, faults,
             query = load_query(tables, h, PATCHES, HEADS, HEAD_DIM, TERMS)
             keys = load_keys(tables, gene, value, h, HEADS, HEAD_DIM, BINNED, TERMS)
             part = tl.load(tables.slope + row)[:, None] * value[None, :]
-            log_sum = tl.load(log_sums + (cell * HEADS + h) * patches + p, mask=p < patches)
-            scores = product(query, keys, part)  # [p, n]
+            normalizer = normalizers + (cell * HEADS + h) * patches + p
+            shift = tl.load(normalizer, mask=p < patches)
+            normalizer += cells.to(tl.int64) * HEADS * patches
+            divisor = tl.load(normalizer, mask=p < patches, other=1.0)
+            scores = product(query, keys, part - shift[:, None])  # [p, n]
             place = (entry * HEADS + h)[None, :] * patches + p[:, None]
             kept = (p[:, None] < patches) & inside[None, :]
-            tl.store(of_chunk + place, tl.exp2(scores - log_sum[:, None]), mask=kept)
+            tl.store(of_chunk + place, tl.exp2(scores) / divisor[:, None], mask=kept)

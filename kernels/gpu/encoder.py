@@ -74,7 +74,7 @@ def encode(
     """
     launch = _Launch(weights, offsets, genes, values, pads, dtype, split, configuration)
     if attention or not fits(weights):
-        attended, log_sums = launch.attend()
+        attended, normalizers = launch.attend()
         finished = reference.finish(_in_float32(weights), attended)
         features = finished.features
         if mean:
@@ -83,8 +83,8 @@ def encode(
             return Encoded(features)
         return finished._replace(
             features=features,
-            cross_attention=launch.weigh(log_sums),
-            pad_attention=launch.weigh_pads(log_sums),
+            cross_attention=launch.weigh(normalizers),
+            pad_attention=launch.weigh_pads(normalizers),
         )
     return Encoded(launch.encode(mean))
 
@@ -101,8 +101,9 @@ def patch_attention(
 ) -> tuple[Tensor, Tensor]:
     """The cross-attention alone: attended [c, p, D] and log-sum-exp [c, h, p], float32."""
     launch = _Launch(weights, offsets, genes, values, pads, dtype, split)
-    attended, log_sums = launch.attend()
-    return attended, log_sums / LOG2_E + reference.constant_scores(_in_float32(weights))
+    attended, (shifts, sums) = launch.attend()
+    constants = reference.constant_scores(_in_float32(weights))
+    return attended, shifts / LOG2_E + sums.log() + constants
 
 
 def fits(weights: EncoderWeights) -> bool:
@@ -171,32 +172,35 @@ class _Launch:
         return features
 
     def attend(self) -> tuple[Tensor, Tensor]:
-        """Attended values [c, p, D], and log2 of the sums of exponentials [c, h, p]."""
+        """Attended values [c, p, D]; shifts of exponents and their sums [2, c, h, p]."""
         sizes = self.sizes
         attended = self._empty(self.cells, sizes.patches, sizes.dim)
-        log_sums = self._empty(self.cells, sizes.heads, sizes.patches)
-        self._encode_cells(attended, log_sums, dim=sizes.head_dim, DEPTH=0, MEAN=False)
-        return attended, log_sums
+        normalizers = self._empty(2, self.cells, sizes.heads, sizes.patches)
+        self._encode_cells(attended, normalizers, dim=sizes.head_dim, DEPTH=0, MEAN=False)
+        return attended, normalizers
 
-    def weigh(self, log_sums: Tensor) -> Tensor:
+    def weigh(self, normalizers: Tensor) -> Tensor:
         """Attention weights of all entries [n, h, p]."""
         weights = self._empty(self.entries, self.sizes.heads, self.sizes.patches)
         self._run(
-            weigh_entries, self.slots, *self.input, self.tables, log_sums, weights, self.faults,
+            weigh_entries, self.slots, *self.input, self.tables, normalizers, weights, self.faults,
             *self.counts, self.sizes.patches,
             **self.common, TILE=self.configuration.tile,
         )  # fmt: skip
         return weights
 
-    def weigh_pads(self, log_sums: Tensor) -> Tensor:
+    def weigh_pads(self, normalizers: Tensor) -> Tensor:
         """Attention weights of all of a cell's pads together [c, h, p]."""
+        shifts, sums = normalizers
         if self.pads is None:
-            return torch.zeros_like(log_sums)
+            return torch.zeros_like(sums)
         scores = self.tables.pad_score[:, : self.sizes.patches]
         number = self.pads.float()[:, None, None]
-        return torch.where(number > 0, number * torch.exp2(scores - log_sums), 0.0)
+        # in float64, so that no rounding of PyTorch's depends on a cell's place in the batch
+        weights = number.double() * torch.exp2((scores - shifts).double()) / sums
+        return torch.where(number > 0, weights, 0.0).float()
 
-    def _encode_cells(self, features: Tensor, log_sums: Tensor, **choices: Any) -> None:
+    def _encode_cells(self, features: Tensor, normalizers: Tensor, **choices: Any) -> None:
         tile, _, stages = self.configuration
         partials = features
         if self.split:
@@ -210,7 +214,7 @@ class _Launch:
         pads = self.input[0] if self.pads is None else self.pads  # not read where there are none
         self._run(
             encode_cells, self.cells, *self.input, pads, self.tables, partials,
-            features, log_sums, self.faults, *self.counts,
+            features, normalizers, self.faults, *self.counts,
             sizes.patches, dim, sizes.output_dim,
             **self.common, DIM=sizes.DIM, MLP=sizes.MLP, OUTPUT=sizes.OUTPUT, **choices,
             PADDED=self.pads is not None, PROJECTED=sizes.projected, SPLIT=self.split,

@@ -67,11 +67,16 @@ def test_a_multiprocessor_has_room_for_the_intended_programs(compiled: Rows) -> 
 
 
 def test_exponentials_bound_the_loop_over_entries_in_16_bit_types(compiled: Rows) -> None:
-    """Nothing else takes as long; and no exponential is computed twice."""
+    """Nothing else takes as long; and no exponential is computed twice.
+
+    Architecture 100 moves operands through tensor memory, whose instructions take about as long.
+    """
     loops = [
         row for row in compiled if row["type"] != "float32" and row["kernel"] != "weigh_entries"
     ]
     assert len(loops) == 12
+    assert all(row["issue clocks per entry"] < 10.5 for row in loops)
+    loops = [row for row in loops if row["architecture"] < 100]
     slow = [r for r in loops if r["issue clocks per entry"] >= r["exp clocks per entry"]]
     assert names(slow) == []
     assert all(8 <= row["exp clocks per entry"] < 8.5 for row in loops)
