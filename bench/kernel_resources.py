@@ -196,15 +196,13 @@ def source(variant: Variant) -> Any:
 def measure(variant: Variant) -> dict[str, Any]:
     """Compile one variant; what its machine code needs and does."""
     import triton
+    from cellpatch_fast.kernels.gpu.configuration import Configuration, compiler_options
     from triton.backends.compiler import GPUTarget
 
     kernel_source = source(variant)
     started = processor_seconds()
-    options = {
-        "num_warps": variant.warps,
-        "num_stages": variant.stages,
-        "enable_fp_fusion": True,
-    }
+    configuration = Configuration(variant.tile, variant.warps, variant.stages)
+    options = compiler_options(variant.architecture, configuration)
     target = GPUTarget("cuda", variant.architecture, 32)
     try:
         kernel = triton.compile(kernel_source, target=target, options=options)

@@ -20,7 +20,7 @@ What an entry costs, at the paper's sizes (64 patches, 2 heads of 16; both heads
 
 In clocks per entry and multiprocessor of an A100, counted in the machine code of the loop (bench/
 results/kernel-resources.md): 8.1 for the exponentials, of which 16 come out per clock; 5.0 on the
-matrix units; 5.1 to issue all instructions; 2 for L2. So with bf16 tables the exponentials bound
+matrix units; 4.7 to issue all instructions; 2 for L2. So with bf16 tables the exponentials bound
 the kernel, as in the design's roofline. With float32 tables the matrix units do: 14 clocks.
 
 What was weighed against this, by the same count (none of it was timed):

@@ -45,6 +45,17 @@ def configuration_for(
     return Configuration(settings["tile"], settings["warps"], stages)
 
 
+def compiler_options(architecture: int, configuration: Configuration) -> dict[str, Any]:
+    """What Triton is told besides a kernel's own parameters."""
+    return {
+        "num_warps": configuration.warps,
+        "num_stages": configuration.stages,
+        "enable_fp_fusion": True,  # the default differs between versions of Triton
+        # For 8.x ptxas would fit a third program into a multiprocessor, and spill registers for it.
+        "maxnreg": 255 if architecture < 90 else None,
+    }
+
+
 def shipped_for(architecture: int) -> int:
     """The nearest architecture, not newer, that configurations are shipped for."""
     return max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])

@@ -28,7 +28,7 @@ from ..reference import Encoded
 from ..weights import EncoderWeights
 from .attention import CHUNK, EXTRA
 from .cells import attend_chunks, encode_cells, weigh_entries
-from .configuration import TYPES, Configuration, configuration_for
+from .configuration import TYPES, Configuration, compiler_options, configuration_for
 from .faults import faults, raise_faults
 from .tables import LOG2_E, Sizes, Tables, make_tables
 
@@ -230,9 +230,7 @@ class _Launch:
             kernel[(programs,)](
                 *arguments,
                 **constants,
-                num_warps=self.configuration.warps,
-                num_stages=self.configuration.stages,
-                enable_fp_fusion=True,
+                **compiler_options(architecture(self.device), self.configuration),
             )
         _note_compilation(key, time.perf_counter() - started)
         if self.device.type == "cpu":  # nothing is asynchronous there
