@@ -203,7 +203,7 @@ def test_ctrl_c_keeps_what_is_done(
 ) -> None:
     output = tmp_path / "interrupted.zarr"
     run = start(large_file, output=output)
-    wait_for_shards(output, 7)
+    wait_for_shards(output, 2)  # early: a busy machine may let the run end before the signal
     run.send(signal.SIGINT)
     assert run.wait() == 130
     *_, message = run.err.splitlines()
