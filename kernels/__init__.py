@@ -79,14 +79,12 @@ def encode(
         by `synchronize`, unless CELLPATCH_CHECK=1 is set.
     """
     chosen = _choose(weights, values, backend)
+    _check(chosen, weights, offsets, genes, values, pads)
     if chosen == "reference":
-        _check(weights, offsets, genes, values, pads)
         with torch.autocast(genes.device.type, enabled=False):  # in the weights' own precision
             return reference.encode(
                 weights, offsets, genes, values, pads=pads, attention=attention, mean=mean
             )
-    if chosen == "triton" and os.environ.get("CELLPATCH_CHECK") == "1":
-        _check(weights, offsets, genes, values, pads)
     tensors, structure = weights.flatten()
     features, *attentions = torch.ops.cellpatch.encode(
         tensors, structure, offsets, genes, values, pads, attention, mean, chosen,
@@ -133,8 +131,7 @@ def patch_attention(
         if backend == "numba":
             raise ValueError("the numba backend computes whole encoders only: use encode")
         chosen = "reference"
-    if chosen == "reference" or os.environ.get("CELLPATCH_CHECK") == "1":
-        _check(weights, offsets, genes, values, pads)
+    _check(chosen, weights, offsets, genes, values, pads)
     if chosen == "reference":
         with torch.autocast(genes.device.type, enabled=False):
             found = reference.patch_cross_attention(weights, offsets, genes, values, pads=pads)
@@ -177,9 +174,18 @@ def _choose(weights: EncoderWeights, values: Tensor, backend: str | None) -> Bac
 
 
 def _check(
-    weights: EncoderWeights, offsets: Tensor, genes: Tensor, values: Tensor, pads: Tensor | None
+    backend: Backend,
+    weights: EncoderWeights,
+    offsets: Tensor,
+    genes: Tensor,
+    values: Tensor,
+    pads: Tensor | None,
 ) -> None:
-    if not torch.compiler.is_compiling():  # while tracing there is nothing to check
+    """Check the contents, where no operator does it, or CELLPATCH_CHECK asks for it."""
+    if torch.compiler.is_compiling():  # while tracing there is nothing to check
+        return
+    asked = backend == "triton" and os.environ.get("CELLPATCH_CHECK") == "1"
+    if backend == "reference" or asked:
         check_cells(weights, offsets, genes, values, pads)
 
 

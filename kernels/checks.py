@@ -52,11 +52,10 @@ def check_kinds(
     if pads is not None and pads.shape != (len(offsets) - 1,):
         raise ValueError("pads must hold one number, not negative, for each cell")
     device = weights.patches.device
-    for name, tensor in (("offsets", offsets), ("genes", genes), ("values", values)):
-        if tensor.device != device:
+    named = (("offsets", offsets), ("genes", genes), ("values", values), ("pads", pads))
+    for name, tensor in named:
+        if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} are on {tensor.device}, but the weights are on {device}")
-    if pads is not None and pads.device != device:
-        raise ValueError(f"pads are on {pads.device}, but the weights are on {device}")
 
 
 def check_cells(

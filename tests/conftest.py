@@ -34,6 +34,12 @@ def device_of() -> Callable[[str], torch.device]:
     return choose
 
 
+@pytest.fixture(scope="module")
+def device(backend: str, device_of: Callable[[str], torch.device]) -> torch.device:
+    """Where the backend of a test runs; ``backend`` is a fixture of each folder."""
+    return device_of(backend)
+
+
 @pytest.fixture(scope="session")
 def triton_backend() -> Iterator[None]:
     """What tests of the Triton backend need: the package, and patience with its interpreter.

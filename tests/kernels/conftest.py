@@ -216,11 +216,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def device(backend: str, device_of: Callable[[str], torch.device]) -> torch.device:
-    return device_of(backend)
-
-
-@pytest.fixture(scope="module")
 def interpreted(backend: str, device: torch.device) -> bool:
     """Whether kernels take a tenth of a second for a cell and a second for 1,000 entries."""
     return backend == "triton" and device.type == "cpu"

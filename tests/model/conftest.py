@@ -66,11 +66,6 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def device(backend: str, device_of: Callable[[str], torch.device]) -> torch.device:
-    return device_of(backend)
-
-
 @pytest.fixture(scope="session")
 def arrays() -> dict[str, Tensor]:
     with np.load(ROOT / "tests/data/original_outputs.npz") as file:
