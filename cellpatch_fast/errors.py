@@ -12,3 +12,9 @@ class InputError(ValueError):
 
 class InputWarning(UserWarning):
     """Input that can be used, but that someone should look at."""
+
+
+def summary(error: Exception) -> str:
+    """One line about ``error``: its type says what a bare KeyError message does not."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, summary
 
 if TYPE_CHECKING:
     import h5py
@@ -53,12 +53,6 @@ def reading(name: str, what: str, advice: str = COPY_AGAIN) -> Iterator[None]:
         ) from error
     except Exception as error:
         raise InputError(f"{name}: cannot read {what} ({summary(error)}). {advice}.") from error
-
-
-def summary(error: Exception) -> str:
-    """One line about ``error``: its type says what a bare KeyError message does not."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class StoredArray(Protocol):

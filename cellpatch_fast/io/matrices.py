@@ -19,11 +19,11 @@ import numpy as np
 
 from ..errors import InputError
 from .arrays import COPY_AGAIN, SequentialReader, StoredArray
+from .chunks import DENSE_BYTES
 
 MAX_CELLS = 65_536
 MAX_ENTRIES = 8_000_000
 DENSE_VALUES = 4_000_000  # values of a dense matrix that are searched for non-zeros at a time
-DENSE_BYTES = 512 * 2**20  # at most so much of a dense matrix is decoded at a time
 
 
 @dataclass(frozen=True, eq=False)

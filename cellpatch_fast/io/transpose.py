@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
-from .arrays import SequentialReader, StoredArray, summary
+from ..errors import InputError, summary
+from .arrays import SequentialReader, StoredArray
 from .matrices import CellBlock, CsrMatrix, check_indices, plan_blocks, signed_indices
 
 MEMORY_LIMIT = 512 * 2**20

@@ -1,0 +1,136 @@
+"""Stored arrays as chunks that many threads decode at a time.
+
+A range of rows that crosses a chunk's border would decode that chunk twice. So whoever reads
+with threads asks for whole chunks, each decoded by one thread straight into the caller's memory,
+and does the cutting itself. `Chunks` is that interface; `chunks_of` gives the fastest
+implementation for an array: Zarr and HDF5 chunks are read and decoded by our own code where
+their codecs allow it, and everything else goes through the library it belongs to, with the same
+result. There, what has no chunks of its own is cut into pieces of 65,536 elements, the size that
+costs least in a token store.
+
+Two-dimensional arrays are read as the flat sequence of their rows: cell after cell.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ..errors import summary
+
+if TYPE_CHECKING:
+    from .arrays import StoredArray
+
+CHUNK = 65_536  # elements that are read together where an array has no chunks
+DENSE_BYTES = 512 * 2**20  # at most so much of a dense matrix is decoded at a time
+
+
+class Chunks(Protocol):
+    """A stored array, flattened, as equal chunks that many threads decode at a time."""
+
+    @property
+    def length(self) -> int:
+        """Elements."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """In the machine's byte order."""
+
+    @property
+    def chunk(self) -> int:
+        """Elements of a chunk; the last one may have fewer."""
+
+    def read(self, chunks: Sequence[int], out: Sequence[np.ndarray]) -> None:
+        """Decode ``chunks`` (ascending numbers), each into its array of ``out``.
+
+        Those are C-contiguous, of `dtype`, and have exactly their chunk's length. Byte ranges
+        that adjoin are read together; reading and decoding hold no GIL, and many threads may
+        call this at a time.
+
+        Raises
+        ------
+        ChunkError
+            If a chunk cannot be read or decoded.
+        """
+
+    def place(self, chunk: int) -> str:
+        """Where a chunk is stored, for messages."""
+
+    def close(self) -> None:
+        """Give back file descriptors."""
+
+
+class ChunkError(Exception):
+    """A chunk that cannot be read; the caller knows which cells that are.
+
+    Parameters
+    ----------
+    chunk
+        Its number.
+    place
+        Where it is stored.
+    reason
+        What is wrong with it.
+    """
+
+    def __init__(self, chunk: int, place: str, reason: str) -> None:
+        super().__init__(f"{place}: {reason}")
+        self.chunk, self.place, self.reason = chunk, place, reason
+
+
+class LibraryChunks:
+    """Any array of one or two dimensions, read by whatever reads it anyway.
+
+    The libraries below take one call at a time, or hold the GIL; so does this.
+
+    Parameters
+    ----------
+    array
+        A `StoredArray`, or an array in memory.
+    """
+
+    def __init__(self, array: StoredArray | np.ndarray) -> None:
+        self._array = array
+        self._columns = array.shape[1] if len(array.shape) == 2 else 1
+        self.length = array.shape[0] * self._columns
+        self.dtype = array.dtype.newbyteorder("=")
+        rows = 1 if isinstance(array, np.ndarray) else array.chunk
+        if rows == 1:
+            rows = max(1, CHUNK // max(1, self._columns))
+        if len(array.shape) == 2:
+            row_bytes = max(1, self._columns * self.dtype.itemsize)
+            rows = min(rows, max(1, DENSE_BYTES // row_bytes))
+        self._rows = rows
+        self.chunk = max(1, rows * self._columns)
+        self._lock = threading.Lock()
+
+    def read(self, chunks: Sequence[int], out: Sequence[np.ndarray]) -> None:
+        for chunk, target in zip(chunks, out, strict=True):
+            start = chunk * self._rows
+            rows = target.reshape(-1, *self._array.shape[1:])
+            if isinstance(self._array, np.ndarray):
+                rows[...] = self._array[start : start + len(rows)]
+                continue
+            try:
+                with self._lock:
+                    self._array.read(start, rows)
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise ChunkError(chunk, self.place(chunk), summary(error)) from error
+
+    def place(self, chunk: int) -> str:
+        if isinstance(self._array, np.ndarray):
+            return "memory"
+        return self._array.place(chunk * self._rows)
+
+    def close(self) -> None:
+        """The array stays its owner's."""
+
+
+def chunks_of(array: StoredArray | np.ndarray) -> Chunks:
+    """The best way to read ``array``, of one or two dimensions, by chunks."""
+    return LibraryChunks(array)
