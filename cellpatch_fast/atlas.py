@@ -21,16 +21,12 @@ import numpy as np
 
 from .embedding import Embedder
 from .errors import InputError
-from .io.embeddings import (
-    EmbeddingWriter,
-    differences,
-    finished_facts,
-    is_taken,
-    tidy,
-)
+from .io.embeddings import ATTRIBUTE, EmbeddingWriter
 from .io.obs import write_obs
+from .io.partial import finished_counts, is_taken
 from .io.sources import open_source
 from .model.storage import fingerprint
+from .paths import input_paths, output_path
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -145,8 +141,8 @@ def embed(
     >>> cellpatch_fast.atlas.embed("atlas.h5ad", "my-model", "atlas.zarr")  # doctest: +SKIP
     >>> adata = anndata.read_zarr("atlas.zarr")  # doctest: +SKIP
     """
-    paths = _inputs(inputs)
-    output = _output(output, paths)
+    paths = input_paths(inputs)
+    output = output_path(output, paths, EmbeddingWriter.KIND, ATTRIBUTE)
     if dtype not in ("float32", "float16"):
         raise InputError(f"unknown dtype {dtype!r}: choose float32 or float16")
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
@@ -176,7 +172,7 @@ def embed(
         unknown = sum(len(stream.match.unknown) for stream in streams)
         summary = Summary(output, cells, 0, matched, unknown, 0, 0, 0.0)
         if is_taken(output) and not overwrite:
-            counts = _finished_counts(output, settings)
+            counts = finished_counts(output, ATTRIBUTE, settings)
             return _counted(summary, counts)
         shape = (cells, embedder.width)
         with EmbeddingWriter(
@@ -197,45 +193,6 @@ def embed(
     return _counted(summary, counts)
 
 
-def _inputs(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The inputs' paths, each once."""
-    several = isinstance(inputs, Sequence) and not isinstance(inputs, str)
-    names = list(inputs) if several else [inputs]  # type: ignore[arg-type]
-    if not names:
-        raise InputError("no input was given")
-    paths: dict[Path, Path] = {}
-    for name in names:
-        if not isinstance(name, str | Path):
-            raise InputError(
-                f"an input must be the path of a file, found {type(name).__name__} (an AnnData "
-                "object is embedded by cellpatch_fast.tl.embed)"
-            )
-        if not str(name):
-            raise InputError("the name of an input is empty: give the path of a file")
-        path = Path(name).expanduser()
-        before = paths.setdefault(path.resolve(), path)
-        if before is not path:
-            raise InputError(f"{path} was given twice (first as {before}): give each input once")
-    return list(paths.values())
-
-
-def _output(output: str | Path, inputs: list[Path]) -> Path:
-    """The output's path, if a store can be made there."""
-    path = Path(output).expanduser()
-    if not str(output) or not path.name:
-        raise InputError(f"{str(output)!r} cannot be the output: give the path of a new folder")
-    path = path.resolve() if path.is_symlink() else path
-    if is_taken(path) and finished_facts(path) is None:
-        raise InputError(
-            f"{path} exists and is not an embedding store, so it is not replaced: choose another "
-            "output, or move it away"
-        )
-    for taken in inputs:
-        if taken.resolve() in (path.resolve(), *path.resolve().parents):
-            raise InputError(f"the output {path} lies within the input {taken}: choose another")
-    return path
-
-
 def _describe(path: Path, stream: CellStream) -> str:
     """An input, for people; another string if anything about it is different."""
     source = stream.source
@@ -243,19 +200,6 @@ def _describe(path: Path, stream: CellStream) -> str:
         f"{path.name}: {source.n_cells} cells, {source.n_genes} genes, {stream.detected.kind}, "
         f"fingerprint {source.fingerprint()[:16]}"
     )
-
-
-def _finished_counts(output: Path, settings: dict[str, Any]) -> dict[str, int]:
-    """The counts of a finished store, if it is what this run would make."""
-    tidy(output)
-    facts = finished_facts(output)
-    if facts is None or facts["settings"] != settings:
-        before = facts["settings"] if facts else {}
-        raise InputError(
-            f"{output} exists and was made with other settings: choose another output, or "
-            f"replace it with --overwrite (overwrite=True).{differences(before, settings)}"
-        )
-    return dict(facts["counts"])
 
 
 def _counted(summary: Summary, counts: dict[str, int]) -> Summary:

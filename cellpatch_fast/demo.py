@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError
-from .io.embeddings import partial_of
+from .io.partial import partial_of
 
 if TYPE_CHECKING:
     from anndata import AnnData

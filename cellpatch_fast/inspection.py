@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .io.embeddings import JOURNAL, finished_facts, unfinished_facts
+from .io.embeddings import ATTRIBUTE
+from .io.partial import JOURNAL, finished_facts, unfinished_facts
 
 if TYPE_CHECKING:
     from .io.sources import CellSource
@@ -25,7 +26,7 @@ def describe(path: Path) -> dict[str, Any]:
         return _unfinished(path)
     if (path / "config.json").is_file():
         return _model(path)
-    if (facts := finished_facts(path)) is not None:
+    if (facts := finished_facts(path, ATTRIBUTE)) is not None:
         return _store(path, facts)
     from .io.sources import open_source
 

@@ -15,6 +15,7 @@ import zarr
 import cellpatch_fast as cp
 from cellpatch_fast import CellPatch, GeneVocabulary, InputError
 from cellpatch_fast.io import embeddings
+from cellpatch_fast.io.partial import partial_of
 
 from .conftest import stopped_after, tree, write_zarr
 
@@ -77,7 +78,7 @@ def test_changed_setting_is_refused_and_named(
 ) -> None:
     if finished:
         cp.atlas.embed(cells_file, small_model, begun)
-    where = begun if finished else embeddings.partial_of(begun)
+    where = begun if finished else partial_of(begun)
     before = tree(where)
     model = change(small_model) if callable(change) else small_model
     options = {} if callable(change) else change
@@ -222,4 +223,4 @@ def test_inputs_that_cannot_be(cells_file: Path, small_model: CellPatch, output:
         with pytest.raises(InputError, match=message):
             cp.atlas.embed(cells_file, small_model, output, **options)  # type: ignore[arg-type]
     assert not output.exists()
-    assert not embeddings.partial_of(output).exists()
+    assert not partial_of(output).exists()

@@ -19,20 +19,19 @@ import pytest
 import zarr
 
 from cellpatch_fast.errors import InputError
-from cellpatch_fast.io import embeddings
-from cellpatch_fast.io.embeddings import (
+from cellpatch_fast.io import embeddings, partial
+from cellpatch_fast.io.embeddings import ATTRIBUTE, EmbeddingWriter, shard_rows
+from cellpatch_fast.io.obs import FrameTable, write_obs
+from cellpatch_fast.io.partial import (
     JOURNAL,
     LOCK,
     REPLACED,
-    EmbeddingWriter,
     finished_facts,
     is_taken,
     partial_of,
-    shard_rows,
     tidy,
     unfinished_facts,
 )
-from cellpatch_fast.io.obs import FrameTable, write_obs
 
 from ..conftest import tree
 
@@ -95,7 +94,7 @@ def test_store_is_a_valid_anndata_object(output: Path) -> None:
     params = adata.uns[KEY]["params"]
     assert params["model"] == "abc"
     assert list(params["inputs"]) == ["one", "two"]
-    facts = finished_facts(output)
+    facts = finished_facts(output, ATTRIBUTE)
     assert facts is not None
     assert facts["settings"] == SETTINGS
     assert facts["counts"] == {"unknown_entries": 15, "empty_cells": 6}
@@ -212,7 +211,7 @@ def test_run_can_be_killed_before_any_step(
     for kill_at in chosen:
         output = begin(f"{kill_at}.zarr")
         count_steps(output, monkeypatch, kill_at)
-        facts = finished_facts(output)
+        facts = finished_facts(output, ATTRIBUTE)
         assert output.exists() == (facts is not None)
         if facts is None or facts["settings"] != SETTINGS:
             make(output, overwrite=replacing)
@@ -258,7 +257,7 @@ def test_other_settings_do_not_continue(output: Path, changes: dict[str, Any], n
 
 def test_other_version_does_not_continue(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_writer(output).close()
-    monkeypatch.setattr(embeddings, "version", lambda _: "99.1.0")
+    monkeypatch.setattr(partial, "version", lambda _: "99.1.0")
     with pytest.raises(InputError, match=r"version of cellpatch-fast: was .*, is now '99.1.0'"):
         open_writer(output)
 
@@ -384,7 +383,7 @@ def test_what_is_no_store_has_no_facts(tmp_path: Path) -> None:
         '{"attributes": {"cellpatch": {}}}',
     ):
         (tmp_path / "zarr.json").write_text(content)
-        assert finished_facts(tmp_path) is None
+        assert finished_facts(tmp_path, ATTRIBUTE) is None
     for name in ("other.zarr", "file", "nothing"):
-        assert finished_facts(tmp_path / name) is None
+        assert finished_facts(tmp_path / name, ATTRIBUTE) is None
         assert unfinished_facts(tmp_path / name) is None
