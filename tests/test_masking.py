@@ -182,6 +182,7 @@ def run(
     identities: np.ndarray | None = None,
     *,
     measured: Measured | None = None,
+    inputs: np.ndarray | None = None,
     masking: Masking | None = None,
     seed: int = 5,
     epoch: int = 2,
@@ -190,6 +191,7 @@ def run(
         cells,
         np.arange(len(cells)) if identities is None else identities,
         measured=measured or draw_measured(),
+        inputs=inputs,
         masking=masking,
         seed=seed,
         epoch=epoch,
@@ -201,14 +203,15 @@ class TestACellsMasksDependOnItsIdentityAlone:
     MASKING = Masking(max_encoder=97, max_decoder=89)
 
     def test_whatever_the_batch_and_the_order(self) -> None:
-        cells, measured = draw_cells([*self.LENGTHS], repeated=0.1), draw_measured()
+        cells = draw_cells([*self.LENGTHS], repeated=0.1)
         identities = np.random.default_rng(1).integers(-(2**63), 2**63 - 1, len(cells))
         inputs = np.arange(len(cells)) % INPUTS
-        options = {"measured": measured, "masking": self.MASKING, "seed": 7, "epoch": 3}
-        whole = mask(cells, identities, inputs=inputs, **options)
+        whole = run(cells, identities, inputs=inputs, masking=self.MASKING)
         for order in ([3], [10, 1, 6], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 10]):
             some = torch.tensor(order)
-            parts = mask(cells.take(some), identities[order], inputs=inputs[order], **options)
+            parts = run(
+                cells.take(some), identities[order], inputs=inputs[order], masking=self.MASKING
+            )
             assert_same(parts.encoder, whole.encoder.take(some))
             assert_same(parts.decoder, whole.decoder.take(some))
 
