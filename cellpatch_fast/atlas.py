@@ -24,21 +24,23 @@ from .errors import InputError
 from .io.embeddings import ATTRIBUTE, EmbeddingWriter
 from .io.obs import write_obs
 from .io.partial import finished_counts, is_taken
-from .io.sources import open_source
 from .model.storage import fingerprint
-from .paths import input_paths, output_path
+from .paths import describe_input, input_paths, output_path
 from .progress import progress_bar
+from .tokenization import tokenize
 
 if TYPE_CHECKING:
     import torch
 
     from .detect import Expected
-    from .embedding import EmbeddedBlock
-    from .loader import CellStream
+    from .embedding import EmbeddedCells
     from .model import CellPatch
     from .model.encoder import Pool
+    from .streams import Stream
 
 logger = logging.getLogger("cellpatch_fast")
+
+__all__ = ["Summary", "embed", "tokenize"]
 
 KEY = "X_cellpatch"
 
@@ -148,16 +150,16 @@ def embed(
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
     with ExitStack() as opened:
         streams = []
+        options = {"layer": layer, "use_raw": use_raw, "gene_column": gene_column, "input": input}
         for path in paths:
-            source = opened.enter_context(open_source(path, layer=layer, use_raw=use_raw))
-            stream = embedder.stream(source, gene_column=gene_column, input=input)
-            logger.info("%s: %s; %s", source.name, stream.match, stream.detected.reason)
+            stream = opened.enter_context(contextlib.closing(embedder.open(path, **options)))
+            logger.info("%s", stream)
             streams.append(stream)
         settings = {
             "model": fingerprint(embedder.model),
             "vocabulary": embedder.model.vocabulary.fingerprint,
             "inputs": [
-                _describe(path, stream) for path, stream in zip(paths, streams, strict=True)
+                describe_input(path, stream) for path, stream in zip(paths, streams, strict=True)
             ],
             "layer": layer or "",
             "use_raw": use_raw,
@@ -167,9 +169,9 @@ def embed(
             "backend": embedder.backend,
             "device": embedder.device.type,
         }
-        cells = sum(stream.source.n_cells for stream in streams)
-        matched = sum(stream.match.matched for stream in streams)
-        unknown = sum(len(stream.match.unknown) for stream in streams)
+        cells = sum(stream.n_cells for stream in streams)
+        matched = sum(stream.genes_matched for stream in streams)
+        unknown = sum(stream.genes_unknown for stream in streams)
         summary = Summary(output, cells, 0, matched, unknown, 0, 0, 0.0)
         if is_taken(output) and not overwrite:
             counts = finished_counts(output, ATTRIBUTE, settings)
@@ -178,7 +180,7 @@ def embed(
         with EmbeddingWriter(
             output, settings, *shape, np.dtype(dtype), KEY, overwrite=overwrite
         ) as writer:
-            tables = [stream.source.obs_table() for stream in streams]
+            tables = [stream.obs_table() for stream in streams]
             writer.prepare(lambda root: write_obs(root, tables, [str(path) for path in paths]))
             earlier, started = writer.rows_done, time.perf_counter()
             with (
@@ -193,15 +195,6 @@ def embed(
     return _counted(summary, counts)
 
 
-def _describe(path: Path, stream: CellStream) -> str:
-    """An input, for people; another string if anything about it is different."""
-    source = stream.source
-    return (
-        f"{path.name}: {source.n_cells} cells, {source.n_genes} genes, {stream.detected.kind}, "
-        f"fingerprint {source.fingerprint()[:16]}"
-    )
-
-
 def _counted(summary: Summary, counts: dict[str, int]) -> Summary:
     return replace(
         summary, unknown_entries=counts["unknown_entries"], empty_cells=counts["empty_cells"]
@@ -209,27 +202,27 @@ def _counted(summary: Summary, counts: dict[str, int]) -> Summary:
 
 
 def _missing_shards(
-    writer: EmbeddingWriter, embedder: Embedder, streams: list[CellStream]
+    writer: EmbeddingWriter, embedder: Embedder, streams: list[Stream]
 ) -> Generator[int]:
     """Compute all missing shards, writing each behind the next; yields numbers of cells done."""
     bounds = {shard: writer.bounds(shard) for shard in writer.missing}
-    parts = (part for start, stop in bounds.values() for part in _parts(streams, start, stop))
     with (
         ThreadPoolExecutor(1, thread_name_prefix="cellpatch-write") as thread,
-        contextlib.closing(embedder.run(parts)) as blocks,
+        contextlib.closing(embedder.run(streams, list(bounds.values()))) as batches,
     ):
         writing: Future[None] | None = None
+        parts = _cut(batches, [stop - start for start, stop in bounds.values()])
         for shard, (start, stop) in bounds.items():
             rows = np.empty((stop - start, embedder.width), writer.dtype)
             counts = {"unknown_entries": 0, "empty_cells": 0}
             filled = 0
-            while filled < len(rows):  # a block never crosses the end of a shard
-                block = next(blocks)
-                rows[filled : filled + len(block.rows)] = _fitting(block, writer.dtype)
-                filled += len(block.rows)
-                counts["unknown_entries"] += block.unknown_entries
-                counts["empty_cells"] += block.empty_cells
-                yield len(block.rows)
+            while filled < len(rows):
+                cells = next(parts)
+                rows[filled : filled + len(cells)] = _fitting(cells.features, writer.dtype)
+                filled += len(cells)
+                counts["unknown_entries"] += int(cells.unknown_entries.sum())
+                counts["empty_cells"] += int((cells.entries == 0).sum())
+                yield len(cells)
             if writing is not None:
                 writing.result()  # raises what went wrong there
             writing = thread.submit(writer.write, shard, rows, counts)
@@ -237,25 +230,28 @@ def _missing_shards(
             writing.result()
 
 
-def _fitting(block: EmbeddedBlock, dtype: np.dtype[np.floating[Any]]) -> np.ndarray:
-    """The rows of a block as ``dtype``, none of which may overflow."""
+def _cut(batches: Iterator[EmbeddedCells], sizes: list[int]) -> Iterator[EmbeddedCells]:
+    """The cells of ``batches``, cut where the next of ``sizes`` is full as well."""
+    ends = iter(np.cumsum(sizes).tolist())
+    done, end = 0, next(ends, 0)
+    for cells in batches:
+        start = 0
+        while start < len(cells):
+            stop = min(len(cells), start + end - done)
+            yield cells.slice(start, stop)
+            done += stop - start
+            start = stop
+            if done == end:
+                end = next(ends, 0)
+
+
+def _fitting(features: np.ndarray, dtype: np.dtype[np.floating[Any]]) -> np.ndarray:
+    """The features as ``dtype``, none of which may overflow."""
     with np.errstate(over="ignore"):
-        rows = block.rows.astype(dtype, copy=False)
+        rows = features.astype(dtype, copy=False)
     if dtype.itemsize < 4 and not np.isfinite(rows).all():
         raise InputError(
-            f"the embedding has values up to {np.abs(block.rows).max():.3g}, beyond what {dtype} "
+            f"the embedding has values up to {np.abs(features).max():.3g}, beyond what {dtype} "
             "holds: store it as float32 (--dtype)"
         )
     return rows
-
-
-def _parts(
-    streams: list[CellStream], start: int, stop: int
-) -> Iterator[tuple[CellStream, int, int]]:
-    """The rows ``start : stop`` of all streams together, as ranges of each."""
-    for stream in streams:
-        cells = stream.source.n_cells
-        first, last = max(start, 0), min(stop, cells)
-        if first < last:
-            yield stream, first, last
-        start, stop = start - cells, stop - cells

@@ -278,7 +278,7 @@ def invalid_entry(
     block: CellBlock, entry: int, name: str, gene_names: Sequence[str] | None
 ) -> InputError:
     """The error that says what is wrong with one entry of a block, and in which cell and gene."""
-    cell = block.start + int(np.searchsorted(block.indptr, entry, side="right")) - 1
+    cell = block.position(int(np.searchsorted(block.indptr, entry, side="right")) - 1)
     column, value = int(block.indices[entry]), float(block.data[entry])
     gene = f"gene column {column}"
     if gene_names is not None and 0 <= column < len(gene_names):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,30 +14,48 @@ import torch
 
 from .errors import InputError
 from .kernels import resolve_backend, synchronize
-from .loader import MAX_CELLS, MAX_ENTRIES, CellStream, read_ahead
+from .loader import CellLoader
 from .model import CellPatch
+from .streams import Stream, open_stream
 
 if TYPE_CHECKING:
+    from anndata import AnnData
+
     from .detect import Expected
-    from .io.sources import CellSource
     from .model.encoder import Pool
 
+MAX_CELLS = 8_192  # of a batch: its features take 20 MiB at the paper's sizes
+MAX_ENTRIES = 1 << 22  # of a batch: 4 million take some 100 MB on their way to tokens
 # The reference keeps some kilobytes for every entry, so its batches are smaller.
 REFERENCE_CELLS, REFERENCE_ENTRIES = 512, 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
-class EmbeddedBlock:
-    """Embeddings of consecutive cells.
+class EmbeddedCells:
+    """Embeddings of some cells.
 
-    ``rows`` is float32 [cells, width], ``start`` the position of the first cell in its source;
-    the counts are those of `loader.TokenBlock`.
+    Parameters
+    ----------
+    features
+        float32 [cells, width].
+    rows, entries, unknown_entries
+        int64 [cells], see `loader.CellBatch`.
     """
 
-    start: int
+    features: np.ndarray
     rows: np.ndarray
-    unknown_entries: int
-    empty_cells: int
+    entries: np.ndarray
+    unknown_entries: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def slice(self, start: int, stop: int) -> EmbeddedCells:
+        """The cells ``start : stop``."""
+        part = slice(start, stop)
+        return EmbeddedCells(
+            self.features[part], self.rows[part], self.entries[part], self.unknown_entries[part]
+        )
 
 
 class Embedder:
@@ -101,21 +119,28 @@ class Embedder:
         config = self.model.config
         return config.output_dim * (config.patches if self.pooling == "flatten" else 1)
 
-    def stream(
+    def open(
         self,
-        source: CellSource,
+        data: str | Path | AnnData,
         *,
+        layer: str | None = None,
+        use_raw: bool = False,
         gene_column: str | None = None,
         input: Expected = "auto",  # noqa: A002  (the name users know)
-    ) -> CellStream:
-        """The cells of a source, prepared for the model."""
-        model = self.model
-        return CellStream(
-            source, model.vocabulary, model.config, gene_column=gene_column, input=input
+    ) -> Stream:
+        """Cells, prepared for the model; see `streams.open_stream`."""
+        return open_stream(
+            *(data, self.model.vocabulary, self.model.config),
+            layer=layer,
+            use_raw=use_raw,
+            gene_column=gene_column,
+            input=input,
         )
 
-    def run(self, parts: Iterable[tuple[CellStream, int, int]]) -> Generator[EmbeddedBlock]:
-        """Embed the cells of ``(stream, start, stop)`` parts, in order.
+    def run(
+        self, streams: Sequence[Stream], ranges: Sequence[tuple[int, int]] | None = None
+    ) -> Generator[EmbeddedCells]:
+        """Embed the cells of ``streams``, or ``ranges`` of them ``(start, stop)``, in order.
 
         Close the iterator to stop before the end.
 
@@ -124,19 +149,23 @@ class Embedder:
         MemoryError
             If a batch needs more memory than there is.
         """
-        blocks = read_ahead(parts, max_cells=self._max_cells, max_entries=self._max_entries)
-        with contextlib.closing(blocks), _evaluating(self.model):
-            for block in blocks:
+        loader = CellLoader(
+            streams,
+            batch_size=self._max_cells,
+            max_entries=self._max_entries,
+            rows=ranges,
+            device=self.device,
+        )
+        with contextlib.closing(iter(loader)) as batches, _evaluating(self.model):
+            for batch in batches:
                 with torch.inference_mode(), _memory_errors():
                     features = self.model.encode(
-                        block.cells.to(self.device),
-                        mean=self.pooling == "mean",
-                        backend=self.backend,
+                        batch.cells, mean=self.pooling == "mean", backend=self.backend
                     )
                     rows = features.flatten(1).float().cpu().numpy()
                     if self.device.type == "cuda" and self.backend == "triton":
                         synchronize(self.device)
-                yield EmbeddedBlock(block.start, rows, block.unknown_entries, block.empty_cells)
+                yield EmbeddedCells(rows, batch.rows, batch.entries, batch.unknown_entries)
 
 
 def usable_device(device: torch.device | str) -> torch.device:

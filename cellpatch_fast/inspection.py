@@ -75,7 +75,7 @@ def _usable(source: CellSource) -> dict[str, str]:
     """Whether the values and names of the genes are such that the cells can be embedded."""
     from .detect import detect_input
     from .genes import GeneVocabulary
-    from .loader import sample_of
+    from .streams import sample_of
 
     facts = {}
     with warnings.catch_warnings():

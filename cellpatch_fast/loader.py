@@ -1,156 +1,321 @@
-"""Stream a source's cells as ragged batches, reading ahead of the consumer.
+"""CellLoader: cells from disk as ragged batches, ready for the model, as fast as the disk allows.
 
-One thread reads and tokenises the next block while the consumer computes on the current one.
-Every block is made from its cells alone, so where blocks begin and end changes nothing but
-memory and speed.
+    loader = CellLoader("atlas.h5ad", model.vocabulary, model.config, batch_size=512)
+    for batch in loader:
+        features = model.encode(batch.cells)
+
+An epoch is cut into windows (see `sampling`). Worker threads each take one window at a time: read
+its byte ranges, decode the chunks without the GIL, tokenise in one compiled pass, all into memory
+that is reused, and put it on its way to the GPU on a stream of its own. The consumer gets the
+windows' batches in order.
+
+- Windows are the only unit of work: threads never wait for each other's parts of one.
+- How much is read ahead is bounded by threads and memory, see `windows.run`.
+- The batches are the same, bit for bit, whatever the number of threads and the memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+import os
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from .tokens import Preprocessing, detect_input, tokenize
+from .columns import balancing_weights, read_column
+from .errors import InputError
+from .masking import Masked, Masking, Measured, mask
+from .sampling import WINDOW_ENTRIES, Chosen, Epoch, Sampling, batches_per_epoch
+from .streams import CellStream, Stream, TokenStream, open_stream
+from .windows import Assembly, CellBatch, run
 
 if TYPE_CHECKING:
+    from anndata import AnnData
+
     from .cells import RaggedCells
     from .config import CellPatchConfig
     from .detect import Expected
     from .genes import GeneVocabulary
-    from .io.sources import CellBlock, CellSource
+    from .windows import Mask
 
-T = TypeVar("T")
+__all__ = ["CellBatch", "CellLoader"]
 
-SAMPLE_CELLS = 2_000  # cells that the kind of a matrix is told from
-MAX_CELLS = 8_192  # of a block: its features take 20 MiB at the paper's sizes
-MAX_ENTRIES = 1 << 22  # of a block: 4 million take some 80 MB on their way to tokens
-
-
-@dataclass(frozen=True, eq=False)
-class TokenBlock:
-    """Consecutive cells of a source.
-
-    Parameters
-    ----------
-    start
-        Position of the first cell in the source.
-    cells
-        The cells.
-    unknown_entries
-        Non-zero entries dropped because the vocabulary lacks their gene.
-    empty_cells
-        Cells without any entry.
-    """
-
-    start: int
-    cells: RaggedCells
-    unknown_entries: int
-    empty_cells: int
+MEMORY_LIMIT = 1 << 30
+WINDOWS_IN_MEMORY = 8  # at least, where little memory is allowed and batches are small
+MOST_THREADS = 8  # by default: more than feed a GPU, and windows in memory cost something
 
 
-class CellStream:
-    """A source's cells, prepared for a model.
+class CellLoader:
+    """Iterates over the cells of token stores and AnnData files in ragged batches.
+
+    Each iteration is one epoch; the next one shuffles anew. Close it, or use it in a ``with``
+    statement, to close the files.
 
     Parameters
     ----------
-    source
-        Where the cells come from.
+    inputs
+        Token stores, AnnData files (.h5ad; .zarr of version 2 or 3), 10x output, AnnData objects:
+        one or several, whose cells follow each other. What is opened already (`CellStream`,
+        `TokenStream`) stays open.
     vocabulary, config
-        The model's.
-    gene_column
-        Column of var that holds the gene names; None finds the one that fits best.
-    input
-        What the matrix holds: ``"counts"``, ``"lognorm"``, or ``"auto"`` to find out.
+        The model's. Token stores know how they were made and need none; if given, they must fit.
+    batch_size, max_entries, shuffle, block_size, buffer_size, seed, drop_last, rank, world_size
+        How an epoch is cut into batches and ordered, see `sampling.Sampling`.
+    weights
+        With ``shuffle``: how often each cell comes, relative to the others, float [cells]; or the
+        name of a categorical column of obs, whose categories then come equally often.
+    rows
+        The cells to take, as positions: int64 [cells], ascending; or as ranges
+        ``[(start, stop), …]``, ascending too. All by default.
+    obs
+        Columns of obs that batches carry along.
+    masking
+        Hide genes for pretraining; `CellBatch.targets` are to be predicted. A cell's mask depends
+        on the seed, the epoch and the cell's position only.
+    layer, use_raw, gene_column, input
+        Of AnnData inputs, see `tl.embed`.
+    device
+        Where the batches go; a CUDA device is fed from page-locked memory.
+    threads
+        Windows that are worked on at a time. It changes no batch.
+    memory_limit
+        Bytes for all windows in work, in waiting and with the consumer, beyond 8 bytes for each
+        cell of the inputs and the batches that the consumer keeps. It changes no batch.
 
     Attributes
     ----------
-    match
-        How the source's genes were matched, a `GeneMatch`.
-    detected
-        What the matrix holds, and why we think so.
+    categories
+        What the codes of each categorical column of ``obs`` mean.
+    epoch
+        Number of the next epoch; set it to repeat or to resume.
 
     Raises
     ------
     InputError
-        If no gene matches, or the matrix is not what was expected.
+        If an input cannot be read or does not fit the others or the vocabulary; while iterating,
+        if it is damaged, or a batch needs more memory than ``memory_limit``.
+    ValueError
+        If an option makes no sense.
+
+    Examples
+    --------
+    >>> with CellLoader("tokens.zarr", shuffle=True, obs=["cell_type"]) as loader:  # doctest: +SKIP
+    ...     for batch in loader:
+    ...         loss = train_step(batch.cells, batch.obs["cell_type"])
     """
 
     def __init__(
         self,
-        source: CellSource,
-        vocabulary: GeneVocabulary,
-        config: CellPatchConfig,
+        inputs: Any,
+        vocabulary: GeneVocabulary | None = None,
+        config: CellPatchConfig | None = None,
         *,
+        batch_size: int = 512,
+        max_entries: int | None = None,
+        shuffle: bool = False,
+        block_size: int = 64,
+        buffer_size: int = 8_192,
+        seed: int = 0,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        weights: np.ndarray | str | None = None,
+        rows: np.ndarray | Sequence[tuple[int, int]] | None = None,
+        obs: Sequence[str] = (),
+        masking: Masking | None = None,
+        layer: str | None = None,
+        use_raw: bool = False,
         gene_column: str | None = None,
         input: Expected = "auto",  # noqa: A002  (the name users know)
+        device: torch.device | str = "cpu",
+        threads: int | None = None,
+        memory_limit: int = MEMORY_LIMIT,
     ) -> None:
-        self.source = source
-        self.match = vocabulary.match_var(source.var, gene_column, source.name)
-        self._preprocessing = Preprocessing.from_config(config)
-        self._vocabulary_size = vocabulary.size
-        self.detected = detect_input(
-            sample_of(source),
-            source.name,
-            input,
-            target_sum=config.target_sum,
-            gene_names=source.var.index,
+        self.sampling = Sampling(
+            *(batch_size, max_entries, shuffle, block_size, buffer_size),
+            *(seed, drop_last, rank, world_size),
         )
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, found {threads}")
+        self.device, self.epoch = torch.device(device), 0
+        self._threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
+        self._memory_limit, self._masking = memory_limit, masking
+        self._opened: list[Stream] = []
+        options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
+        options |= {"gene_column": gene_column, "input": input}
+        try:
+            self.streams = [
+                self._open(data, vocabulary, config, options) for data in _listed(inputs)
+            ]
+            self._prepare(weights, rows, obs)
+        except BaseException:
+            self.close()
+            raise
 
-    def blocks(
+    def _open(
         self,
-        start: int = 0,
-        stop: int | None = None,
-        *,
-        max_cells: int = MAX_CELLS,
-        max_entries: int = MAX_ENTRIES,
-    ) -> Iterator[TokenBlock]:
-        """The cells ``start : stop`` in order, each once, in blocks of limited size."""
-        tokens = np.asarray(self.match.tokens)
-        names = self.source.var.index
-        for block in self.source.blocks(start, stop, max_cells=max_cells, max_entries=max_entries):
-            made = tokenize(
-                block,
-                tokens,
-                self._preprocessing,
-                self.detected.kind,
-                self._vocabulary_size,
-                self.source.name,
-                names,
+        data: str | Path | AnnData | Stream,
+        vocabulary: GeneVocabulary | None,
+        config: CellPatchConfig | None,
+        options: dict[str, Any],
+    ) -> Stream:
+        if isinstance(data, CellStream | TokenStream):
+            return data
+        self._opened.append(open_stream(data, vocabulary, config, **options))
+        return self._opened[-1]
+
+    def _prepare(
+        self,
+        weights: np.ndarray | str | None,
+        rows: np.ndarray | Sequence[tuple[int, int]] | None,
+        obs: Sequence[str],
+    ) -> None:
+        self.n_cells = sum(stream.n_cells for stream in self.streams)
+        self._chosen = Chosen(rows, self.n_cells)
+        self._sources = [stream.rows() for stream in self.streams]
+        _check_same_types(self.streams)
+        balanced = isinstance(weights, str)
+        tables = [stream.obs_table() for stream in self.streams] if obs or balanced else []
+        names = [stream.name for stream in self.streams]
+        columns = {name: read_column(tables, names, name) for name in obs}
+        self._obs = {name: column.values for name, column in columns.items()}
+        self.categories = {
+            name: column.categories
+            for name, column in columns.items()
+            if column.categories is not None
+        }
+        self._weights = None
+        if isinstance(weights, str):
+            weights = balancing_weights(read_column(tables, names, weights), weights)
+        if weights is not None:
+            self._weights = self._chosen_weights(np.asarray(weights, np.float64))
+
+    def _chosen_weights(self, weights: np.ndarray) -> np.ndarray:
+        """The weights of the chosen cells, checked."""
+        if not self.sampling.shuffle:
+            raise ValueError("weights need shuffle=True")
+        if weights.shape != (self.n_cells,):
+            raise ValueError(
+                f"weights must be one number per cell, [{self.n_cells}], found "
+                f"{list(weights.shape)}"
             )
-            yield TokenBlock(block.start, made.cells, made.unknown_entries, made.empty_cells)
+        weights = weights[self._chosen.rows(np.arange(len(self._chosen)))]
+        if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
+            raise ValueError("weights must be finite, not negative, and not all 0")
+        return weights
+
+    def __len__(self) -> int:
+        """Batches per epoch of this rank (`TypeError` with ``max_entries``)."""
+        return batches_per_epoch(self.sampling, len(self._chosen))
+
+    def __iter__(self) -> Generator[CellBatch]:
+        number = self.epoch
+        self.epoch += 1
+        assembly = Assembly(
+            self._sources,
+            self._chosen,
+            obs=self._obs,
+            in_order=not self.sampling.shuffle,
+            mask=self._mask(number),
+            device=self.device,
+        )
+        epoch = Epoch(
+            self.sampling, assembly.lengths, len(self._chosen), number, self._weights
+        )
+        entries = self._memory_limit // (WINDOWS_IN_MEMORY * assembly.entry_bytes)
+        windows = epoch.windows(min(WINDOW_ENTRIES, entries))
+        return run(assembly, windows, self._threads, self._memory_limit)
+
+    def _mask(self, number: int) -> Mask | None:
+        """What hides genes in the epoch of this number."""
+        if self._masking is None:
+            return None
+        tables = [stream.measured() for stream in self.streams]
+        firsts = np.cumsum([0, *map(len, tables)])[:-1]
+        inputs = np.concatenate(
+            [
+                stream.input_of_cells() + first
+                for stream, first in zip(self.streams, firsts, strict=True)
+            ]
+        )
+        measured = Measured(np.concatenate(tables))
+
+        def hide(cells: RaggedCells, rows: np.ndarray) -> Masked:
+            return mask(
+                cells,
+                rows,
+                measured=measured,
+                inputs=inputs[rows],
+                masking=self._masking,
+                seed=self.sampling.seed,
+                epoch=number,
+            )
+
+        return hide
+
+    def close(self) -> None:
+        """Close what this has opened."""
+        for stream in self._opened:
+            stream.close()
+
+    def __enter__(self) -> CellLoader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
-def sample_of(source: CellSource) -> CellBlock:
-    """The first cells of a source, enough to tell what its matrix holds."""
-    return next(source.blocks(0, min(SAMPLE_CELLS, source.n_cells), max_entries=MAX_ENTRIES))
+def _listed(inputs: Any) -> list[Any]:
+    """One input, or several, as a list."""
+    several = isinstance(inputs, Sequence) and not isinstance(inputs, str)
+    found = list(inputs) if several else [inputs]
+    if not found:
+        raise InputError("no input was given")
+    return found
 
 
-def read_ahead(
-    parts: Iterable[tuple[CellStream, int, int]],
-    *,
-    max_cells: int = MAX_CELLS,
-    max_entries: int = MAX_ENTRIES,
-) -> Generator[TokenBlock]:
-    """The blocks of ``(stream, start, stop)`` parts, one part after the other.
+def _check_same_types(streams: Sequence[Stream]) -> None:
+    """Raise `InputError` unless all inputs give tokens and values of the same kind."""
+    first = streams[0]
+    for other in streams[1:]:
+        if other.preprocessing != first.preprocessing:
+            raise InputError(
+                f"{first.name} and {other.name} were prepared differently: {first.preprocessing} "
+                f"and {other.preprocessing}. Make their token stores with the same model."
+            )
+        if other.vocabulary_fingerprint != first.vocabulary_fingerprint:
+            raise InputError(
+                f"{first.name} and {other.name} have different vocabularies (fingerprints "
+                f"{first.vocabulary_fingerprint[:12]} and {other.vocabulary_fingerprint[:12]}). "
+                "Make their token stores with the same model."
+            )
+        if other.rows().types != first.rows().types:
+            raise InputError(
+                f"{first.name} and {other.name} store values as {first.rows().types[1]} and "
+                f"{other.rows().types[1]}: read token stores of continuous values on their own"
+            )
 
-    A block never crosses the end of a part. Close the iterator to stop before the end.
-    """
-    return _ahead(
-        block
-        for stream, start, stop in parts
-        for block in stream.blocks(start, stop, max_cells=max_cells, max_entries=max_entries)
-    )
 
-
-def _ahead(items: Iterator[T]) -> Generator[T]:
-    """``items``, the next of which is made by a thread while the current one is used."""
-    end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="cellpatch-read") as thread:
-        following = thread.submit(next, items, end)
-        while (item := following.result()) is not end:
-            following = thread.submit(next, items, end)
-            yield item  # type: ignore[misc]
+# --- to be removed ---
+from collections.abc import Iterable
+from dataclasses import dataclass
+MAX_CELLS = 8_192
+MAX_ENTRIES = 1 << 22
+@dataclass(frozen=True, eq=False)
+class TokenBlock:
+    start: int
+    cells: Any
+    unknown_entries: int
+    empty_cells: int
+def read_ahead(parts: Iterable[Any], *, max_cells: int = MAX_CELLS, max_entries: int = MAX_ENTRIES) -> Generator[TokenBlock]:
+    for stream, start, stop in parts:
+        for b in CellLoader([stream], batch_size=max_cells, max_entries=max_entries, rows=[(start, stop)]):
+            yield TokenBlock(int(b.rows[0]), b.cells, int(b.unknown_entries.sum()), int((b.entries == 0).sum()))

@@ -29,13 +29,17 @@ def pack_in_order(
     genes: np.ndarray,
     values: np.ndarray,
     vocabulary_size: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Close the gaps between cells and bring each cell's entries into their order.
+    *,
+    places: np.ndarray,
+    packed_genes: np.ndarray,
+    packed_values: np.ndarray,
+) -> None:
+    """Copy cells to where they belong, bringing each cell's entries into their order.
 
     Parameters
     ----------
     starts
-        int64 [cells] or longer: where each cell's entries start in ``genes`` and ``values``.
+        int64 [cells]: where each cell's entries start in ``genes`` and ``values``.
     lengths
         int64 [cells]: how many entries each cell has.
     genes
@@ -44,56 +48,49 @@ def pack_in_order(
         Values of the entries, none of them NaN; uint8 or float32.
     vocabulary_size
         The highest token plus one.
-
-    Returns
-    -------
-    offsets, genes, values
-        int64 [cells + 1], and as many tokens and values as the cells have entries, in the types
-        given.
+    places
+        int64 [cells]: where each cell's entries start in ``packed_genes`` and ``packed_values``.
+    packed_genes, packed_values
+        To be written, of the types of ``genes`` and ``values``.
     """
-    offsets = np.concatenate([[0], np.cumsum(lengths)])  # [c + 1]
-    packed_genes = np.empty(offsets[-1], genes.dtype)
-    packed_values = np.empty(offsets[-1], values.dtype)
     digit = ((vocabulary_size - 1).bit_length() + 1) // 2  # bits; two digits hold any token
 
     def pack_range(start: int, stop: int) -> None:
-        _pack_cells(
-            *(starts, offsets, genes, values, packed_genes, packed_values, digit, start, stop)
-        )
+        part = slice(start, stop)
+        cells = starts[part], lengths[part], places[part]
+        _pack_cells(*cells, genes, values, packed_genes, packed_values, digit)
 
     run_blocks(pack_range, len(lengths), CELLS_PER_TASK)
-    return offsets, packed_genes, packed_values
 
 
 @njit(nogil=True, cache=True)
 def _pack_cells(
-    starts: Any,  # [c] or longer
-    offsets: Any,  # [c + 1]
+    starts: Any,  # [c]
+    lengths: Any,  # [c]
+    places: Any,  # [c]
     genes: Any,  # [n]
     values: Any,  # [n]
     packed_genes: Any,  # [packed n]
     packed_values: Any,  # [packed n]
     digit: int,
-    start: int,
-    stop: int,
 ) -> None:
     longest = 0
-    for cell in range(start, stop):
-        longest = max(longest, offsets[cell + 1] - offsets[cell])
+    for length in lengths:
+        longest = max(longest, length)
     half_genes, half_values = np.empty(longest, genes.dtype), np.empty(longest, values.dtype)
-    places = np.empty(1 << digit, np.uint32)
-    for cell in range(start, stop):
-        length = offsets[cell + 1] - offsets[cell]
+    counts = np.empty(1 << digit, np.uint32)
+    for cell in range(len(lengths)):
+        length = lengths[cell]
         source = slice(starts[cell], starts[cell] + length)
-        target = slice(offsets[cell], offsets[cell + 1])
+        target = slice(places[cell], places[cell] + length)
         to_genes, to_values = packed_genes[target], packed_values[target]
         if _is_ascending(genes[source]):
             to_genes[:] = genes[source]
             to_values[:] = values[source]
             continue
         by_digit = half_genes[:length], half_values[:length]
-        _sort_by_digit(genes[source], values[source], *by_digit, places, 0)
-        _sort_by_digit(*by_digit, to_genes, to_values, places, digit)
+        _sort_by_digit(genes[source], values[source], *by_digit, counts, 0)
+        _sort_by_digit(*by_digit, to_genes, to_values, counts, digit)
         if not _is_ascending(to_genes):
             _order_repeated(to_genes, to_values)
 

@@ -20,7 +20,7 @@ A *window* is what the loader reads, decodes and holds as one piece; it consists
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,6 +104,60 @@ class Window:
 
     positions: np.ndarray
     cuts: np.ndarray
+
+
+class Chosen:
+    """The rows that take part; their positions are counted from 0.
+
+    Parameters
+    ----------
+    rows
+        int64 rows, ascending and each once; or ranges ``[(start, stop), …]``, ascending; or None
+        for all.
+    total
+        How many rows there are.
+
+    Raises
+    ------
+    ValueError
+        If the rows are not in order or not there.
+    """
+
+    def __init__(self, rows: np.ndarray | Sequence[tuple[int, int]] | None, total: int) -> None:
+        ranges = np.array([[0, total]]) if rows is None else _ranges(np.asarray(rows))
+        if (ranges[:, 0] >= ranges[:, 1]).any() or (ranges[1:, 0] < ranges[:-1, 1]).any():
+            raise ValueError("rows must be ascending, and none may come twice")
+        if len(ranges) and not 0 <= ranges[0, 0] <= ranges[-1, 1] <= total:
+            raise ValueError(
+                f"rows {ranges[0, 0]} to {ranges[-1, 1] - 1} are not within 0 to {total - 1}"
+            )
+        self._starts = ranges[:, 0]
+        self._ends = np.cumsum(ranges[:, 1] - ranges[:, 0])  # positions
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [cells]: the rows at ``positions``."""
+        which = np.searchsorted(self._ends, positions, side="right")
+        before = np.concatenate([[0], self._ends])[which]
+        return positions - before + self._starts[which]
+
+
+def _ranges(rows: np.ndarray) -> np.ndarray:
+    """int64 [ranges, 2]: runs of rows that follow each other."""
+    if rows.ndim == 2 and rows.shape[1] == 2:
+        return rows.astype(np.int64)
+    if rows.ndim != 1 or (rows.dtype.kind not in "iu" and len(rows)):
+        raise ValueError(
+            f"rows must be positions of cells or ranges of them, found {rows.dtype} "
+            f"{list(rows.shape)}"
+        )
+    rows = rows.astype(np.int64)
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    starts = np.concatenate([[0], breaks])[: len(rows)].astype(np.int64)
+    ends = np.concatenate([breaks, [len(rows)]])[: len(starts)].astype(np.int64)
+    return np.stack([rows[starts], rows[ends - 1] + 1], axis=1)
 
 
 class Epoch:

@@ -12,7 +12,6 @@ import numpy as np
 
 from .embedding import Embedder
 from .errors import InputError
-from .io.sources import open_source
 from .model.storage import fingerprint
 from .progress import progress_bar
 
@@ -93,31 +92,31 @@ def embed(
     if not key_added:
         raise InputError("key_added is empty: name the embedding in obsm")
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
-    with open_source(adata, layer=layer, use_raw=use_raw) as source:
-        stream = embedder.stream(source, gene_column=gene_column, input=input)
-        logger.info("%s: %s; %s", source.name, stream.match, stream.detected.reason)
-        rows = np.empty((source.n_cells, embedder.width), np.float32)
+    options = {"layer": layer, "use_raw": use_raw, "gene_column": gene_column, "input": input}
+    with contextlib.closing(embedder.open(adata, **options)) as stream:
+        logger.info("%s", stream)
+        rows = np.empty((stream.n_cells, embedder.width), np.float32)
         unknown = empty = 0
         with (
-            progress_bar(source.n_cells, "embedding", progress) as bar,
-            contextlib.closing(embedder.run([(stream, 0, source.n_cells)])) as blocks,
+            progress_bar(stream.n_cells, "embedding", progress) as bar,
+            contextlib.closing(embedder.run([stream])) as batches,
         ):
-            for block in blocks:
-                rows[block.start : block.start + len(block.rows)] = block.rows
-                unknown += block.unknown_entries
-                empty += block.empty_cells
-                bar.update(len(block.rows))
+            for cells in batches:
+                rows[cells.rows] = cells.features
+                unknown += int(cells.unknown_entries.sum())
+                empty += int((cells.entries == 0).sum())
+                bar.update(len(cells))
     params = {
         "model": fingerprint(embedder.model),
         "layer": layer or "",
         "use_raw": use_raw,
         "gene_column": gene_column or "",
-        "input": stream.detected.kind,
+        "input": stream.kind,
         "pool": pool,
         "backend": embedder.backend,
         "device": embedder.device.type,
-        "genes_matched": stream.match.matched,
-        "genes_unknown": len(stream.match.unknown),
+        "genes_matched": stream.genes_matched,
+        "genes_unknown": stream.genes_unknown,
         "unknown_entries": unknown,
         "empty_cells": empty,
     }

@@ -115,21 +115,67 @@ class Preprocessing:
 
 @dataclass(frozen=True, eq=False)
 class Tokenized:
-    """Ragged cells, and what was left out of them.
+    """The tokens of a block's cells, still where they lie in the block.
 
     Parameters
     ----------
-    cells
-        One cell per row of the block, in its order.
-    unknown_entries
-        Non-zero entries dropped because the vocabulary lacks their gene.
-    empty_cells
-        Cells without any entry of a known gene; they keep their place.
+    starts
+        int64 [cells]: where a cell's entries start.
+    lengths
+        int64 [cells]: how many it has, with known genes. Empty cells keep their place.
+    unknown
+        int64 [cells]: its non-zero entries that were left out because the vocabulary lacks
+        their gene.
+    genes, values
+        uint16 or int32, and uint8 (discrete) or float32 (continuous) [entries of the block].
+    vocabulary_size
+        The highest token plus one.
     """
 
-    cells: RaggedCells
-    unknown_entries: int
-    empty_cells: int
+    starts: np.ndarray  # [c]
+    lengths: np.ndarray  # [c]
+    unknown: np.ndarray  # [c]
+    genes: np.ndarray  # [n]
+    values: np.ndarray  # [n]
+    vocabulary_size: int
+
+    @property
+    def unknown_entries(self) -> int:
+        """Non-zero entries left out of all cells."""
+        return int(self.unknown.sum())
+
+    @property
+    def empty_cells(self) -> int:
+        return int((self.lengths == 0).sum())
+
+    @property
+    def cells(self) -> RaggedCells:
+        """All cells in order, packed: each cell's entries ordered by gene, then by value."""
+        offsets = np.concatenate([[0], np.cumsum(self.lengths)])  # [c + 1]
+        genes, values = (np.empty(offsets[-1], array.dtype) for array in (self.genes, self.values))
+        self.pack(np.arange(len(self.lengths)), offsets[:-1], genes, values)
+        return RaggedCells(*(torch.from_numpy(array) for array in (offsets, genes, values)))
+
+    def pack(
+        self, cells: np.ndarray, places: np.ndarray, genes: np.ndarray, values: np.ndarray
+    ) -> None:
+        """Write each of ``cells`` to where its place in ``genes`` and ``values`` starts."""
+        pack_in_order(
+            self.starts[cells],
+            self.lengths[cells],
+            self.genes,
+            self.values,
+            self.vocabulary_size,
+            places=places,
+            packed_genes=genes,
+            packed_values=values,
+        )
+
+
+def token_types(preprocessing: Preprocessing, vocabulary_size: int) -> tuple[np.dtype, np.dtype]:
+    """The types of genes and values."""
+    genes = np.uint16 if vocabulary_size <= 1 << 16 else np.int32
+    return np.dtype(genes), np.dtype(np.uint8 if preprocessing.discrete else np.float32)
 
 
 def tokenize(
@@ -164,9 +210,7 @@ def tokenize(
     Returns
     -------
     Tokenized
-        Ragged cells with int64 offsets, uint16 or int32 genes, uint8 (discrete) or float32
-        (continuous) values, each cell's entries ordered by gene, then by value; and what was
-        left out.
+        Tokens and values, and what was left out; `Tokenized.cells` makes ragged cells of them.
 
     Raises
     ------
@@ -178,7 +222,7 @@ def tokenize(
     tokens = np.ascontiguousarray(tokens, dtype=np.int32)
     if len(tokens) and tokens.max() >= vocabulary_size:
         raise ValueError(f"token {tokens.max()} in a vocabulary of size {vocabulary_size}")
-    cells, entries = len(block.indptr) - 1, len(block.data)
+    cells, entries = len(block), len(block.data)
     given, floating = block.data, floating_type(block.data.dtype)
     if given.dtype != floating or not given.flags.c_contiguous:  # to be converted by the threads
         block = dataclasses.replace(block, data=np.empty(entries, floating))
@@ -186,9 +230,9 @@ def tokenize(
     boundaries = _boundaries(preprocessing, logged) if discrete else np.empty(0)
     clip = math.inf if preprocessing.value_clip is None else preprocessing.value_clip
 
-    # Every cell is compacted in place, where it lies in the block; then the cells are packed.
-    genes = np.empty(entries, np.uint16 if vocabulary_size <= 1 << 16 else np.int32)  # [n]
-    values = np.empty(entries, np.uint8 if discrete else np.float32)  # [n]
+    # Every cell is compacted in place, where it lies in the block.
+    types = token_types(preprocessing, vocabulary_size)
+    genes, values = (np.empty(entries, dtype) for dtype in types)  # [n]
     kept, unknown = np.empty(cells, np.int64), np.empty(cells, np.int64)  # [c]
 
     def tokenize_range(start: int, stop: int) -> None:
@@ -205,10 +249,7 @@ def tokenize(
     refused = np.flatnonzero(kept < 0)
     if len(refused):
         raise _explain(block, int(refused[0]), len(tokens), name, gene_names)
-
-    packed = pack_in_order(block.indptr, kept, genes, values, vocabulary_size)
-    arrays = (torch.from_numpy(array) for array in packed)
-    return Tokenized(RaggedCells(*arrays), int(unknown.sum()), int((kept == 0).sum()))
+    return Tokenized(block.indptr[:-1], kept, unknown, genes, values, vocabulary_size)
 
 
 @lru_cache
@@ -328,7 +369,7 @@ def _explain(
     outside = (indices < 0) | (indices >= columns)
     if outside.any():
         return InputError(
-            f"{name}: cell {block.start + cell} (the first is 0) has a value in gene column "
+            f"{name}: cell {block.position(cell)} (the first is 0) has a value in gene column "
             f"{indices[outside][0]}, but there are only {columns} genes. The sparse matrix is "
             "damaged: write the file again."
         )
@@ -336,6 +377,6 @@ def _explain(
     if len(wrong):
         return invalid_entry(block, int(first + wrong[0]), name, gene_names)
     return InputError(
-        f"{name}: cell {block.start + cell} (the first is 0) has a library size of "
+        f"{name}: cell {block.position(cell)} (the first is 0) has a library size of "
         f"{sum(row.tolist()):.6g}, which cannot be normalised. Correct or remove this cell."
     )

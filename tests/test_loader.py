@@ -1,133 +1,384 @@
-"""The loader delivers every cell once, in order, whatever the blocks, and leaves no thread."""
+"""The loader delivers exactly the cells it should, the same bits always, and leaves nothing."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import gc
+import os
+import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pytest
 import torch
+import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
-from cellpatch_fast import CellPatch, InputError
-from cellpatch_fast.cells import RaggedCells
-from cellpatch_fast.io.sources import open_source
-from cellpatch_fast.loader import CellStream, TokenBlock, read_ahead
+from cellpatch_fast import CellPatch, InputError, RaggedCells, pp
+from cellpatch_fast.loader import CellBatch, CellLoader
+from cellpatch_fast.masking import Masking
 
 from .conftest import GENES, MakeCells
 
 CELLS = 211
+FORMATS = ["csr.h5ad", "gzip.h5ad", "csc.h5ad", "dense.h5ad", "v2.zarr", "v3.zarr", "sharded.zarr"]
+
+few = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")
-def stream(
-    make_cells: MakeCells, small_model: CellPatch, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[CellStream]:
-    path = tmp_path_factory.mktemp("loader") / "cells.h5ad"
-    make_cells(CELLS).write_h5ad(path)
-    with open_source(path) as source:
-        yield CellStream(source, small_model.vocabulary, small_model.config)
+def adata(make_cells: MakeCells) -> anndata.AnnData:
+    return make_cells(CELLS)
 
 
-def together(blocks: list[TokenBlock]) -> RaggedCells:
-    return RaggedCells.concatenate([block.cells for block in blocks])
+@pytest.fixture(scope="module")
+def expected(adata: anndata.AnnData, small_model: CellPatch) -> RaggedCells:
+    return pp.tokenize(adata, small_model.vocabulary, small_model.config)
 
 
-def same(found: RaggedCells, expected: RaggedCells) -> bool:
-    return (
-        torch.equal(found.offsets, expected.offsets)
-        and np.array_equal(found.genes.numpy(), expected.genes.numpy())
-        and torch.equal(found.values, expected.values)
-    )
+@pytest.fixture(scope="module")
+def files(adata: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same cells in every format, with chunks that cells cross."""
+    folder = tmp_path_factory.mktemp("formats")
+    paths = {name: folder / name for name in FORMATS}
+    other = adata.copy()
+    adata.write_h5ad(paths["csr.h5ad"])
+    adata.write_h5ad(paths["gzip.h5ad"], compression="gzip")
+    other.X = sparse.csc_matrix(adata.X)
+    other.write_h5ad(paths["csc.h5ad"])
+    other.X = adata.X.toarray()
+    other.write_h5ad(paths["dense.h5ad"])
+    for version in (2, 3):
+        with anndata.settings.override(zarr_write_format=version):
+            adata.write_zarr(paths[f"v{version}.zarr"])
+    with anndata.settings.override(zarr_write_format=3):
+        adata.write_zarr(paths["sharded.zarr"])
+    root = zarr.open_group(paths["sharded.zarr"])
+    for part in ("indices", "data"):
+        array = root[f"X/{part}"]
+        values, attributes = array[:], dict(array.attrs)
+        root.create_array(
+            f"X/{part}",
+            data=values,
+            chunks=(53,),
+            shards=(53 * 7,),
+            overwrite=True,
+            attributes=attributes,
+        )
+    zarr.consolidate_metadata(root.store)
+    return paths
 
 
-def reading_threads() -> list[str]:
+@pytest.fixture
+def nothing_stays() -> Iterator[None]:
+    """No thread of the loader and no open file after the test."""
+    before = open_files()
+    yield
+    gc.collect()
+    assert loading_threads() == []
+    assert open_files() <= before
+
+
+def loading_threads() -> list[str]:
     names = (thread.name for thread in threading.enumerate())
-    return [name for name in names if name.startswith("cellpatch-read")]
+    return [name for name in names if name.startswith("cellpatch-load")]
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+def open_files() -> set[str]:
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one that lists
+            found.add(os.readlink(f"/proc/self/fd/{number}"))
+    return {name for name in found if "/formats" in name}
+
+
+def load(inputs: object, model: CellPatch, **options: object) -> list[CellBatch]:
+    with CellLoader(inputs, model.vocabulary, model.config, **options) as loader:  # type: ignore[arg-type]
+        return list(loader)
+
+
+def together(batches: list[CellBatch]) -> RaggedCells:
+    return RaggedCells.concatenate([batch.cells for batch in batches])
+
+
+def in_file_order(batches: list[CellBatch]) -> RaggedCells:
+    rows = np.concatenate([batch.rows for batch in batches])
+    return together(batches).take(torch.from_numpy(np.argsort(rows, kind="stable")))
+
+
+def assert_same(found: RaggedCells, expected: RaggedCells) -> None:
+    assert torch.equal(found.offsets, expected.offsets)
+    np.testing.assert_array_equal(found.genes.numpy(), expected.genes.numpy())
+    assert torch.equal(found.values, expected.values)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shuffle", [False, True], ids=["in_order", "shuffled"])
+def test_every_format_gives_the_same_cells(
+    files: dict[str, Path],
+    name: str,
+    shuffle: bool,
+    small_model: CellPatch,
+    expected: RaggedCells,
+    nothing_stays: None,
+) -> None:
+    batches = load(files[name], small_model, batch_size=13, shuffle=shuffle, buffer_size=50)
+    assert [len(batch.cells) for batch in batches] == [13] * 16 + [3]
+    assert_same(in_file_order(batches), expected)
+    if not shuffle:
+        assert_same(together(batches), expected)
+
+
+def test_an_anndata_object_in_memory_is_an_input(
+    adata: anndata.AnnData, small_model: CellPatch, expected: RaggedCells
+) -> None:
+    assert_same(together(load(adata, small_model, batch_size=17)), expected)
+
+
+@few
 @given(
-    cuts=st.lists(st.integers(0, CELLS), max_size=3).map(lambda cuts: sorted({0, *cuts, CELLS})),
-    max_cells=st.integers(1, 300),
-    max_entries=st.integers(1, 20_000),
+    batch_size=st.integers(1, 300),
+    max_entries=st.none() | st.integers(1, 20_000),
+    shuffle=st.booleans(),
+    block_size=st.integers(1, 70),
+    buffer_size=st.integers(1, 300),
+    name=st.sampled_from(["csr.h5ad", "sharded.zarr", "dense.h5ad"]),
+    threads=st.integers(1, 5),
 )
-def test_every_cell_comes_once_and_in_order(
-    stream: CellStream, cuts: list[int], max_cells: int, max_entries: int
+def test_batches_are_the_same_for_any_number_of_threads(
+    files: dict[str, Path],
+    small_model: CellPatch,
+    expected: RaggedCells,
+    name: str,
+    threads: int,
+    **options: object,
 ) -> None:
-    (whole,) = stream.blocks()
-    parts = [(stream, a, b) for a, b in itertools.pairwise(cuts)]
-    blocks = list(read_ahead(parts, max_cells=max_cells, max_entries=max_entries))
-    assert same(together(blocks), whole.cells)
-    starts = np.cumsum([0, *(len(block.cells) for block in blocks)])
-    assert [block.start for block in blocks] == starts[:-1].tolist()
-    assert set(cuts) <= set(starts.tolist())  # no block crosses the end of a part
-    assert max(len(block.cells) for block in blocks) <= max_cells
-    assert sum(block.unknown_entries for block in blocks) == whole.unknown_entries > 0
-    assert sum(block.empty_cells for block in blocks) == whole.empty_cells == 1
+    one = load(files[name], small_model, threads=1, **options)
+    many = load(files[name], small_model, threads=threads, memory_limit=30_000_000, **options)
+    assert_same(in_file_order(one), expected)
+    for batch, other in zip(one, many, strict=True):
+        np.testing.assert_array_equal(batch.rows, other.rows)
+        assert_same(batch.cells, other.cells)
 
 
-def test_stream_says_what_it_found(stream: CellStream) -> None:
-    assert stream.match.matched == GENES
-    assert stream.match.unknown == ["unknown1", "unknown2", "ENSG99999999999"]
-    assert stream.detected.kind == "counts"
-
-
-def test_what_the_matrix_holds_is_checked_against_what_is_expected(
-    stream: CellStream, small_model: CellPatch
+def test_several_inputs_follow_each_other_whatever_their_genes(
+    make_cells: MakeCells, small_model: CellPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="log-normalised values were expected"):
-        CellStream(stream.source, small_model.vocabulary, small_model.config, input="lognorm")
+    whole = [make_cells(cells, seed) for seed, cells in enumerate([31, 1, 67])]
+    parts = [whole[0], whole[1][:, ::-1].copy(), whole[2][:, : GENES // 2].copy()]
+    expected = RaggedCells.concatenate(
+        [pp.tokenize(part, small_model.vocabulary, small_model.config) for part in parts]
+    )
+    paths = []
+    for number, part in enumerate(parts):
+        paths.append(tmp_path / f"{number}.h5ad")
+        part.write_h5ad(paths[-1])
+    ordered = load(paths, small_model, batch_size=29, obs=["kind"])
+    assert_same(together(ordered), expected)
+    shuffled = load(paths, small_model, batch_size=7, shuffle=True, obs=["kind"])
+    assert_same(in_file_order(shuffled), expected)
+    kinds = np.concatenate([part.obs["kind"].to_numpy() for part in parts])
+    for batches in (ordered, shuffled):
+        for batch in batches:
+            labels = np.array(["c", "a", "b"], object)[batch.obs["kind"]]
+            np.testing.assert_array_equal(labels, kinds[batch.rows])
 
 
-def test_one_block_is_read_ahead_and_no_more(
-    stream: CellStream, monkeypatch: pytest.MonkeyPatch
+def test_ranks_share_an_epoch(
+    files: dict[str, Path], small_model: CellPatch, expected: RaggedCells
 ) -> None:
-    """Memory holds the block in use and the next one."""
-    asked = []
-    blocks = stream.source.blocks
-
-    def counted(*arguments: int, **limits: int) -> Iterator[object]:
-        for block in blocks(*arguments, **limits):
-            asked.append(block.start)
-            yield block
-
-    monkeypatch.setattr(stream.source, "blocks", counted)
-    used = 0
-    for _ in read_ahead([(stream, 0, CELLS)], max_cells=10):
-        used += 1
-        assert len(asked) <= used + 1
-    assert used == len(asked) == 22
+    batches = [
+        batch
+        for rank in range(3)
+        for batch in load(
+            files["v3.zarr"], small_model, batch_size=10, shuffle=True, rank=rank, world_size=3
+        )
+    ]
+    assert_same(in_file_order(batches), expected)
 
 
-def test_stopping_early_leaves_no_thread(stream: CellStream) -> None:
-    blocks = read_ahead([(stream, 0, CELLS)], max_cells=5)
-    assert next(blocks).start == 0
-    assert reading_threads()
-    blocks.close()
-    assert not reading_threads()
+def test_chosen_rows_come_alone(
+    files: dict[str, Path], small_model: CellPatch, expected: RaggedCells
+) -> None:
+    rows = np.array([0, 3, 4, 5, 99, 200, 210])
+    for choice in (rows, [(0, 1), (3, 6), (99, 100), (200, 201), (210, 211)]):
+        batches = load(files["csr.h5ad"], small_model, batch_size=3, rows=choice)
+        np.testing.assert_array_equal(np.concatenate([batch.rows for batch in batches]), rows)
+        assert_same(together(batches), expected.take(torch.from_numpy(rows)))
 
 
-def test_an_error_while_reading_reaches_the_consumer(
-    make_cells: MakeCells,
+def test_each_iteration_is_another_epoch(files: dict[str, Path], small_model: CellPatch) -> None:
+    options = {"batch_size": 50, "shuffle": True, "seed": 3}
+    with CellLoader(
+        files["csr.h5ad"], small_model.vocabulary, small_model.config, **options
+    ) as loader:
+        first, second = ([batch.rows for batch in loader] for _ in range(2))
+        assert len(loader) == len(first) == 5
+        loader.epoch = 0
+        again = [batch.rows for batch in loader]
+    assert not np.array_equal(np.concatenate(first), np.concatenate(second))
+    np.testing.assert_array_equal(np.concatenate(first), np.concatenate(again))
+
+
+def test_balanced_classes_come_equally_often(
+    files: dict[str, Path], small_model: CellPatch
+) -> None:
+    options = {"shuffle": True, "weights": "kind", "obs": ["kind", "depth", "barcode"]}
+    batches = load(files["csr.h5ad"], small_model, batch_size=32, block_size=8, **options)
+    counts = np.bincount(np.concatenate([batch.obs["kind"] for batch in batches]))
+    assert counts.sum() == CELLS
+    # systematic sampling leaves less than one cell of deviation per block of a class
+    assert (np.abs(counts - CELLS / 3) < 10).all()
+    assert np.bincount(np.concatenate([batch.rows for batch in batches])).max() > 1
+    assert batches[0].obs["depth"].dtype == np.float64
+
+
+def test_batches_may_be_kept(
+    files: dict[str, Path], small_model: CellPatch, expected: RaggedCells
+) -> None:
+    """The memory of a batch is not used again while somebody holds it."""
+    options = {"batch_size": 5, "threads": 2}
+    loader = CellLoader(files["csr.h5ad"], small_model.vocabulary, small_model.config, **options)
+    with loader:
+        kept = []
+        for number, batch in enumerate(loader):
+            if number % 3 == 0:
+                kept.append((batch, batch.cells.values.clone(), batch.cells.genes.numpy().copy()))
+    for batch, values, genes in kept:
+        assert torch.equal(batch.cells.values, values)
+        np.testing.assert_array_equal(batch.cells.genes.numpy(), genes)
+
+
+def test_masks_depend_on_seed_epoch_and_cell_alone(
+    files: dict[str, Path], small_model: CellPatch, expected: RaggedCells
+) -> None:
+    masking = Masking(max_encoder=60, max_decoder=31)
+    one = load(files["csr.h5ad"], small_model, masking=masking, batch_size=CELLS)[0]
+    assert one.targets is not None
+    for options in ({"batch_size": 9}, {"batch_size": 20, "shuffle": True, "threads": 3}):
+        batches = load(files["v3.zarr"], small_model, masking=masking, **options)
+        assert_same(in_file_order(batches), one.cells)
+        rows = np.concatenate([batch.rows for batch in batches])
+        targets = RaggedCells.concatenate([batch.targets for batch in batches if batch.targets])
+        assert_same(targets.take(torch.from_numpy(np.argsort(rows))), one.targets)
+    np.testing.assert_array_equal(one.entries, expected.lengths.numpy())
+
+
+@pytest.mark.parametrize("shuffle", [False, True], ids=["in_order", "shuffled"])
+def test_consumers_that_stop_anywhere_leave_nothing(
+    files: dict[str, Path], small_model: CellPatch, shuffle: bool, nothing_stays: None
+) -> None:
+    chance = random.Random(7)
+    for _ in range(25):
+        options = {"batch_size": chance.randint(1, 40), "threads": chance.randint(1, 4)}
+        stop = chance.randint(0, CELLS // options["batch_size"])
+        with CellLoader(
+            files[chance.choice(FORMATS)],
+            small_model.vocabulary,
+            small_model.config,
+            shuffle=shuffle,
+            **options,
+        ) as loader:
+            batches = iter(loader)
+            with contextlib.closing(batches), contextlib.suppress(ZeroDivisionError):
+                for number, _ in enumerate(batches):
+                    if number == stop:
+                        if chance.random() < 0.5:
+                            raise ZeroDivisionError
+                        break
+        assert loading_threads() == []
+
+
+def test_nothing_is_read_far_ahead_of_a_slow_consumer(
+    files: dict[str, Path], small_model: CellPatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    batches = "cellpatch_fast.windows.Assembly.batches"
+    from cellpatch_fast.windows import Assembly
+
+    original = Assembly.batches
+
+    def counted(self: Assembly, plan: object, slots: object) -> object:
+        made.append(plan)
+        return original(self, plan, slots)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(batches, counted)
+    monkeypatch.setattr("cellpatch_fast.loader.WINDOW_ENTRIES", 1)
+    with CellLoader(
+        files["csr.h5ad"], small_model.vocabulary, small_model.config, batch_size=5, threads=2
+    ) as loader:
+        for used, _ in enumerate(loader, 1):
+            time.sleep(0.002)
+            assert len(made) <= used + 2  # two workers, and one window that waits
+
+
+def test_an_error_in_a_worker_reaches_the_consumer_and_ends_all(
+    adata: anndata.AnnData,
     small_model: CellPatch,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cellpatch_fast.loader.SAMPLE_CELLS", 100)  # the error is further on
-    adata = make_cells(CELLS)
-    adata.X.data[adata.X.indptr[150]] = -2
+    monkeypatch.setattr("cellpatch_fast.streams.SAMPLE_CELLS", 100)  # the error is further on
+    monkeypatch.setattr("cellpatch_fast.loader.WINDOW_ENTRIES", 1)
+    bad = adata.copy()
+    bad.X.data[bad.X.indptr[150]] = -2
     path = tmp_path / "negative.h5ad"
-    adata.write_h5ad(path)
-    with open_source(path) as source:
-        stream = CellStream(source, small_model.vocabulary, small_model.config)
-        seen = 0
-        with pytest.raises(InputError, match=r"cell 150 .*the value is -2"):  # noqa: PT012
-            for block in read_ahead([(stream, 0, 100), (stream, 100, CELLS)], max_cells=25):
-                seen += len(block.cells)
-        assert seen == 150
-    assert not reading_threads()
+    bad.write_h5ad(path)
+    seen = 0
+    with (
+        CellLoader(path, small_model.vocabulary, small_model.config, batch_size=25) as loader,
+        pytest.raises(InputError, match=r"cell 150 .*the value is -2"),  # noqa: PT012
+    ):
+        for batch in loader:
+            seen += len(batch.cells)
+    assert seen == 150
+    assert loading_threads() == []
+
+
+def test_a_memory_limit_holds_or_says_what_is_too_large(
+    files: dict[str, Path], small_model: CellPatch, expected: RaggedCells
+) -> None:
+    options = {"batch_size": 20, "memory_limit": 1_000_000}
+    assert_same(together(load(files["sharded.zarr"], small_model, **options)), expected)
+    with pytest.raises(InputError, match=r"memory_limit is 0.02 MB.*1 batches of 20 cells"):
+        load(files["sharded.zarr"], small_model, **options | {"memory_limit": 20_000})
+    with pytest.raises(InputError, match=r"cell \d+ alone may take"):
+        load(files["sharded.zarr"], small_model, batch_size=1, memory_limit=9_000)
+    with pytest.raises(InputError, match="decoding the file's chunks takes"):
+        load(files["csr.h5ad"], small_model, batch_size=1, memory_limit=1_000)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"threads": 0}, ValueError, "threads must be at least 1"),
+        ({"weights": np.ones(CELLS)}, ValueError, "weights need shuffle=True"),
+        ({"weights": np.ones(5), "shuffle": True}, ValueError, "one number per cell"),
+        ({"weights": "depth", "shuffle": True}, InputError, "holds numbers"),
+        ({"obs": ["colour"]}, InputError, r"no column 'colour' in obs. Its columns: kind"),
+        ({"rows": np.array([5, 3])}, ValueError, "rows must be ascending"),
+        ({"rows": [(200, 300)]}, ValueError, "not within 0 to 210"),
+        ({"layer": "none"}, InputError, "has no layer 'none'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    files: dict[str, Path],
+    small_model: CellPatch,
+    options: dict[str, object],
+    error: type[Exception],
+    message: str,
+    nothing_stays: None,
+) -> None:
+    with pytest.raises(error, match=message):
+        load(files["csr.h5ad"], small_model, **options)
+
+
+def test_anndata_needs_to_know_the_model(files: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="needs a model's vocabulary and config"):
+        CellLoader(files["csr.h5ad"])

@@ -27,13 +27,20 @@ def pack(cells: list[Cell], vocabulary: int, dtype: str) -> tuple[np.ndarray, ..
         starts.append(len(genes))
         genes += [token for token, _ in cell] + [0] * (gap % 3)
         values += [value for _, value in cell] + [0.0] * (gap % 3)
-    return pack_in_order(
-        np.array(starts, np.int64),
-        np.array([len(cell) for cell in cells], np.int64),
+    lengths = np.array([len(cell) for cell in cells], np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    unpacked = (
         np.array(genes, np.uint16 if vocabulary < 1 << 16 else np.int32),
         np.array(values, dtype),
-        vocabulary + 1,
     )
+    packed = [np.empty(offsets[-1], array.dtype) for array in unpacked]
+    pack_in_order(
+        *(np.array(starts, np.int64), lengths, *unpacked, vocabulary + 1),
+        places=offsets[:-1],
+        packed_genes=packed[0],
+        packed_values=packed[1],
+    )
+    return offsets, *packed
 
 
 def assert_in_order(packed: tuple[np.ndarray, ...], cells: list[Cell], dtype: str) -> None:

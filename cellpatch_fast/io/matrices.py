@@ -41,6 +41,9 @@ class CellBlock:
         int32 or int64 [entries]: columns, that is rows of the source's ``var``.
     data
         Any integer or floating-point dtype, as stored [entries].
+    positions
+        int64 [cells]: positions of the cells in the source, where they are not a run from
+        ``start`` on.
 
     The arrays may be views of the data of an AnnData object: do not write to them.
     """
@@ -49,10 +52,15 @@ class CellBlock:
     indptr: np.ndarray  # [c + 1]
     indices: np.ndarray  # [n]
     data: np.ndarray  # [n]
+    positions: np.ndarray | None = None  # [c]
 
     def __len__(self) -> int:
         """The number of cells."""
         return len(self.indptr) - 1
+
+    def position(self, cell: int) -> int:
+        """Where the block's ``cell`` is in the source."""
+        return self.start + cell if self.positions is None else int(self.positions[cell])
 
     @property
     def stop(self) -> int:

@@ -85,6 +85,13 @@ class CellSource:
                 f"genes. {COPY_AGAIN}."
             )
 
+    @property
+    def matrix(self) -> Matrix:
+        """The chosen matrix."""
+        if self._closed:
+            raise ValueError(f"{self.name}: the source is closed")
+        return self._matrix
+
     def blocks(
         self,
         start: int = 0,
