@@ -150,7 +150,8 @@ def embed(
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
     with ExitStack() as opened:
         streams = []
-        options = {"layer": layer, "use_raw": use_raw, "gene_column": gene_column, "input": input}
+        options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
+        options |= {"gene_column": gene_column, "input": input}
         for path in paths:
             stream = opened.enter_context(contextlib.closing(embedder.open(path, **options)))
             logger.info("%s", stream)

@@ -8,6 +8,7 @@ logged is refused instead of logged again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ from .detect import Detected, Expected, detect_input
 from .errors import InputError
 from .genes import GeneVocabulary
 from .io.sources import CellSource, open_source
-from .tokens import Preprocessing
-from .tokens import tokenize as tokenize_block
+from .loader import CellLoader
+from .streams import open_stream, sample_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["normalize", "quality_control", "tokenize"]
 
-SAMPLE_CELLS = 1000  # enough to tell what a matrix holds
+# Of a batch: large enough that what one costs does not show.
+BATCH_CELLS, BATCH_ENTRIES = 8_192, 1 << 20
 
 log = logging.getLogger("cellpatch_fast")
 
@@ -172,33 +174,27 @@ def tokenize(
         missing, or the matrix is not what ``input`` says.
     """
     vocabulary = GeneVocabulary.human() if vocabulary is None else vocabulary
-    preprocessing = Preprocessing.from_config(CellPatchConfig() if config is None else config)
-    with open_source(adata, layer=layer, use_raw=use_raw) as source:
-        match = vocabulary.match_var(source.var, gene_column, source.name)
-        detected = _detect(source, input, preprocessing.target_sum)
-        blocks = [
-            tokenize_block(
-                *(block, match.tokens, preprocessing, detected.kind, vocabulary.size),
-                *(source.name, source.var.index),
-            )
-            for block in source.blocks()
-        ]
-    cells = RaggedCells.concatenate([block.cells for block in blocks])
-    empty = sum(block.empty_cells for block in blocks)
-    unknown = sum(block.unknown_entries for block in blocks)
+    config = CellPatchConfig() if config is None else config
+    options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
+    options |= {"gene_column": gene_column, "input": input}
+    with contextlib.closing(open_stream(adata, vocabulary, config, **options)) as stream:
+        loader = CellLoader([stream], batch_size=BATCH_CELLS, max_entries=BATCH_ENTRIES)
+        batches = list(loader)
+    cells = RaggedCells.concatenate([batch.cells for batch in batches])
+    empty = sum(int((batch.entries == 0).sum()) for batch in batches)
+    unknown = sum(int(batch.unknown_entries.sum()) for batch in batches)
     log.info(
-        "%s: found %s; %s; %s cells (%s empty), %s entries (%s of unknown genes left out)",
-        *(source.name, detected.reason, match),
-        *(f"{count:,}" for count in (len(cells), empty, cells.entries, unknown)),
+        "%s; %s cells (%s empty), %s entries (%s of unknown genes left out)",
+        *(stream, *(f"{count:,}" for count in (len(cells), empty, cells.entries, unknown))),
     )
     return cells
 
 
 def _detect(source: CellSource, expected: Expected, target_sum: float) -> Detected:
-    stop = min(SAMPLE_CELLS, source.n_cells)
-    sample = next(source.blocks(0, stop))  # a source has at least one cell
     return detect_input(
-        sample, source.name, expected, target_sum=target_sum, gene_names=source.var.index
+        *(sample_of(source), source.name, expected),
+        target_sum=target_sum,
+        gene_names=source.var.index,
     )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -92,7 +92,8 @@ def embed(
     if not key_added:
         raise InputError("key_added is empty: name the embedding in obsm")
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
-    options = {"layer": layer, "use_raw": use_raw, "gene_column": gene_column, "input": input}
+    options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
+    options |= {"gene_column": gene_column, "input": input}
     with contextlib.closing(embedder.open(adata, **options)) as stream:
         logger.info("%s", stream)
         rows = np.empty((stream.n_cells, embedder.width), np.float32)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -61,7 +62,7 @@ def files(adata: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> d
         adata.write_zarr(paths["sharded.zarr"])
     root = zarr.open_group(paths["sharded.zarr"])
     for part in ("indices", "data"):
-        array = root[f"X/{part}"]
+        array: Any = root[f"X/{part}"]
         values, attributes = array[:], dict(array.attrs)
         root.create_array(
             f"X/{part}",
@@ -98,8 +99,8 @@ def open_files() -> set[str]:
     return {name for name in found if "/formats" in name}
 
 
-def load(inputs: object, model: CellPatch, **options: object) -> list[CellBatch]:
-    with CellLoader(inputs, model.vocabulary, model.config, **options) as loader:  # type: ignore[arg-type]
+def load(inputs: object, model: CellPatch, **options: Any) -> list[CellBatch]:
+    with CellLoader(inputs, model.vocabulary, model.config, **options) as loader:
         return list(loader)
 
 
@@ -157,7 +158,7 @@ def test_batches_are_the_same_for_any_number_of_threads(
     expected: RaggedCells,
     name: str,
     threads: int,
-    **options: object,
+    **options: Any,
 ) -> None:
     one = load(files[name], small_model, threads=1, **options)
     many = load(files[name], small_model, threads=threads, memory_limit=30_000_000, **options)
@@ -214,7 +215,7 @@ def test_chosen_rows_come_alone(
 
 
 def test_each_iteration_is_another_epoch(files: dict[str, Path], small_model: CellPatch) -> None:
-    options = {"batch_size": 50, "shuffle": True, "seed": 3}
+    options: dict[str, Any] = {"batch_size": 50, "shuffle": True, "seed": 3}
     with CellLoader(
         files["csr.h5ad"], small_model.vocabulary, small_model.config, **options
     ) as loader:
@@ -229,7 +230,11 @@ def test_each_iteration_is_another_epoch(files: dict[str, Path], small_model: Ce
 def test_balanced_classes_come_equally_often(
     files: dict[str, Path], small_model: CellPatch
 ) -> None:
-    options = {"shuffle": True, "weights": "kind", "obs": ["kind", "depth", "barcode"]}
+    options: dict[str, Any] = {
+        "shuffle": True,
+        "weights": "kind",
+        "obs": ["kind", "depth", "barcode"],
+    }
     batches = load(files["csr.h5ad"], small_model, batch_size=32, block_size=8, **options)
     counts = np.bincount(np.concatenate([batch.obs["kind"] for batch in batches]))
     assert counts.sum() == CELLS
@@ -243,7 +248,7 @@ def test_batches_may_be_kept(
     files: dict[str, Path], small_model: CellPatch, expected: RaggedCells
 ) -> None:
     """The memory of a batch is not used again while somebody holds it."""
-    options = {"batch_size": 5, "threads": 2}
+    options: dict[str, Any] = {"batch_size": 5, "threads": 2}
     loader = CellLoader(files["csr.h5ad"], small_model.vocabulary, small_model.config, **options)
     with loader:
         kept = []
@@ -276,7 +281,10 @@ def test_consumers_that_stop_anywhere_leave_nothing(
 ) -> None:
     chance = random.Random(7)
     for _ in range(25):
-        options = {"batch_size": chance.randint(1, 40), "threads": chance.randint(1, 4)}
+        options: dict[str, Any] = {
+            "batch_size": chance.randint(1, 40),
+            "threads": chance.randint(1, 4),
+        }
         stop = chance.randint(0, CELLS // options["batch_size"])
         with CellLoader(
             files[chance.choice(FORMATS)],
@@ -331,12 +339,12 @@ def test_an_error_in_a_worker_reaches_the_consumer_and_ends_all(
     path = tmp_path / "negative.h5ad"
     bad.write_h5ad(path)
     seen = 0
-    with (
-        CellLoader(path, small_model.vocabulary, small_model.config, batch_size=25) as loader,
-        pytest.raises(InputError, match=r"cell 150 .*the value is -2"),  # noqa: PT012
-    ):
-        for batch in loader:
-            seen += len(batch.cells)
+    with CellLoader(path, small_model.vocabulary, small_model.config, batch_size=25) as loader:
+        batches = iter(loader)
+        for _ in range(6):
+            seen += len(next(batches).cells)
+        with pytest.raises(InputError, match=r"cell 150 .*the value is -2"):
+            next(batches)
     assert seen == 150
     assert loading_threads() == []
 
@@ -344,7 +352,7 @@ def test_an_error_in_a_worker_reaches_the_consumer_and_ends_all(
 def test_a_memory_limit_holds_or_says_what_is_too_large(
     files: dict[str, Path], small_model: CellPatch, expected: RaggedCells
 ) -> None:
-    options = {"batch_size": 20, "memory_limit": 1_000_000}
+    options: dict[str, Any] = {"batch_size": 20, "memory_limit": 1_000_000}
     assert_same(together(load(files["sharded.zarr"], small_model, **options)), expected)
     with pytest.raises(InputError, match=r"memory_limit is 0.02 MB.*1 batches of 20 cells"):
         load(files["sharded.zarr"], small_model, **options | {"memory_limit": 20_000})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -49,7 +51,7 @@ samplings = st.fixed_dictionaries(
     window_entries=st.integers(1, 3_000),
 )
 def test_every_cell_comes_once_per_epoch_over_all_ranks(
-    options: dict[str, int], cells: int, world_size: int, drop_last: bool, window_entries: int
+    options: dict[str, Any], cells: int, world_size: int, drop_last: bool, window_entries: int
 ) -> None:
     lengths = np.random.default_rng(cells).integers(0, 50, cells)
     seen, counts = [], []
@@ -80,7 +82,7 @@ def test_every_cell_comes_once_per_epoch_over_all_ranks(
     window_entries=st.integers(1, 1_000),
 )
 def test_batches_by_entries_stay_within_the_budget_unless_one_cell_is_longer(
-    options: dict[str, int],
+    options: dict[str, Any],
     lengths: list[int],
     max_entries: int,
     world_size: int,
@@ -105,7 +107,7 @@ def test_batches_by_entries_stay_within_the_budget_unless_one_cell_is_longer(
     numbers=st.randoms(use_true_random=False),
 )
 def test_weighted_epochs_have_as_many_cells_each_within_one_of_its_share(
-    options: dict[str, int], cells: int, world_size: int, numbers: np.random.Generator
+    options: dict[str, Any], cells: int, world_size: int, numbers: np.random.Generator
 ) -> None:
     weights = np.array([max(numbers.random() - 0.3, 0.0) for _ in range(cells)])
     weights[0] += 0.1
@@ -184,7 +186,7 @@ def test_shuffled_cells_stay_in_blocks_only_until_they_are_in_memory() -> None:
         ({"seed": -1}, "must not be negative"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(options: dict[str, int], message: str) -> None:
+def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
 
