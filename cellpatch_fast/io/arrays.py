@@ -12,30 +12,40 @@ which is how half-copied stores turn into wrong results; `absent_chunks` finds t
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import functools
 import importlib
 import itertools
 import os
-import zlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ..errors import InputError, summary
+from .chunks import ChunkError, Chunks, read_range
 
 if TYPE_CHECKING:
     import h5py
     import zarr
 
 COPY_AGAIN = "The file is truncated or damaged: copy or download it again"
+FAR_AWAY = "Check the address, the connection and your permission, or have the store written anew"
+
+
+def remedy(name: str) -> str:
+    """What to do about a file, or a store behind an address, that cannot be read."""
+    return FAR_AWAY if is_address(name) else COPY_AGAIN
+
+
+def is_address(name: object) -> bool:
+    """Whether ``name`` is an address such as ``https://...``, not a path."""
+    return isinstance(name, str) and "://" in name
 
 
 @contextlib.contextmanager
-def reading(name: str, what: str, advice: str = COPY_AGAIN) -> Iterator[None]:
+def reading(name: str, what: str, advice: str | None = None) -> Iterator[None]:
     """Turn any error of the libraries below into an `InputError`: ``name``, ``what``, advice.
 
     HDF5, Zarr and their codecs report damage with whatever exception is at hand (OSError,
@@ -52,7 +62,9 @@ def reading(name: str, what: str, advice: str = COPY_AGAIN) -> Iterator[None]:
             f"writing: wait until it is done."
         ) from error
     except Exception as error:
-        raise InputError(f"{name}: cannot read {what} ({summary(error)}). {advice}.") from error
+        raise InputError(
+            f"{name}: cannot read {what} ({summary(error)}). {advice or remedy(name)}."
+        ) from error
 
 
 class StoredArray(Protocol):
@@ -75,6 +87,10 @@ class StoredArray(Protocol):
     def place(self, start: int) -> str:
         """Where the row ``start`` is stored, for messages."""
 
+    def chunks(self) -> Chunks | None:
+        """A reader of its own that decodes chunks outside of the libraries, where that is
+        possible. The caller closes it."""
+
 
 class Hdf5Array:
     """A dataset of an HDF5 file.
@@ -86,48 +102,43 @@ class Hdf5Array:
     """
 
     def __init__(self, dataset: h5py.Dataset) -> None:
-        import h5py
-
         self.shape = dataset.shape
         self.dtype = dataset.dtype.newbyteorder("=")
         self.chunk = dataset.chunks[0] if dataset.chunks else 1
         self._dataset = dataset
-        filters = _available_filters(dataset)
-        self._only_gzip = filters == [h5py.h5z.FILTER_DEFLATE] and dataset.ndim == 1
+        _require_filters(dataset)
 
     def read(self, start: int, out: np.ndarray) -> None:
-        if self._only_gzip and len(out) > self.chunk:
-            self._read_in_threads(start, out)
+        if self.chunk > 1 and len(out) and self._chunks is not None:
+            read_range(self._chunks, start, out)
         else:
             self._dataset.read_direct(out, np.s_[start : start + len(out)])
 
-    def _read_in_threads(self, start: int, out: np.ndarray) -> None:
-        """Decompress outside HDF5, whose lock would let one thread work at a time."""
-        stop = start + len(out)
-        chunk_bytes = self.chunk * self._dataset.dtype.itemsize
+    def chunks(self) -> Chunks | None:
+        from .chunks_hdf5 import hdf5_chunks
 
-        def decode(chunk_start: int) -> None:
-            skipped, packed = self._dataset.id.read_direct_chunk((chunk_start,))
-            content = packed if skipped else zlib.decompress(packed, bufsize=chunk_bytes)
-            first, last = max(start, chunk_start), min(stop, chunk_start + self.chunk)
-            values = np.frombuffer(content, self._dataset.dtype)
-            out[first - start : last - start] = values[first - chunk_start : last - chunk_start]
+        return hdf5_chunks(self._dataset)
 
-        chunks = range(start // self.chunk * self.chunk, stop, self.chunk)
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            collections.deque(pool.map(decode, chunks), maxlen=0)
+    @functools.cached_property
+    def _chunks(self) -> Chunks | None:
+        return self.chunks()
+
+    def close(self) -> None:
+        """Give back what reading has opened; the file stays its owner's."""
+        opened = self.__dict__.get("_chunks")  # if it was needed
+        if opened is not None:
+            opened.close()
 
     def place(self, start: int) -> str:
         where = f"dataset {self._dataset.name}"
         return f"{where}, chunk {start // self.chunk}" if self.chunk > 1 else where
 
 
-def _available_filters(dataset: h5py.Dataset) -> list[int]:
-    """The codes of the filters of ``dataset``, all of which HDF5 has or finds in hdf5plugin."""
+def _require_filters(dataset: h5py.Dataset) -> None:
+    """Raise `InputError` unless HDF5 has the filters of ``dataset``, or hdf5plugin does."""
     import h5py
 
     settings = dataset.id.get_create_plist()
-    codes = []
     for position in range(settings.get_nfilters()):
         code, _, _, description = settings.get_filter(position)
         if not h5py.h5z.filter_avail(code):
@@ -139,20 +150,28 @@ def _available_filters(dataset: h5py.Dataset) -> list[int]:
                 f"{dataset.file.filename}: {dataset.name} is compressed with the HDF5 filter "
                 f"{code} ({filter_name}), which is not installed. Install the package hdf5plugin."
             )
-        codes.append(code)
-    return codes
 
 
 class ZarrArray:
-    """An array of a Zarr store, version 2 or 3, sharded or not."""
+    """An array of a Zarr store, version 2 or 3, sharded or not.
 
-    def __init__(self, array: zarr.Array[Any]) -> None:
+    Parameters
+    ----------
+    may_lack
+        Keys of the chunk files that stand for the fill value if they are not there; see
+        `chunks_zarr.zarr_chunks`.
+    """
+
+    def __init__(self, array: zarr.Array[Any], may_lack: Collection[str] = ()) -> None:
         self.shape = array.shape
         self.dtype = array.dtype.newbyteorder("=")
         self.chunk = array.chunks[0]
-        self._array = array
+        self._array, self._may_lack = array, may_lack
 
     def read(self, start: int, out: np.ndarray) -> None:
+        if len(out) and self._chunks is not None:
+            read_range(self._chunks, start, out)
+            return
         from zarr.buffer.cpu import NDBuffer
 
         rows = slice(start, start + len(out))
@@ -161,28 +180,47 @@ class ZarrArray:
         else:  # a foreign byte order
             out[...] = self._array[rows]
 
+    def chunks(self) -> Chunks | None:
+        from .chunks_zarr import zarr_chunks
+
+        return zarr_chunks(self._array, self._may_lack)
+
+    @functools.cached_property
+    def _chunks(self) -> Chunks | None:
+        return self.chunks()
+
+    def close(self) -> None:
+        """Give back what reading has opened; the store stays its owner's."""
+        opened = self.__dict__.get("_chunks")  # if it was needed
+        if opened is not None:
+            opened.close()
+
     def place(self, start: int) -> str:
-        stored = self._array.shards or self._array.chunks
-        first = (start // stored[0], *(0 for _ in stored[1:]))
-        key = f"{self._array.path}/{self._array.metadata.encode_chunk_key(first)}"
-        return f"the chunk file {key}" if len(stored) == 1 else f"the chunk files from {key} on"
+        from .chunks_zarr import place_of
+
+        return place_of(self._array, start)
 
 
-def absent_chunks(array: zarr.Array[Any], path: Path) -> list[tuple[str, int, int]]:
-    """Key, first row and end of every chunk (or shard) of ``array`` that the store lacks."""
-    present = _store_keys(path, array.path)
-    stored = array.shards or array.chunks
-    counts = [-(-size // chunk) for size, chunk in zip(array.shape, stored, strict=True)]
+def absent_chunks(array: zarr.Array[Any], present: Collection[str]) -> list[tuple[str, int, int]]:
+    """Key, first row and end of every chunk (or shard) of ``array`` that is not ``present``."""
     absent = []
-    for position in itertools.product(*map(range, counts)):
+    for position in chunk_positions(array):
         key = array.metadata.encode_chunk_key(position)
         if key not in present:
-            start = position[0] * stored[0]
-            absent.append((key, start, min(start + stored[0], array.shape[0])))
+            stored = (array.shards or array.chunks)[0]
+            start = position[0] * stored
+            absent.append((key, start, min(start + stored, array.shape[0])))
     return absent
 
 
-def _store_keys(path: Path, inside: str) -> set[str]:
+def chunk_positions(array: zarr.Array[Any]) -> Iterator[tuple[int, ...]]:
+    """Where the chunk files of ``array`` are in their grid."""
+    stored = array.shards or array.chunks
+    counts = [-(-size // chunk) for size, chunk in zip(array.shape, stored, strict=True)]
+    return itertools.product(*map(range, counts))
+
+
+def local_keys(path: Path, inside: str) -> set[str]:
     """What a Zarr folder or zip file holds below the array ``inside``, relative to it."""
     if path.is_dir():
         top = path / inside
@@ -252,16 +290,24 @@ class SequentialReader:
     def _decode(self, array: StoredArray, start: int, out: np.ndarray) -> None:
         if not len(out):
             return
+        stop = start + len(out)
         try:
             array.read(start, out)
         except MemoryError:
             raise
+        except ChunkError as error:
+            first = error.chunk * array.chunk
+            first, last = max(start, first), min(first + array.chunk, stop)
+            raise self._refusal(first, last, error.place, error.reason) from error
         except Exception as error:
-            first, last = self._damage(array, start, start + len(out))
-            raise InputError(
-                f"{self._name}: cannot read {self._noun} {self._owned(first, last)}, stored in "
-                f"{array.place(first)} ({summary(error)}). {COPY_AGAIN}."
-            ) from error
+            first, last = self._damage(array, start, stop)
+            raise self._refusal(first, last, array.place(first), summary(error)) from error
+
+    def _refusal(self, first: int, last: int, place: str, reason: str) -> InputError:
+        return InputError(
+            f"{self._name}: cannot read {self._noun} {self._owned(first, last)}, stored in "
+            f"{place} ({reason}). {remedy(self._name)}."
+        )
 
     def _damage(self, array: StoredArray, start: int, stop: int) -> tuple[int, int]:
         """The rows of the first chunk in ``start : stop`` that cannot be read."""

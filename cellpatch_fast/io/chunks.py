@@ -13,8 +13,11 @@ Two-dimensional arrays are read as the flat sequence of their rows: cell after c
 
 from __future__ import annotations
 
+import os
 import threading
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from .arrays import StoredArray
 
 CHUNK = 65_536  # elements that are read together where an array has no chunks
+TASK_BYTES = 2**20  # decoded by one thread at a time, so that starting it costs nothing beside
 DENSE_BYTES = 512 * 2**20  # at most so much of a dense matrix is decoded at a time
 
 
@@ -132,5 +136,36 @@ class LibraryChunks:
 
 
 def chunks_of(array: StoredArray | np.ndarray) -> Chunks:
-    """The best way to read ``array``, of one or two dimensions, by chunks."""
-    return LibraryChunks(array)
+    """The best way to read ``array``, of one or two dimensions, by chunks.
+
+    The caller closes it.
+    """
+    direct = None if isinstance(array, np.ndarray) else array.chunks()
+    return LibraryChunks(array) if direct is None else direct
+
+
+def read_range(chunks: Chunks, start: int, out: np.ndarray) -> None:
+    """Read the elements ``start : start + len(out)`` into ``out`` with all cores."""
+    stop, size = start + len(out), chunks.chunk
+
+    def decode(numbers: range) -> None:
+        targets, cut = [], []
+        for number in numbers:
+            first, last = number * size, min((number + 1) * size, chunks.length)
+            if start <= first and last <= stop:
+                targets.append(out[first - start : last - start])
+            else:
+                targets.append(np.empty(last - first, chunks.dtype))
+                cut.append((max(first, start), min(last, stop), first, targets[-1]))
+        chunks.read(numbers, targets)
+        for begin, end, first, decoded in cut:
+            out[begin - start : end - start] = decoded[begin - first : end - first]
+
+    numbers = range(start // size, -(-stop // size))
+    together = max(1, TASK_BYTES // (size * chunks.dtype.itemsize))
+    tasks = [numbers[first : first + together] for first in range(0, len(numbers), together)]
+    if len(tasks) == 1:
+        decode(tasks[0])
+        return
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        deque(pool.map(decode, tasks), maxlen=0)

@@ -10,15 +10,25 @@ compound dataset, with their categories in ``uns``, and ``raw.X`` beside ``X`` (
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import InputError
-from .arrays import COPY_AGAIN, Hdf5Array, StoredArray, ZarrArray, absent_chunks, reading
+from . import remote
+from .arrays import (
+    COPY_AGAIN,
+    Hdf5Array,
+    StoredArray,
+    ZarrArray,
+    absent_chunks,
+    local_keys,
+    reading,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,6 +37,7 @@ NOT_ANNDATA = (
     "Expected an AnnData file (.h5ad or .zarr) or 10x Genomics output (.h5, or a folder with "
     "matrix.mtx)"
 )
+SPARSE_PARTS = ("indptr", "indices", "data")
 ZARR_METADATA = ("zarr.json", ".zgroup", ".zarray", ".zattrs", ".zmetadata")
 
 
@@ -41,18 +52,19 @@ class Container:
     name
         The file, for messages.
     path
-        The file or folder itself.
+        The file or folder itself; None if it is far away.
     file_format
         In words, such as ``"Zarr v3"``.
-    close
+    close_root
         Closes the file.
     """
 
     root: Any
     name: str
-    path: Path
+    path: Path | None
     file_format: str
-    close: Callable[[], None]
+    close_root: Callable[[], None]
+    _arrays: ExitStack = field(default_factory=ExitStack, init=False)
 
     def __contains__(self, key: str) -> bool:
         with reading(self.name, f"its element {key!r}"):
@@ -63,15 +75,52 @@ class Container:
         with reading(self.name, f"its element {key!r}"):
             return self.root[key]
 
-    def array(self, element: Any, key: str) -> StoredArray:
-        """``element``, an array of this container, ready to be read."""
+    def array(self, element: Any, key: str, may_lack: Collection[str] = ()) -> StoredArray:
+        """``element``, an array of this container, ready to be read.
+
+        Parameters
+        ----------
+        may_lack
+            Keys of a Zarr array's chunk files that are not there, which the caller takes for
+            zeros. That any other is not there is noticed when it is read.
+        """
         if not hasattr(element, "shape"):
             raise InputError(f"{self.name}: {key} is a group, not an array. {COPY_AGAIN}.")
-        return ZarrArray(element) if self._is_zarr else Hdf5Array(element)
+        array = ZarrArray(element, may_lack) if self._is_zarr else Hdf5Array(element)
+        self._arrays.callback(array.close)
+        return array
 
-    def absent_chunks(self, element: Any) -> list[tuple[str, int, int]]:
-        """The chunks of a Zarr array that are not stored; an HDF5 file is checked as a whole."""
-        return absent_chunks(element, self.path) if self._is_zarr else []
+    def absent_chunks(self, element: Any, thorough: bool = True) -> list[tuple[str, int, int]]:
+        """Key, first row and end of a Zarr array's chunks (or shards) that are not stored.
+
+        An HDF5 file is checked as a whole, when it is opened.
+
+        Parameters
+        ----------
+        thorough
+            Whether a store that cannot list its files is asked for each of them. What `array`
+            is to read does not need that: there, a missing chunk is noticed in time.
+        """
+        if not self._is_zarr:
+            return []
+        if self.path is not None:
+            return absent_chunks(element, local_keys(self.path, element.path))
+        with reading(self.name, f"the list of chunks of {element.path}"):
+            present = remote.present_keys(element, thorough)
+        return [] if present is None else absent_chunks(element, present)
+
+    def identity(self, key: str) -> str:
+        """Changes when the content does, as far as that can be told without reading it."""
+        if self.path is not None:
+            return identity(self.path, key)
+        with reading(self.name, "its metadata"):
+            arrays = [key, *(f"{key}/{part}" for part in SPARSE_PARTS)]
+            return remote.identity(self.root, ["", "obs", "var", *arrays], ZARR_METADATA)
+
+    def close(self) -> None:
+        """Close the file, and what reading its arrays has opened."""
+        self._arrays.close()
+        self.close_root()
 
     @property
     def _is_zarr(self) -> bool:
@@ -87,18 +136,30 @@ def open_hdf5(path: Path) -> Container:
     return Container(file, str(path), path, "h5ad", file.close)
 
 
-def open_zarr(path: Path) -> Container:
-    """Open a Zarr folder or a zip file of one."""
+def open_zarr(place: Path | str) -> Container:
+    """Open a Zarr folder, a zip file of one, or one behind an address (https://, s3://, ...).
+
+    Raises
+    ------
+    InputError
+        If it cannot be read, or the package that an address needs is missing.
+    """
     import zarr
     from zarr.storage import ZipStore
 
-    with reading(str(path), "the Zarr store"):
-        if path.is_dir():
+    name = str(place)
+    path = place if isinstance(place, Path) else None
+    with reading(name, "the Zarr store"):
+        if path is None:
+            root, close = remote.open_group(name)
+        elif path.is_dir():
             root = zarr.open_group(path, mode="r")
+            close = root.store.close
         else:
             root = zarr.open_group(ZipStore(path, mode="r"), path=_zipped_root(path), mode="r")
+            close = root.store.close
         version = root.metadata.zarr_format
-    return Container(root, str(path), path, f"Zarr v{version}", root.store.close)
+    return Container(root, name, path, f"Zarr v{version}", close)
 
 
 def _zipped_root(path: Path) -> str:
@@ -115,13 +176,13 @@ def identity(path: Path, key: str) -> str:
     if path.is_file():
         return files_identity([path])
     matrix = path / key
-    parts = [matrix / part for part in ("indptr", "indices", "data")]
+    folders = [matrix, *(matrix / part for part in SPARSE_PARTS)]
     metadata = (
         folder / name
-        for folder in (path, path / "obs", path / "var", matrix, *parts)
+        for folder in (path, path / "obs", path / "var", *folders)
         for name in ZARR_METADATA
     )
-    chunks = (folder / inner for folder in (matrix, *parts) for inner in ("", "c"))
+    chunks = (folder / inner for folder in folders for inner in ("", "c"))
     return files_identity([found for found in (*metadata, *chunks) if found.exists()])
 
 

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
-def matrix_of(values: Any, name: str, memory_limit: int) -> tuple[Matrix, Callable[[], str]]:
-    """``values`` (X, a layer or raw.X of an AnnData object) as a `Matrix`, and its identity.
+def matrix_of(
+    values: Any, name: str, memory_limit: int
+) -> tuple[Matrix, Callable[[], str], Callable[[], None]]:
+    """``values`` (X, a layer or raw.X of an AnnData object) as a `Matrix`, its identity, and what
+    gives back the files that reading it opens.
 
     Raises
     ------
@@ -58,7 +61,7 @@ def matrix_of(values: Any, name: str, memory_limit: int) -> tuple[Matrix, Callab
             f"gives one, and a file can be passed by its path."
         )
     check_dtype(matrix.dtype, name)
-    return matrix, lambda: _digest(parts)
+    return matrix, lambda: _digest(parts), lambda: None
 
 
 def names_identity(adata: AnnData) -> str:
@@ -82,7 +85,7 @@ def _is_hdf5(values: Any) -> bool:
     return isinstance(values, h5py.Dataset)
 
 
-def _backed(stored: Any, memory_limit: int) -> tuple[Matrix, Callable[[], str]]:
+def _backed(stored: Any, memory_limit: int) -> tuple[Matrix, Callable[[], str], Callable[[], None]]:
     """The matrix in ``stored``, a group or array of an open file that stays its owner's."""
     if type(stored).__module__.startswith("zarr."):
         import zarr
@@ -100,4 +103,4 @@ def _backed(stored: Any, memory_limit: int) -> tuple[Matrix, Callable[[], str]]:
         file_format = "h5ad"
     container = containers.Container(root, str(path), path, file_format, lambda: None)
     matrix = stored_matrix(container, key, memory_limit)
-    return matrix, lambda: containers.identity(path, key)
+    return matrix, lambda: containers.identity(path, key), container.close

@@ -1,9 +1,10 @@
 """AnnData sources: whatever holds cells x genes, as a stream of cells in file order.
 
-`open_source` takes a path (.h5ad; AnnData .zarr, version 2 or 3, also zipped; 10x .h5 or .mtx)
-or an AnnData object, and gives a `CellSource`, whose `CellSource.blocks` cut the chosen matrix
-(X, a layer or raw) into CSR blocks. A file of any size takes bounded memory: 8 bytes per cell
-for ``indptr``, one block, and what decoding needs. obs and var are read whole.
+`open_source` takes a path (.h5ad; AnnData .zarr, version 2 or 3, also zipped; 10x .h5 or .mtx),
+the address of a .zarr store, or an AnnData object, and gives a `CellSource`, whose
+`CellSource.blocks` cut the chosen matrix (X, a layer or raw) into CSR blocks. A file of any size
+takes bounded memory: 8 bytes per cell for ``indptr``, one block, and what decoding needs. obs
+and var are read whole.
 
     with open_source("atlas.h5ad", layer="counts") as source:
         for block in source.blocks():
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from . import containers, memory, tenx
-from .arrays import COPY_AGAIN
+from .arrays import COPY_AGAIN, is_address
 from .matrices import MAX_CELLS, MAX_ENTRIES, CellBlock, CsrMatrix, DenseMatrix, Matrix
 from .obs import FrameTable, StoredTable, Table
 from .stored import stored_matrix
@@ -193,7 +194,8 @@ def open_source(
     ----------
     data
         Path of an .h5ad file, an AnnData .zarr folder (or zip of one), 10x Genomics output
-        (.h5, .mtx or its folder); or an AnnData object, also a backed one.
+        (.h5, .mtx or its folder); address of an AnnData .zarr store (https://, s3://, gs://;
+        needs the extra ``cloud``); or an AnnData object, also a backed one.
     layer, use_raw
         Which matrix: a layer, or ``raw.X``; X by default.
     memory_limit
@@ -209,12 +211,15 @@ def open_source(
         raise InputError("layer and use_raw exclude each other: choose one matrix")
     if not isinstance(data, str | Path):
         return _memory_source(data, layer, use_raw, memory_limit)
-    path = Path(data).expanduser()
-    if not path.exists():
-        raise InputError(f"{data}: no such file or folder. Check the path.")
-    if tenx.is_mtx(path):
-        return _tenx_source(path, "10x MTX", tenx.read_10x_mtx, layer, use_raw)
-    container = _open_container(path)
+    if is_address(data):
+        container = containers.open_zarr(str(data))
+    else:
+        path = Path(data).expanduser()
+        if not path.exists():
+            raise InputError(f"{data}: no such file or folder. Check the path.")
+        if tenx.is_mtx(path):
+            return _tenx_source(path, "10x MTX", tenx.read_10x_mtx, layer, use_raw)
+        container = _open_container(path)
     try:
         if "obs" in container and "var" in container:
             return _container_source(container, layer, use_raw, memory_limit)
@@ -225,7 +230,7 @@ def open_source(
     container.close()
     if is_10x:
         return _tenx_source(path, "10x HDF5", tenx.read_10x_hdf5, layer, use_raw)
-    raise InputError(f"{path} holds no obs and var. {containers.NOT_ANNDATA}.")
+    raise InputError(f"{container.name} holds no obs and var. {containers.NOT_ANNDATA}.")
 
 
 def _open_container(path: Path) -> containers.Container:
@@ -275,7 +280,7 @@ def _container_source(
             "raw": raw is not None,
             "obs_columns": containers.column_names(container, "obs"),
         },
-        identity=lambda: containers.identity(container.path, key),
+        identity=lambda: container.identity(key),
         close=container.close,
         obs_table=(lambda: StoredTable(container, "obs", cells)) if by_columns else None,
     )
@@ -288,7 +293,7 @@ def _memory_source(
     layers, raw = sorted(adata.layers), adata.raw
     element = _chosen(name, layer, use_raw, layers, adata.X is not None, raw is not None)
     values = adata.layers[layer] if layer is not None else raw.X if use_raw else adata.X
-    matrix, identity = memory.matrix_of(values, f"{name} ({element})", memory_limit)
+    matrix, identity, close = memory.matrix_of(values, f"{name} ({element})", memory_limit)
     return CellSource(
         name=name,
         file_format=name,
@@ -302,6 +307,7 @@ def _memory_source(
             "obs_columns": list(adata.obs.columns),
         },
         identity=lambda: identity() + memory.names_identity(adata),
+        close=close,
     )
 
 
@@ -314,7 +320,7 @@ def _tenx_source(
 ) -> CellSource:
     _chosen(str(path), layer, use_raw, layers=[], has_x=True, has_raw=False)
     adata = read(path)
-    matrix, _ = memory.matrix_of(adata.X, str(path), MEMORY_LIMIT)
+    matrix, *_ = memory.matrix_of(adata.X, str(path), MEMORY_LIMIT)
     return CellSource(
         name=str(path),
         file_format=file_format,

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import InputError, InputWarning
 from .arrays import COPY_AGAIN, StoredArray, reading
-from .containers import Container, refuse_absent, text
+from .containers import SPARSE_PARTS, Container, refuse_absent, text
 from .matrices import CsrMatrix, DenseMatrix, Matrix, check_dtype, check_offsets
 from .transpose import CscMatrix
 
@@ -50,12 +50,10 @@ def _sparse_parts(
 ) -> tuple[np.ndarray, StoredArray, StoredArray]:
     """indptr (int64 [owners + 1]), indices and data, checked against one another."""
     arrays, absent = {}, {}
-    for part in ("indptr", "indices", "data"):
-        stored = container.element(f"{key}/{part}")
-        arrays[part] = container.array(stored, f"{key}/{part}")
+    for part in SPARSE_PARTS:
+        arrays[part], absent[part] = _array_and_gaps(container, f"{key}/{part}")
         if len(arrays[part].shape) != 1:
             raise InputError(f"{name}: {part} has shape {arrays[part].shape}. {COPY_AGAIN}.")
-        absent[part] = container.absent_chunks(stored)
     indptr, indices, data = arrays.values()
     check_dtype(data.dtype, name)
     for part in ("indptr", "indices"):
@@ -74,6 +72,18 @@ def _sparse_parts(
     return offsets, indices, data
 
 
+def _array_and_gaps(
+    container: Container, key: str
+) -> tuple[StoredArray, list[tuple[str, int, int]]]:
+    """An array, and the key, first row and end of each chunk that is not stored.
+
+    Whoever asks decides whether those may be zeros; if not, the array is not to be read.
+    """
+    stored = container.element(key)
+    absent = container.absent_chunks(stored, thorough=False) if hasattr(stored, "shape") else []
+    return container.array(stored, key, {chunk for chunk, _, _ in absent}), absent
+
+
 def _may_be_zeros(offsets: np.ndarray, first: int, last: int) -> bool:
     """Whether the indices ``first : last`` can all be 0, which Zarr writers may leave out.
 
@@ -90,9 +100,8 @@ def _dense(container: Container, element: Any, key: str, name: str) -> DenseMatr
         raise InputError(
             f"{name} has shape {element.shape}. Expected two dimensions: cells, genes."
         )
-    array = container.array(element, key)
+    array, absent = _array_and_gaps(container, key)
     check_dtype(array.dtype, name)
-    absent = container.absent_chunks(element)
     if absent:
         # a writer may leave out chunks of zeros, so this need not be damage
         warnings.warn(

@@ -247,5 +247,8 @@ class TemporaryArray:
         self.read(first, out)
         return out
 
+    def chunks(self) -> None:
+        """There are none."""
+
     def place(self, start: int) -> str:
         return f"a temporary file in {tempfile.gettempdir()}"

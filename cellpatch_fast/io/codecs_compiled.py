@@ -1,0 +1,74 @@
+"""The codecs that no library undoes outside the GIL, as loops compiled by Numba."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+
+@njit(nogil=True, cache=True)
+def accumulate(values: np.ndarray) -> None:
+    """Replace unsigned differences by their running sums, which wrap around."""
+    total = values[0]
+    for position in range(1, len(values)):
+        total = values[position] = total + values[position]
+
+
+@njit(nogil=True, cache=True)
+def unshuffle(packed: np.ndarray, out: np.ndarray, element: int) -> None:
+    """Put the bytes of each element of ``element`` bytes together again; both uint8, as long.
+
+    What is left over behind the last whole element is not shuffled.
+    """
+    count = len(out) // element
+    if element == 4:  # four streams in one pass, which is what the compiler makes vectors of
+        for place in range(count):
+            out[4 * place] = packed[place]
+            out[4 * place + 1] = packed[count + place]
+            out[4 * place + 2] = packed[2 * count + place]
+            out[4 * place + 3] = packed[3 * count + place]
+    else:
+        for byte in range(element):
+            for place in range(count):
+                out[element * place + byte] = packed[byte * count + place]
+    out[element * count :] = packed[element * count :]
+
+
+@njit(nogil=True, cache=True)
+def unpack_lzf(packed: np.ndarray, out: np.ndarray) -> int:
+    """Decode a block of LibLZF, uint8 to uint8; returns the bytes written.
+
+    The block is a sequence of literal runs (a byte below 32: one less than their length) and of
+    copies from what was decoded before (3 bits of length, 13 of distance, and a byte more of
+    length where its 3 bits are all set). A block that would read or write out of bounds is
+    damaged: -1.
+    """
+    source, target = 0, 0
+    while source < len(packed):
+        control = np.int64(packed[source])
+        source += 1
+        if control < 32:
+            length = control + 1
+            if source + length > len(packed) or target + length > len(out):
+                return -1
+            for _ in range(length):
+                out[target] = packed[source]
+                source += 1
+                target += 1
+            continue
+        length = control >> 5
+        if source + 1 + (length == 7) > len(packed):
+            return -1
+        if length == 7:
+            length += np.int64(packed[source])
+            source += 1
+        start = target - ((control & 31) << 8) - np.int64(packed[source]) - 1
+        source += 1
+        length += 2
+        if start < 0 or target + length > len(out):
+            return -1
+        for _ in range(length):  # may overlap: it repeats what it has just written
+            out[target] = out[start]
+            start += 1
+            target += 1
+    return target
