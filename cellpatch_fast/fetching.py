@@ -2,8 +2,7 @@
 
 A source of cells is one of `TokenRows` (a token store), `CsrRows` or `DenseRows` (a matrix, to be
 tokenised). The loader asks it for a *part*, the rows that a window takes from it, and a worker
-then calls two methods on that: `Part.lengths` reads as much as it takes to say how many entries
-each cell has, and `Part.write` puts them where the cells belong in the window.
+then has `Part.write` read, decode and tokenise them into the window's memory.
 
 - A chunk is decoded straight into place where all of it is wanted in one piece; otherwise beside,
   and what is wanted is copied out while it is in the cache.
@@ -35,14 +34,12 @@ BESIDE_BYTES = 1 << 20  # of chunks that are decoded beside their place at a tim
 class Part(Protocol):
     """The rows that a window takes from one source."""
 
-    unknown: np.ndarray
-    """int64 [cells]: entries left out of each cell, once `lengths` has been called."""
+    def write(self, genes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Write the cells one behind the other, to the start of ``genes`` and ``values``.
 
-    def lengths(self) -> np.ndarray:
-        """int64 [cells]: how many entries each cell has."""
-
-    def write(self, places: np.ndarray, genes: np.ndarray, values: np.ndarray) -> None:
-        """Write each cell to where its place in ``genes`` and ``values`` starts."""
+        Those have room for the rows' stored entries. Returns how many entries each cell has and
+        how many were left out of it, int64 [cells].
+        """
 
 
 class Rows(Protocol):
@@ -91,7 +88,9 @@ class TokenRows:
 
     def __init__(self, name: str, offsets: np.ndarray, genes: Chunks, values: Chunks) -> None:
         self.offsets = offsets
-        self.types = _signed(genes.dtype), values.dtype
+        # 32 bits are int32 to the rest, as the tokens that are made of a matrix
+        self.stored_genes = genes.dtype
+        self.types = np.dtype(np.int32) if genes.dtype == np.uint32 else genes.dtype, values.dtype
         self._arrays = [_Array(name, offsets, chunks) for chunks in (genes, values)]
         self.fixed_bytes = sum(array.chunk_bytes for array in self._arrays)
 
@@ -106,18 +105,16 @@ class TokenRows:
 class _TokenPart:
     def __init__(self, source: TokenRows, rows: np.ndarray, shared: Sequence[Shared]) -> None:
         self._source, self._rows, self._shared = source, rows, shared
-        self.unknown = np.zeros(len(rows), np.int64)
 
-    def lengths(self) -> np.ndarray:
-        offsets = self._source.offsets
-        return offsets[self._rows + 1] - offsets[self._rows]
-
-    def write(self, places: np.ndarray, genes: np.ndarray, values: np.ndarray) -> None:
-        order = np.argsort(self._rows, kind="stable")  # a chunk at a time
-        rows, places = self._rows[order], places[order]
-        targets = genes.view(self._source._arrays[0].chunks.dtype), values
-        for array, shared, target in zip(self._source._arrays, self._shared, targets, strict=True):
-            array.gather(rows, places, target, shared)
+    def write(self, genes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        source, rows = self._source, self._rows
+        lengths = source.offsets[rows + 1] - source.offsets[rows]
+        places = np.cumsum(lengths) - lengths
+        order = np.argsort(rows, kind="stable")  # a chunk at a time
+        targets = genes.view(source.stored_genes), values
+        for array, shared, target in zip(source._arrays, self._shared, targets, strict=True):
+            array.gather(rows[order], places[order], target, shared)
+        return lengths, np.zeros(len(rows), np.int64)
 
 
 class CsrRows:
@@ -149,8 +146,7 @@ class CsrRows:
             for array in (matrix.indices, matrix.data)
         ]
         stored = sum(array.chunks.dtype.itemsize for array in self._arrays)
-        converted = 12  # at most: int32 columns and float64 values
-        self.entry_bytes = stored + converted + sum(dtype.itemsize for dtype in self.types)
+        self.entry_bytes = stored + 12  # at most: int32 columns and float64 values made of them
         self.fixed_bytes = sum(array.chunk_bytes for array in self._arrays)
 
     def part(self, rows: np.ndarray, *, in_order: bool) -> Part:
@@ -168,8 +164,10 @@ class CsrRows:
             array.gather(rows, indptr[:-1], target, shares)
         return CellBlock(0, indptr, signed_indices(columns), numbers(values), rows)
 
-    def tokenize(self, block: CellBlock) -> Tokenized:
-        return tokenize(block, *self._settings)
+    def tokenize(
+        self, block: CellBlock, order: np.ndarray, into: tuple[np.ndarray, np.ndarray]
+    ) -> Tokenized:
+        return tokenize(block, *self._settings, order=order, into=into)
 
     def close(self) -> None:
         for array in self._arrays:
@@ -180,14 +178,11 @@ class _CsrPart:
     def __init__(self, source: CsrRows | DenseRows, rows: np.ndarray, shared: Any) -> None:
         self._source, self._rows, self._shared = source, rows, shared
 
-    def lengths(self) -> np.ndarray:
-        rows, self._which = np.unique(self._rows, return_inverse=True)
-        self._made = self._source.tokenize(self._source.read(rows, self._shared))
-        self.unknown = self._made.unknown[self._which]
-        return self._made.lengths[self._which]
-
-    def write(self, places: np.ndarray, genes: np.ndarray, values: np.ndarray) -> None:
-        self._made.pack(self._which, places, genes, values)
+    def write(self, genes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows, order = np.unique(self._rows, return_inverse=True)
+        block = self._source.read(rows, self._shared)
+        made = self._source.tokenize(block, order, (genes, values))
+        return np.diff(made.offsets), made.unknown
 
 
 class DenseRows(CsrRows):
@@ -216,9 +211,8 @@ class DenseRows(CsrRows):
         self.types = token_types(preprocessing, vocabulary_size)
         self._settings = (tokens, preprocessing, kind, vocabulary_size, name, gene_names)
         self._arrays = [_Array(matrix.name, self.offsets, chunks_of(matrix.array))]
-        # If no value is 0: the values, their places, columns and copies, and the tokens.
-        values = self._arrays[0].chunks.dtype.itemsize
-        self.entry_bytes = 3 * values + 8 + 8 + 12 + sum(dtype.itemsize for dtype in self.types)
+        # If no value is 0: the values, their places, columns, and copies of both.
+        self.entry_bytes = 2 * self._arrays[0].chunks.dtype.itemsize + 8 + 8 + 12
         self.fixed_bytes = self._arrays[0].chunk_bytes
 
     def read(self, rows: np.ndarray, shared: Sequence[Shared]) -> CellBlock:
@@ -341,11 +335,6 @@ def _size(chunks: Chunks, chunk: int) -> int:
     return min(chunks.chunk, chunks.length - chunk * chunks.chunk)
 
 
-def _signed(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Tokens of 32 bits are int32, as those that are made of a matrix."""
-    return np.dtype(np.int32) if dtype == np.uint32 else dtype
-
-
 _kept = threading.local()  # the buffers of a worker; they go with it
 
 
@@ -393,10 +382,18 @@ def _split(starts: Any, stops: Any, places: Any, chunk: int) -> Any:
 
 
 @njit(nogil=True, cache=True)
+def copy_rows(source: Any, starts: Any, stops: Any, target: Any, places: Any) -> None:
+    """Copy ``source[starts[r] : stops[r]]`` to where ``places[r]`` says, for each row ``r``."""
+    for row in range(len(starts)):
+        length = stops[row] - starts[row]
+        target[places[row] : places[row] + length] = source[starts[row] : stops[row]]
+
+
+@njit(nogil=True, cache=True)
 def _copy(source: Any, pieces: Any, target: Any) -> None:
     for piece in range(len(pieces)):
         start, length, place = pieces[piece, 1], pieces[piece, 2], pieces[piece, 3]
         target[place : place + length] = source[start : start + length]
 
 
-__all__ = ["CsrRows", "DenseRows", "Part", "Rows", "TokenRows"]
+__all__ = ["CsrRows", "DenseRows", "Part", "Rows", "TokenRows", "copy_rows"]

@@ -1,6 +1,7 @@
 """From blocks of a cell x gene matrix to ragged cells: normalise, log, clip, round, drop zeros.
 
-The paper's preprocessing, in one pass over the entries and without a dense or a logged copy:
+The paper's preprocessing, cell by cell in the fastest cache and without a dense or a logged copy
+(some 280 million entries/s of ordered, known genes on one core at 2.5 GHz):
 
 - A cell's library size is the float64 sum over *all* its entries, also those of genes that the
   vocabulary lacks. An entry's normalised count is the float64 product count · (target_sum /
@@ -51,8 +52,7 @@ from .detect import (
     readable_block,
 )
 from .errors import InputError
-from .kernels.threads import run_blocks
-from .packing import pack_in_order
+from .packing import digit_bits, order_entries
 
 if TYPE_CHECKING:
     from .io.sources import CellBlock
@@ -66,8 +66,6 @@ __all__ = [
     "detect_input",
     "tokenize",
 ]
-
-CELLS_PER_TASK = 64  # some 0.1 to 1 ms of work between two tickets of a thread
 
 
 @dataclass(frozen=True)
@@ -115,29 +113,24 @@ class Preprocessing:
 
 @dataclass(frozen=True, eq=False)
 class Tokenized:
-    """The tokens of a block's cells, still where they lie in the block.
+    """Cells as tokens and values.
 
     Parameters
     ----------
-    starts
-        int64 [cells]: where a cell's entries start.
-    lengths
-        int64 [cells]: how many it has, with known genes. Empty cells keep their place.
-    unknown
-        int64 [cells]: its non-zero entries that were left out because the vocabulary lacks
-        their gene.
+    offsets
+        int64 [cells + 1]: cell ``c`` has the entries ``offsets[c] : offsets[c + 1]``, ordered by
+        gene, then by value. Cells without known genes keep their place.
     genes, values
-        uint16 or int32, and uint8 (discrete) or float32 (continuous) [entries of the block].
-    vocabulary_size
-        The highest token plus one.
+        uint16 or int32, and uint8 (discrete) or float32 (continuous) [entries].
+    unknown
+        int64 [cells]: the non-zero entries of a cell that were left out because the vocabulary
+        lacks their gene.
     """
 
-    starts: np.ndarray  # [c]
-    lengths: np.ndarray  # [c]
-    unknown: np.ndarray  # [c]
+    offsets: np.ndarray  # [c + 1]
     genes: np.ndarray  # [n]
     values: np.ndarray  # [n]
-    vocabulary_size: int
+    unknown: np.ndarray  # [c]
 
     @property
     def unknown_entries(self) -> int:
@@ -146,30 +139,12 @@ class Tokenized:
 
     @property
     def empty_cells(self) -> int:
-        return int((self.lengths == 0).sum())
+        return int((np.diff(self.offsets) == 0).sum())
 
     @property
     def cells(self) -> RaggedCells:
-        """All cells in order, packed: each cell's entries ordered by gene, then by value."""
-        offsets = np.concatenate([[0], np.cumsum(self.lengths)])  # [c + 1]
-        genes, values = (np.empty(offsets[-1], array.dtype) for array in (self.genes, self.values))
-        self.pack(np.arange(len(self.lengths)), offsets[:-1], genes, values)
-        return RaggedCells(*(torch.from_numpy(array) for array in (offsets, genes, values)))
-
-    def pack(
-        self, cells: np.ndarray, places: np.ndarray, genes: np.ndarray, values: np.ndarray
-    ) -> None:
-        """Write each of ``cells`` to where its place in ``genes`` and ``values`` starts."""
-        pack_in_order(
-            self.starts[cells],
-            self.lengths[cells],
-            self.genes,
-            self.values,
-            self.vocabulary_size,
-            places=places,
-            packed_genes=genes,
-            packed_values=values,
-        )
+        arrays = (self.offsets, self.genes, self.values)
+        return RaggedCells(*(torch.from_numpy(array) for array in arrays))
 
 
 def token_types(preprocessing: Preprocessing, vocabulary_size: int) -> tuple[np.dtype, np.dtype]:
@@ -186,8 +161,11 @@ def tokenize(
     vocabulary_size: int,
     name: str,
     gene_names: Sequence[str] | None = None,
+    *,
+    order: np.ndarray | None = None,
+    into: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Tokenized:
-    """Turn a block of rows into ragged cells.
+    """Turn a block of rows into ragged cells, in the calling thread and without the GIL.
 
     Parameters
     ----------
@@ -206,11 +184,17 @@ def tokenize(
         What to call the matrix in messages (its file).
     gene_names
         Names of the columns, for messages.
+    order
+        int64 [cells]: rows of the block, in the order in which they become cells; one may come
+        several times. By default all, as they are.
+    into
+        Arrays for genes and values, of the types of `token_types` and at least as long as the
+        cells' entries in the block; new ones by default.
 
     Returns
     -------
     Tokenized
-        Tokens and values, and what was left out; `Tokenized.cells` makes ragged cells of them.
+        Tokens and values, at the start of ``into``, and what was left out.
 
     Raises
     ------
@@ -222,34 +206,26 @@ def tokenize(
     tokens = np.ascontiguousarray(tokens, dtype=np.int32)
     if len(tokens) and tokens.max() >= vocabulary_size:
         raise ValueError(f"token {tokens.max()} in a vocabulary of size {vocabulary_size}")
-    cells, entries = len(block), len(block.data)
-    given, floating = block.data, floating_type(block.data.dtype)
-    if given.dtype != floating or not given.flags.c_contiguous:  # to be converted by the threads
-        block = dataclasses.replace(block, data=np.empty(entries, floating))
-    discrete, logged = preprocessing.discrete, kind == "lognorm"
-    boundaries = _boundaries(preprocessing, logged) if discrete else np.empty(0)
-    clip = math.inf if preprocessing.value_clip is None else preprocessing.value_clip
-
-    # Every cell is compacted in place, where it lies in the block.
-    types = token_types(preprocessing, vocabulary_size)
-    genes, values = (np.empty(entries, dtype) for dtype in types)  # [n]
-    kept, unknown = np.empty(cells, np.int64), np.empty(cells, np.int64)  # [c]
-
-    def tokenize_range(start: int, stop: int) -> None:
-        if block.data is not given:
-            part = slice(block.indptr[start], block.indptr[stop])
-            block.data[part] = given[part]
-        _tokenize_cells(
-            *(block.indptr, block.indices, block.data, tokens),
-            *(preprocessing.target_sum, logged, discrete, boundaries, clip),
-            *(genes, values, kept, unknown, start, stop),
-        )
-
-    run_blocks(tokenize_range, cells, CELLS_PER_TASK)
-    refused = np.flatnonzero(kept < 0)
-    if len(refused):
-        raise _explain(block, int(refused[0]), len(tokens), name, gene_names)
-    return Tokenized(block.indptr[:-1], kept, unknown, genes, values, vocabulary_size)
+    floating = np.ascontiguousarray(block.data, floating_type(block.data.dtype))
+    block = dataclasses.replace(block, data=floating)
+    order = np.arange(len(block)) if order is None else order
+    lengths = np.diff(block.indptr)[order]
+    if into is None:
+        types = token_types(preprocessing, vocabulary_size)
+        into = np.empty(lengths.sum(), types[0]), np.empty(lengths.sum(), types[1])
+    logged = kind == "lognorm"
+    offsets, unknown = np.zeros(len(order) + 1, np.int64), np.empty(len(order), np.int64)
+    refused = _tokenize_cells(
+        *(block.indptr, block.indices, block.data, order, tokens),
+        *(preprocessing.target_sum, logged, preprocessing.discrete),
+        _boundaries(preprocessing, logged) if preprocessing.discrete else np.empty(0),
+        math.inf if preprocessing.value_clip is None else preprocessing.value_clip,
+        *(*into, offsets, unknown, int(lengths.max(initial=0)), digit_bits(vocabulary_size)),
+    )
+    if refused >= 0:
+        raise _explain(block, int(order[refused]), len(tokens), name, gene_names)
+    genes, values = (array[: offsets[-1]] for array in into)
+    return Tokenized(offsets, genes, values, unknown)
 
 
 @lru_cache
@@ -283,60 +259,114 @@ def _expm1_rounded_up(x: float) -> float:
 
 @njit(nogil=True, cache=True)
 def _tokenize_cells(
-    indptr: Any,  # [c + 1]
+    indptr: Any,  # [rows + 1]
     indices: Any,  # [n]
     data: Any,  # [n]
+    order: Any,  # [c]
     tokens: Any,  # [columns]
     target_sum: float,
     logged: bool,
     discrete: bool,
     boundaries: Any,  # [largest value]
     clip: float,
-    genes: Any,  # [n], filled from each cell's first entry on
-    values: Any,  # [n], likewise
-    kept: Any,  # [c], -1 for a cell that is refused
-    unknown: Any,  # [c]
-    start: int,
-    stop: int,
-) -> None:
-    for cell in range(start, stop):
+    genes: Any,  # to be filled
+    values: Any,  # likewise
+    offsets: Any,  # [c + 1], likewise
+    unknown: Any,  # [c], likewise
+    longest: int,
+    digit: int,
+) -> int:
+    """Write one cell behind the other; returns the place in ``order`` that is refused, or -1."""
+    half_genes, half_values = np.empty(longest, genes.dtype), np.empty(longest, values.dtype)
+    counts = np.empty(1 << digit, np.uint32)
+    thresholds = np.empty(len(boundaries), data.dtype)
+    for place in range(len(order)):
+        cell = order[place]
         entries = slice(indptr[cell], indptr[cell + 1])
-        row, columns, out = data[entries], indices[entries], values[entries]
-        library, valid = _library_size(row, columns, len(tokens))
+        row, columns = data[entries], indices[entries]
+        start = offsets[place]
+        stop = start + len(row)  # unless some entries are left out
+        library = _library_size(row)
         scale = 1.0
         if not logged and library > 0:
             scale = target_sum / library
-        if not (valid and library < np.inf and scale < np.inf):
-            kept[cell] = -1
-            continue
+        if not (_is_valid(row, columns, len(tokens)) and library < np.inf and scale < np.inf):
+            return place
         if discrete:
-            _count_boundaries(row, scale, boundaries, out)
+            _find_thresholds(boundaries, scale, thresholds)
+            _count_thresholds(row, thresholds, values[start:stop])
         else:
-            _clip_values(row, scale, logged, clip, out)
-        kept[cell], unknown[cell] = _keep_known(row, columns, tokens, genes[entries], out)
+            _clip_values(row, scale, logged, clip, values[start:stop])
+        unknown[place] = 0
+        if not _look_up(row, columns, tokens, genes[start:stop]):
+            kept, unknown[place] = _keep_known(
+                row, columns, tokens, genes[start:stop], values[start:stop]
+            )
+            stop = start + kept
+        order_entries(genes[start:stop], values[start:stop], half_genes, half_values, counts)
+        offsets[place + 1] = stop
+    return -1
 
 
 @njit(nogil=True, cache=True)
-def _library_size(row: Any, columns: Any, genes: int) -> tuple[float, bool]:
-    """The sum of a cell, and whether no entry is negative or of a column that does not exist.
+def _library_size(row: Any) -> float:
+    """The sum of a cell; infinite or not a number if an entry is.
 
-    One entry that is infinite or not a number shows in the sum. Summed in the order of the
-    entries, whatever the machine's vector width.
+    Eight sums, whatever the machine's vector width: entry e belongs to the sum e % 8.
     """
-    library = 0.0
-    wrong = 0
-    for entry in range(len(row)):
-        library += row[entry]
-        wrong += (row[entry] < 0) | (np.uint64(columns[entry]) >= np.uint64(genes))
-    return library, wrong == 0
+    a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = 0.0
+    whole = len(row) // 8 * 8
+    for entry in range(0, whole, 8):
+        a0 += row[entry]
+        a1 += row[entry + 1]
+        a2 += row[entry + 2]
+        a3 += row[entry + 3]
+        a4 += row[entry + 4]
+        a5 += row[entry + 5]
+        a6 += row[entry + 6]
+        a7 += row[entry + 7]
+    for entry in range(whole, len(row)):
+        a0 += row[entry]
+    return ((a0 + a1) + (a2 + a3)) + ((a4 + a5) + (a6 + a7))
 
 
 @njit(nogil=True, cache=True)
-def _count_boundaries(row: Any, scale: float, boundaries: Any, out: Any) -> None:
+def _is_valid(row: Any, columns: Any, genes: int) -> bool:
+    """Whether no entry is negative or of a column that does not exist."""
+    if not len(row):
+        return True
+    lowest, first, last = row[0], columns[0], columns[0]
+    for entry in range(len(row)):
+        lowest = min(lowest, row[entry])
+        first = min(first, columns[entry])
+        last = max(last, columns[entry])
+    return not lowest < 0 and first >= 0 and last < genes
+
+
+@njit(nogil=True, cache=True)
+def _find_thresholds(boundaries: Any, scale: float, thresholds: Any) -> None:
+    """The smallest numbers whose product with ``scale`` reaches each of the ``boundaries``.
+
+    The product in float64 never decreases when the number grows, so comparing numbers, which
+    needs neither a product nor float64, is the same as comparing products.
+    """
+    ends = np.empty(2, thresholds.dtype)  # of the type's own infinities, which set the step
+    ends[0], ends[1] = -np.inf, np.inf
+    for place in range(len(boundaries)):
+        boundary = boundaries[place]
+        thresholds[place] = boundary / scale  # off by a rounding or two
+        while thresholds[place] * scale >= boundary:
+            thresholds[place] = np.nextafter(thresholds[place], ends[0])
+        while thresholds[place] * scale < boundary:
+            thresholds[place] = np.nextafter(thresholds[place], ends[1])
+
+
+@njit(nogil=True, cache=True)
+def _count_thresholds(row: Any, thresholds: Any, out: Any) -> None:
     out[:] = 0
-    for boundary in boundaries:
+    for threshold in thresholds:
         for entry in range(len(row)):
-            out[entry] += row[entry] * scale >= boundary
+            out[entry] += row[entry] >= threshold
 
 
 @njit(nogil=True, cache=True)
@@ -347,12 +377,25 @@ def _clip_values(row: Any, scale: float, logged: bool, clip: float, out: Any) ->
 
 
 @njit(nogil=True, cache=True)
+def _look_up(row: Any, columns: Any, tokens: Any, genes: Any) -> bool:
+    """Write the token of every entry; whether all are known and none of the values is 0."""
+    signs, zeros = np.int32(0), 0
+    for entry in range(len(row)):
+        token = tokens[np.uint32(columns[entry])]  # unsigned: no counting from the end
+        genes[entry] = token
+        signs |= token
+    for entry in range(len(row)):
+        zeros += row[entry] == 0
+    return signs >= 0 and zeros == 0
+
+
+@njit(nogil=True, cache=True)
 def _keep_known(row: Any, columns: Any, tokens: Any, genes: Any, values: Any) -> tuple[int, int]:
     """Move the non-zero entries of known genes to the front; how many they are, and the others."""
     kept = 0
     present = 0
     for entry in range(len(row)):
-        token = tokens[columns[entry]]
+        token = tokens[np.uint32(columns[entry])]
         genes[kept] = token  # overwritten by the next entry unless this one is kept
         values[kept] = values[entry]
         present += row[entry] != 0

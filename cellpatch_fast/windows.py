@@ -21,7 +21,7 @@ import torch
 
 from .cells import RaggedCells
 from .errors import InputError
-from .fetching import Part, Rows
+from .fetching import Part, Rows, copy_rows
 from .masking import MaskCounts, Masked
 from .sampling import Chosen, Window
 from .slots import Slot, Slots, slot_bytes
@@ -75,14 +75,15 @@ class Plan:
     rows
         int64 [cells]: its cells' rows in all sources together.
     parts
-        The rows of each source that it needs, with their places in the window.
+        The rows of each source that it needs, with their places in the window and how many
+        entries they have at most.
     size
         Bytes of memory, at most.
     """
 
     window: Window
     rows: np.ndarray
-    parts: list[tuple[Part, np.ndarray]]
+    parts: list[tuple[Part, np.ndarray, int]]
     size: int
 
 
@@ -154,26 +155,22 @@ class Assembly:
             source, local = self._sources[which], rows[places] - self._starts[which]
             entries = int((source.offsets[local + 1] - source.offsets[local]).sum())
             size += entries * source.entry_bytes + self._slot_bytes(entries, len(local))
-            parts.append((source.part(local, in_order=self._in_order), places))
+            parts.append((source.part(local, in_order=self._in_order), places, entries))
+        if len(parts) > 1:
+            size *= 2  # each is made on its own
         if self._mask is not None:
             size *= 3  # what the encoder and the decoder get, at most
         return Plan(window, rows, parts, size)
 
     def batches(self, plan: Plan, slots: Slots) -> list[Sent]:
         """The batches of a window, on their way to the device; runs in a worker."""
-        lengths, unknown = (np.empty(len(plan.rows), np.int64) for _ in range(2))
-        for part, places in plan.parts:
-            lengths[places] = part.lengths()
-            unknown[places] = part.unknown
-        offsets = np.concatenate([[0], np.cumsum(lengths)])  # [c + 1]
-        entries = int(offsets[-1])
-        slot = slots.take(self._slot_bytes(entries, len(lengths)))
+        room = sum(entries for _, _, entries in plan.parts)
+        slot = slots.take(self._slot_bytes(room, len(plan.rows)))
         genes, values = (
-            slot.tensor(entries, torch.from_numpy(np.empty(0, dtype)).dtype)
-            for dtype in self._types
+            slot.tensor(room, torch.from_numpy(np.empty(0, dtype)).dtype) for dtype in self._types
         )
-        for part, places in plan.parts:
-            part.write(offsets[:-1][places], genes.numpy(), values.numpy())
+        lengths, unknown = _write(plan, genes.numpy(), values.numpy())
+        offsets = np.concatenate([[0], np.cumsum(lengths)])  # [c + 1]
         cuts = zip(plan.window.cuts[:-1].tolist(), plan.window.cuts[1:].tolist(), strict=True)
         made = []
         for start, stop in cuts:
@@ -230,6 +227,24 @@ class Assembly:
         """Of the entries, and of the offsets of batches of one cell at the worst."""
         offsets = cells * (2 * 8 + 64)
         return offsets + slot_bytes(*((entries, dtype) for dtype in self._types))
+
+
+def _write(plan: Plan, genes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Write a window's cells one behind the other; their entries and those left out."""
+    if len(plan.parts) == 1:
+        return plan.parts[0][0].write(genes, values)
+    lengths, unknown = (np.empty(len(plan.rows), np.int64) for _ in range(2))
+    made = []
+    for part, places, entries in plan.parts:
+        own = np.empty(entries, genes.dtype), np.empty(entries, values.dtype)
+        lengths[places], unknown[places] = part.write(*own)
+        made.append(own)
+    starts = np.cumsum(lengths) - lengths
+    for (_, places, _), own in zip(plan.parts, made, strict=True):
+        ends = np.cumsum(lengths[places])
+        for source, target in zip(own, (genes, values), strict=True):
+            copy_rows(source, ends - lengths[places], ends, target, starts[places])
+    return lengths, unknown
 
 
 def run(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellpatch_fast.io.sources import CellBlock
-from cellpatch_fast.packing import pack_in_order
+from cellpatch_fast.packing import digit_bits, order_entries
 from cellpatch_fast.tokens import InputKind, Preprocessing, tokenize
 
 # Vocabularies of one gene, of the human genes, and around the ends of a digit and of uint16.
@@ -19,28 +19,18 @@ Cell = list[tuple[int, float]]  # tokens and values
 
 
 def pack(cells: list[Cell], vocabulary: int, dtype: str) -> tuple[np.ndarray, ...]:
-    """The cells packed from arrays in which something else lies behind each of them."""
-    starts: list[int] = []
-    genes: list[int] = []
-    values: list[float] = []
-    for gap, cell in enumerate(cells):
-        starts.append(len(genes))
-        genes += [token for token, _ in cell] + [0] * (gap % 3)
-        values += [value for _, value in cell] + [0.0] * (gap % 3)
-    lengths = np.array([len(cell) for cell in cells], np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    unpacked = (
-        np.array(genes, np.uint16 if vocabulary < 1 << 16 else np.int32),
-        np.array(values, dtype),
+    """The cells, each ordered where it lies among the others."""
+    offsets = np.cumsum([0, *map(len, cells)])
+    genes = np.array(
+        [token for cell in cells for token, _ in cell],
+        np.uint16 if vocabulary < 1 << 16 else np.int32,
     )
-    packed = [np.empty(offsets[-1], array.dtype) for array in unpacked]
-    pack_in_order(
-        *(np.array(starts, np.int64), lengths, *unpacked, vocabulary + 1),
-        places=offsets[:-1],
-        packed_genes=packed[0],
-        packed_values=packed[1],
-    )
-    return offsets, *packed
+    values = np.array([value for cell in cells for _, value in cell], dtype)
+    room = np.empty_like(genes), np.empty_like(values)
+    counts = np.empty(1 << digit_bits(vocabulary + 1), np.uint32)
+    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+        order_entries(genes[start:stop], values[start:stop], *room, counts)
+    return offsets, genes, values
 
 
 def assert_in_order(packed: tuple[np.ndarray, ...], cells: list[Cell], dtype: str) -> None:
