@@ -8,26 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
 from .io.embeddings import ATTRIBUTE
-from .io.partial import JOURNAL, finished_facts, unfinished_facts
+from .io.partial import finished_facts, partial_of, unfinished_facts
+from .io.token_store import KIND, TokenStore, is_token_store
 
 if TYPE_CHECKING:
     from .io.sources import CellSource
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Facts about a model directory, an AnnData file or an embedding store, in reading order.
+    """Facts about a model directory, an AnnData file or one of our stores, in reading order.
 
     Raises
     ------
     InputError
         If there is nothing at ``path``, or nothing that we know.
     """
-    if (path / JOURNAL).is_file():
-        return _unfinished(path)
+    if journal := unfinished_facts(path if path.exists() else partial_of(path)):
+        return _unfinished(journal)
     if (path / "config.json").is_file():
         return _model(path)
     if (facts := finished_facts(path, ATTRIBUTE)) is not None:
         return _store(path, facts)
+    if is_token_store(path):
+        with TokenStore(path) as store:
+            return {"kind": "token store"} | store.describe()
     from .io.sources import open_source
 
     with open_source(path) as source:
@@ -60,12 +64,11 @@ def _store(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
     return described | facts["counts"] | facts["settings"] | written_by
 
 
-def _unfinished(path: Path) -> dict[str, Any]:
-    journal = unfinished_facts(path)
-    assert journal is not None
+def _unfinished(journal: dict[str, Any]) -> dict[str, Any]:
+    done = journal["done"]
     return {
-        "kind": "unfinished embedding store (the command that began it finishes it)",
-        "shards done": len(journal["done"]),
+        "kind": f"unfinished {journal['kind']} (the command that began it finishes it)",
+        "shards done": len(done["shards"] if journal["kind"] == KIND else done),
         **journal["settings"],
         "written by": f"cellpatch-fast {journal['version']}",
     }

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import InputError
 from .io.partial import finished_facts, is_taken
+
+if TYPE_CHECKING:
+    from .streams import Stream
 
 
 def input_paths(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -70,3 +74,11 @@ def output_path(output: str | Path, inputs: Sequence[Path], kind: str, attribute
         if taken.resolve() in (path.resolve(), *path.resolve().parents):
             raise InputError(f"the output {path} lies within the input {taken}: choose another")
     return path
+
+
+def describe_input(path: Path, stream: Stream) -> str:
+    """An input, for people; another string if anything about it is different."""
+    return (
+        f"{path.name}: {stream.n_cells} cells, {stream.n_genes} genes, {stream.kind}, "
+        f"fingerprint {stream.fingerprint()[:16]}"
+    )

@@ -124,10 +124,10 @@ class EmbeddingWriter(PartialStore):
         self._array: zarr.Array[Any] = self._root[f"obsm/{self.key}"]  # type: ignore[assignment]
         assert self._array.shards is not None
         self.shard_rows = self._array.shards[0]
-        for shard, counts in done.items():
-            file = self._shard_file(int(shard))
+        for shard, counts in ((int(number), counts) for number, counts in done.items()):
+            file = self._shard_file(shard)
             if file.is_file() and file.stat().st_size == counts["bytes"]:
-                self._shards[int(shard)] = counts
+                self._shards[shard] = counts
         for shard in self.missing:
             shutil.rmtree(self._shard_file(shard).parent, ignore_errors=True)
         for leftover in self.store.glob("*.partial"):

@@ -6,7 +6,9 @@ rows. What anndata encodes comes out as it went in: numbers, truth values, categ
 order, nullable columns. Files of anndata < 0.8 encode tables otherwise and are read whole.
 
 The rows of several inputs follow each other, as `anndata.concat` with ``join="outer"`` would
-have them: a column that an input lacks is missing there.
+have them: a column that an input lacks is missing there. They can be put into another order. For
+strings that means reading a column as often as it has `SORTED_ROWS` rows, each time keeping those
+that come next.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ logger = logging.getLogger("cellpatch_fast")
 
 SOURCE_COLUMN = "cellpatch_input"  # tells several inputs apart
 ROWS = 65_536  # of a column of strings that are in memory at a time, and of its chunks
+SORTED_ROWS = 1 << 22  # of a column of strings that is put into another order, at a time
 
 
 class Table(Protocol):
@@ -140,7 +143,12 @@ class StoredTable:
         return self._container.element(f"{self._key}/{column}")
 
 
-def write_obs(root: zarr.Group, tables: Sequence[Table], names: Sequence[str]) -> None:
+def write_obs(
+    root: zarr.Group,
+    tables: Sequence[Table],
+    names: Sequence[str],
+    rows: np.ndarray | None = None,
+) -> None:
     """Write the group ``obs`` of an AnnData Zarr store.
 
     Parameters
@@ -152,6 +160,9 @@ def write_obs(root: zarr.Group, tables: Sequence[Table], names: Sequence[str]) -
     names
         What each input is called in the column `SOURCE_COLUMN`, which tells several apart; each
         once.
+    rows
+        int64 [cells]: the row of each cell in the store, a permutation. None: cells stay in the
+        order of the inputs.
     """
     import pandas as pd
     from anndata.io import write_elem
@@ -168,38 +179,42 @@ def write_obs(root: zarr.Group, tables: Sequence[Table], names: Sequence[str]) -
     index_name = index_names.pop() if len(index_names) == 1 else "_index"
     index_name = "_index" if index_name in columns else index_name
 
-    order = [*columns, SOURCE_COLUMN] if sources is not None else columns
+    listed = [*columns, SOURCE_COLUMN] if sources is not None else columns
     group = root.create_group(
         "obs",
         attributes={
             "_index": index_name,
-            "column-order": order,
+            "column-order": listed,
             "encoding-type": "dataframe",
             "encoding-version": "0.2.0",
         },
     )
-    _write_texts(group, index_name, [(table, table.index_name) for table in tables])
+    order = None if rows is None else np.argsort(rows)
+    _write_texts(group, index_name, [(table, table.index_name) for table in tables], rows)
     for column in columns:
         if all(column in table.columns and table.is_text(column) for table in tables):
-            _write_texts(group, column, [(table, column) for table in tables])
+            _write_texts(group, column, [(table, column) for table in tables], rows)
         else:
-            write_elem(group, column, _joined(tables, column))
+            values = joined(tables, column)
+            write_elem(group, column, values if order is None else values.take(order))
     if sources is not None:
-        write_elem(group, SOURCE_COLUMN, sources)
+        write_elem(group, SOURCE_COLUMN, sources if order is None else sources.take(order))
 
 
-def _write_texts(group: zarr.Group, name: str, parts: Sequence[tuple[Table, str]]) -> None:
+def _write_texts(
+    group: zarr.Group, name: str, parts: Sequence[tuple[Table, str]], rows: np.ndarray | None
+) -> None:
     """Write a column of strings, range by range."""
-    rows = sum(len(table) for table, _ in parts)
     array = group.create_array(
         name,
-        shape=(rows,),
+        shape=(sum(len(table) for table, _ in parts),),
         dtype=str,
         chunks=(ROWS,),
         attributes={"encoding-type": "string-array", "encoding-version": "0.2.0"},
     )
     done = 0
-    for values in _filled(_ranges(parts), ROWS):
+    pieces = _ranges(parts) if rows is None else _sorted_ranges(parts, rows)
+    for values in _filled(pieces, ROWS):
         array[done : done + len(values)] = values
         done += len(values)
 
@@ -208,6 +223,19 @@ def _ranges(parts: Sequence[tuple[Table, str]]) -> Iterator[np.ndarray]:
     for table, column in parts:
         for start in range(0, len(table), ROWS):
             yield table.texts(column, start, min(start + ROWS, len(table)))
+
+
+def _sorted_ranges(parts: Sequence[tuple[Table, str]], rows: np.ndarray) -> Iterator[np.ndarray]:
+    """The strings in the order of ``rows``, `SORTED_ROWS` at a time."""
+    for first in range(0, len(rows), SORTED_ROWS):
+        chosen = np.empty(min(SORTED_ROWS, len(rows) - first), object)
+        start = 0
+        for piece in _ranges(parts):
+            places = rows[start : start + len(piece)] - first
+            here = (places >= 0) & (places < len(chosen))
+            chosen[places[here]] = piece[here]
+            start += len(piece)
+        yield chosen
 
 
 def _filled(pieces: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -222,7 +250,7 @@ def _filled(pieces: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield held
 
 
-def _joined(tables: Sequence[Table], column: str) -> Any:
+def joined(tables: Sequence[Table], column: str) -> Any:
     """One column of all tables together, missing where a table lacks it."""
     import pandas as pd
     from pandas.api.types import is_numeric_dtype

@@ -1,0 +1,387 @@
+"""The commands of ``cellpatch``, each thin over the Python function of the same name.
+
+A command is a function that describes its options, and one that runs it. Only the latter imports
+what is heavy.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TypeAlias
+
+from .errors import InputError
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+RESUMABLE = "What is done is kept: the same command goes on from there."
+MODEL_HELP = "model directory, or a name on the hub"
+
+
+def _add_embed(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "embed",
+        help="embed the cells of AnnData files",
+        description="Embed every cell of the inputs, in file order and bounded memory. The "
+        "result is an AnnData Zarr store with obs and obsm['X_cellpatch']. Until it is complete "
+        "it is called OUT.zarr.partial; the same command finishes it after an interruption, and "
+        "does nothing when it is finished.",
+        epilog="example: cellpatch embed atlas.h5ad --model my-model --output atlas.zarr",
+    )
+    _add_inputs(parser)
+    parser.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="OUT.zarr", help="the store to make"
+    )
+    _add_reading(parser)
+    parser.add_argument(
+        "--pool",
+        choices=("flatten", "mean"),
+        default="flatten",
+        help="all patch features side by side, or their mean (default: flatten)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the stored embedding (default: float32)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_positive,
+        metavar="N",
+        help="cells per batch at most; changes memory, never the result",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("reference", "numba", "triton"),
+        help="default: the fastest for the device; CELLPATCH_BACKEND sets another default",
+    )
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 … (default: cpu)")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing embedding store, once the new one is complete",
+    )
+    parser.set_defaults(
+        run=_embed,
+        after_interruption=RESUMABLE,
+    )
+
+
+def _embed(parsed: argparse.Namespace) -> None:
+    from . import atlas
+
+    summary = atlas.embed(
+        parsed.inputs,
+        parsed.model,
+        parsed.output,
+        layer=parsed.layer,
+        use_raw=parsed.use_raw,
+        gene_column=parsed.gene_column,
+        input=parsed.values,
+        pool=parsed.pool,
+        dtype=parsed.dtype,
+        batch_size=parsed.batch_size,
+        backend=parsed.backend,
+        device=parsed.device,
+        overwrite=parsed.overwrite,
+    )
+    print(summary)
+
+
+def _add_tokenize(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "tokenize",
+        help="make a token store, which loads as fast as the disk reads",
+        description="Prepare every cell of the inputs for a model, in bounded memory: genes "
+        "become tokens, counts become values. Inputs may have different genes; obs is kept. "
+        "The result is a Zarr store that can be streamed as often as one likes, for embedding or "
+        "(with --shuffle) for training. Until it is complete it is called TOKENS.zarr.partial; "
+        "the same command finishes it after an interruption, and does nothing when it is "
+        "finished.",
+        epilog="example: cellpatch tokenize a.h5ad b.h5ad --vocabulary human --shuffle --output "
+        "tokens.zarr",
+    )
+    _add_inputs(parser)
+    meaning = parser.add_mutually_exclusive_group(required=True)
+    meaning.add_argument(
+        "--model",
+        metavar="DIR",
+        help=f"the model that the tokens are for: {MODEL_HELP}",
+    )
+    meaning.add_argument(
+        "--vocabulary",
+        metavar="V",
+        help="without a model: a vocabulary.json, or 'human' for the bundled human genes",
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="TOKENS.zarr", help="the store to make"
+    )
+    _add_reading(parser)
+    parser.add_argument(
+        "--value-rounding",
+        choices=("round", "truncate", "none"),
+        help="with --vocabulary: how values become integers, or that they stay continuous "
+        "(float16); a model has its own way (default: round)",
+    )
+    parser.add_argument(
+        "--shuffle",
+        action="store_true",
+        help="put the cells of all inputs into one random order; takes 8 bytes of memory per "
+        "cell and, meanwhile, 3 bytes of disk per entry",
+    )
+    parser.add_argument(
+        "--seed", type=_natural, default=0, metavar="N", help="of that order (default: 0)"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing token store, once the new one is complete",
+    )
+    parser.set_defaults(run=_tokenize, after_interruption=RESUMABLE)
+
+
+def _tokenize(parsed: argparse.Namespace) -> None:
+    from . import atlas
+    from .config import CellPatchConfig
+
+    config = None
+    if parsed.value_rounding is not None:
+        config = CellPatchConfig(value_rounding=parsed.value_rounding)
+    summary = atlas.tokenize(
+        parsed.inputs,
+        parsed.output,
+        model=parsed.model,
+        vocabulary=parsed.vocabulary,
+        config=config,
+        layer=parsed.layer,
+        use_raw=parsed.use_raw,
+        gene_column=parsed.gene_column,
+        input=parsed.values,
+        shuffle=parsed.shuffle,
+        seed=parsed.seed,
+        overwrite=parsed.overwrite,
+    )
+    print(summary)
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        type=Path,
+        metavar="INPUT",
+        help="AnnData (.h5ad, .zarr) or 10x (.h5, folder with matrix.mtx); the cells of several "
+        "inputs follow each other",
+    )
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """How the inputs are read."""
+    parser.add_argument("--layer", metavar="L", help="read this layer instead of X")
+    parser.add_argument("--use-raw", action="store_true", help="read raw instead of X")
+    parser.add_argument(
+        "--gene-column",
+        metavar="C",
+        help="column of var with Ensembl IDs or symbols (default: the one that fits best)",
+    )
+    parser.add_argument(
+        "--values",
+        choices=("auto", "counts", "lognorm"),
+        default="auto",
+        help="what the matrix holds: raw counts, or log-normalised values (default: find out)",
+    )
+
+
+def _add_import(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "import-checkpoint",
+        help="make a model directory of a checkpoint of the original code",
+        description="Convert a checkpoint of the original CellPatch code into a model "
+        "directory. Code inside the file is never run.",
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="FILE.pth", help="of a PathFormer or PathFormer_lp"
+    )
+    parser.add_argument(
+        "--args", required=True, type=Path, metavar="ARGS.json", help="arguments of its training"
+    )
+    parser.add_argument(
+        "--vocabulary",
+        required=True,
+        type=Path,
+        metavar="GENE2TOK.json",
+        help="tokens of the genes by their symbols",
+    )
+    _add_model_output(parser)
+    parser.add_argument(
+        "--value-rounding",
+        choices=("round", "truncate", "none"),
+        default="truncate",
+        help="how values become integers; the released code truncates (default: truncate)",
+    )
+    parser.add_argument(
+        "--padded-length",
+        type=_positive,
+        metavar="L",
+        help="apply the attention to padding of cells padded to L genes, as in training with "
+        "the original code (default: no padding)",
+    )
+    parser.set_defaults(run=_import_checkpoint)
+
+
+def _import_checkpoint(parsed: argparse.Namespace) -> None:
+    from .model import CellPatch
+
+    _require_free(parsed.output)
+    model = CellPatch.from_original(
+        parsed.checkpoint,
+        args=parsed.args,
+        vocabulary=parsed.vocabulary,
+        value_rounding=parsed.value_rounding,
+        padded_length=parsed.padded_length,
+    )
+    model.save_pretrained(parsed.output)
+    print(f"{parsed.output}: {len(model.vocabulary):,} genes, {_parameters(model):,} parameters")
+
+
+def _add_new_model(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "new-model",
+        help="make an untrained model",
+        description="Write a model directory with the paper's configuration, the human gene "
+        "vocabulary and random weights.",
+    )
+    _add_model_output(parser)
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the weights (default: 0)"
+    )
+    parser.set_defaults(run=_new_model)
+
+
+def _new_model(parsed: argparse.Namespace) -> None:
+    _require_free(parsed.output)
+    import torch
+
+    from .config import CellPatchConfig
+    from .genes import GeneVocabulary
+    from .model import CellPatch
+
+    torch.manual_seed(parsed.seed)
+    model = CellPatch(CellPatchConfig(), GeneVocabulary.human())
+    model.save_pretrained(parsed.output)
+    print(
+        f"{parsed.output}: untrained, {len(model.vocabulary):,} genes, "
+        f"{_parameters(model):,} parameters"
+    )
+
+
+def _add_model_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="the model directory to make"
+    )
+
+
+def _add_inspect(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="say what a path holds",
+        description="Say what a model directory, an AnnData file, a token store or an embedding "
+        "store holds.",
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="a file or folder")
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(parsed: argparse.Namespace) -> None:
+    from .inspection import describe
+
+    for name, value in describe(parsed.path).items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        print(f"{name}: {shown}")
+
+
+def _add_demo(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="the whole path on a small data set, offline",
+        description="Make an untrained model, embed the 700 blood cells that scanpy bundles, "
+        "and say what is where. Needs the extra 'analysis' and no network.",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("cellpatch-demo"), metavar="DIR",
+        help="default: cellpatch-demo",
+    )  # fmt: skip
+    parser.set_defaults(run=_demo, after_interruption="The same command starts anew.")
+
+
+def _demo(parsed: argparse.Namespace) -> None:
+    from .demo import run_demo
+
+    run_demo(parsed.output)
+
+
+def _add_tune(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="measure the GPU kernels' configurations on this machine's GPU",
+        description="Measure launch configurations on this machine's GPU and keep the fastest, "
+        "which are then used instead of those that are shipped. Takes some minutes, most of them "
+        "for compiling. Embeddings change by rounding.",
+    )
+    parser.add_argument("--device", default="cuda", metavar="D", help="default: cuda")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the file, to be named in CELLPATCH_CONFIGURATIONS (default: "
+        "~/.cache/cellpatch_fast, where it is found)",
+    )
+    parser.set_defaults(run=_tune)
+
+
+def _tune(parsed: argparse.Namespace) -> None:
+    import torch
+
+    from .embedding import usable_device
+    from .kernels import resolve_backend
+
+    device = usable_device(parsed.device)
+    try:
+        resolve_backend("triton", device)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    from .kernels.gpu.tuning import tune
+
+    print(tune(torch.device(device), output=parsed.output))
+
+
+def _parameters(model: object) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())  # type: ignore[attr-defined]
+
+
+def _require_free(directory: Path) -> None:
+    """A model is never overwritten by mistake."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory} exists already: choose another --output or delete it")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {number}")
+    return number
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, found {number}")
+    return number
+
+
+ADD_COMMANDS = (
+    *(_add_embed, _add_tokenize, _add_import, _add_new_model),
+    *(_add_inspect, _add_demo, _add_tune),
+)
