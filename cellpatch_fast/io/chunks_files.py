@@ -58,6 +58,22 @@ class Descriptor:
     def __del__(self) -> None:
         os.close(self.number)
 
+    def fill(self, start: int, buffers: Sequence[memoryview]) -> int:
+        """Read consecutive bytes into ``buffers``; returns their number, less if the file ends."""
+        done = 0
+        for first in range(0, len(buffers), VECTORS):
+            rest = list(buffers[first : first + VECTORS])
+            while rest:
+                count = os.preadv(self.number, rest, start + done)
+                if not count and any(len(buffer) for buffer in rest):
+                    return done
+                done += count
+                while rest and count >= len(rest[0]):
+                    count -= len(rest.pop(0))
+                if rest:
+                    rest[0] = rest[0][count:]
+        return done
+
 
 class LocalFiles:
     """The files of a folder, opened as they are needed."""
@@ -83,10 +99,10 @@ class LocalFiles:
                 start = max(0, size + start)
             stop = size if stop is None else min(stop, size)
             buffer = self._buffer(max(0, stop - start))
-            yield buffer[: _fill(descriptor.number, start, [buffer])]
+            yield buffer[: descriptor.fill(start, [buffer])]
 
     def fill(self, file: str, start: int, buffers: Sequence[memoryview]) -> int:
-        return _fill(self._descriptor(file).number, start, buffers)
+        return self._descriptor(file).fill(start, buffers)
 
     def close(self) -> None:
         with self._lock:
@@ -125,20 +141,3 @@ class LocalFile(LocalFiles):
     def __init__(self, descriptor: int) -> None:
         super().__init__(Path())
         self._open[""] = Descriptor(os.dup(descriptor))
-
-
-def _fill(descriptor: int, start: int, buffers: Sequence[memoryview]) -> int:
-    """Read into ``buffers``; returns the bytes read, fewer where the file ends."""
-    done = 0
-    for first in range(0, len(buffers), VECTORS):
-        rest = list(buffers[first : first + VECTORS])
-        while rest:
-            count = os.preadv(descriptor, rest, start + done)
-            if not count and any(len(buffer) for buffer in rest):
-                return done
-            done += count
-            while rest and count >= len(rest[0]):
-                count -= len(rest.pop(0))
-            if rest:
-                rest[0] = rest[0][count:]
-    return done

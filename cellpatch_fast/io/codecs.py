@@ -187,7 +187,10 @@ class Lzf:
         return out.data
 
     def unpack_into(self, packed: Packed, out: np.ndarray) -> None:
-        _expect(unpack_lzf(_constant(packed), out), len(out))
+        found = unpack_lzf(_constant(packed), out)
+        if found < 0:
+            raise ValueError("it is no whole LZF block")
+        _expect(found, len(out))
 
 
 COPY = Copy()
