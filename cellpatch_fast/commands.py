@@ -28,7 +28,7 @@ def _add_embed(commands: Commands) -> None:
         "does nothing when it is finished.",
         epilog="example: cellpatch embed atlas.h5ad --model my-model --output atlas.zarr",
     )
-    _add_inputs(parser)
+    _add_inputs(parser, " or token stores")
     parser.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
     parser.add_argument(
         "--output", required=True, type=Path, metavar="OUT.zarr", help="the store to make"
@@ -166,14 +166,14 @@ def _tokenize(parsed: argparse.Namespace) -> None:
     print(summary)
 
 
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
+def _add_inputs(parser: argparse.ArgumentParser, others: str = "") -> None:
     parser.add_argument(
         "inputs",
         nargs="+",
-        type=Path,
+        type=_place,
         metavar="INPUT",
-        help="AnnData (.h5ad, .zarr) or 10x (.h5, folder with matrix.mtx); the cells of several "
-        "inputs follow each other",
+        help="AnnData (.h5ad, .zarr, or the address of a .zarr store), 10x (.h5, folder with "
+        f"matrix.mtx){others}; the cells of several inputs follow each other",
     )
 
 
@@ -290,7 +290,7 @@ def _add_inspect(commands: Commands) -> None:
         description="Say what a model directory, an AnnData file, a token store or an embedding "
         "store holds.",
     )
-    parser.add_argument("path", type=Path, metavar="PATH", help="a file or folder")
+    parser.add_argument("path", type=_place, metavar="PATH", help="a file, folder or address")
     parser.set_defaults(run=_inspect)
 
 
@@ -365,6 +365,11 @@ def _require_free(directory: Path) -> None:
     """A model is never overwritten by mistake."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} exists already: choose another --output or delete it")
+
+
+def _place(text: str) -> Path | str:
+    """A path, unless it is an address such as https://..., which a path would change."""
+    return text if "://" in text else Path(text)
 
 
 def _positive(text: str) -> int:

@@ -15,26 +15,29 @@ if TYPE_CHECKING:
     from .io.sources import CellSource
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(place: Path | str) -> dict[str, Any]:
     """Facts about a model directory, an AnnData file or one of our stores, in reading order.
+
+    ``place`` is a path, or the address of a Zarr store.
 
     Raises
     ------
     InputError
-        If there is nothing at ``path``, or nothing that we know.
+        If there is nothing at ``place``, or nothing that we know.
     """
-    if journal := unfinished_facts(path if path.exists() else partial_of(path)):
-        return _unfinished(journal)
-    if (path / "config.json").is_file():
-        return _model(path)
-    if (facts := finished_facts(path, ATTRIBUTE)) is not None:
-        return _store(path, facts)
-    if is_token_store(path):
-        with TokenStore(path) as store:
+    if isinstance(place, Path):
+        if journal := unfinished_facts(place if place.exists() else partial_of(place)):
+            return _unfinished(journal)
+        if (place / "config.json").is_file():
+            return _model(place)
+        if (facts := finished_facts(place, ATTRIBUTE)) is not None:
+            return _embeddings(place, facts)
+    if is_token_store(place):
+        with TokenStore(place) as store:
             return {"kind": "token store"} | store.describe()
     from .io.sources import open_source
 
-    with open_source(path) as source:
+    with open_source(place) as source:
         return {"kind": "cells"} | source.describe() | _usable(source)
 
 
@@ -51,7 +54,7 @@ def _model(path: Path) -> dict[str, Any]:
     }
 
 
-def _store(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def _embeddings(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
     import zarr
 
     described: dict[str, Any] = {"kind": "embedding store"}

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError
+from .io.arrays import is_address
 from .io.partial import finished_facts, is_taken
 
 if TYPE_CHECKING:
     from .streams import Stream
 
 
-def input_paths(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The inputs' paths, each once.
+def input_paths(inputs: str | Path | Sequence[str | Path]) -> list[Path | str]:
+    """The inputs' paths and addresses, each once.
 
     Raises
     ------
@@ -25,7 +26,7 @@ def input_paths(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
     names = list(inputs) if several else [inputs]  # type: ignore[arg-type]
     if not names:
         raise InputError("no input was given")
-    paths: dict[Path, Path] = {}
+    paths: dict[Path | str, Path | str] = {}
     for name in names:
         if not isinstance(name, str | Path):
             raise InputError(
@@ -34,14 +35,16 @@ def input_paths(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
             )
         if not str(name):
             raise InputError("the name of an input is empty: give the path of a file")
-        path = Path(name).expanduser()
-        before = paths.setdefault(path.resolve(), path)
+        path = str(name).rstrip("/") if is_address(name) else Path(name).expanduser()
+        before = paths.setdefault(path.resolve() if isinstance(path, Path) else path, path)
         if before is not path:
             raise InputError(f"{path} was given twice (first as {before}): give each input once")
     return list(paths.values())
 
 
-def output_path(output: str | Path, inputs: Sequence[Path], kind: str, attribute: str) -> Path:
+def output_path(
+    output: str | Path, inputs: Sequence[Path | str], kind: str, attribute: str
+) -> Path:
     """The output's path, if a store can be made there.
 
     Parameters
@@ -60,6 +63,8 @@ def output_path(output: str | Path, inputs: Sequence[Path], kind: str, attribute
     InputError
         If there is something else, or it lies within an input.
     """
+    if is_address(output):
+        raise InputError(f"{output} is an address: stores are written to folders of this machine")
     path = Path(output).expanduser()
     if not str(output) or not path.name:
         raise InputError(f"{str(output)!r} cannot be the output: give the path of a new folder")
@@ -70,15 +75,15 @@ def output_path(output: str | Path, inputs: Sequence[Path], kind: str, attribute
             f"{path} exists and is not {article} {kind}, so it is not replaced: choose another "
             "output, or move it away"
         )
-    for taken in inputs:
+    for taken in (taken for taken in inputs if isinstance(taken, Path)):
         if taken.resolve() in (path.resolve(), *path.resolve().parents):
             raise InputError(f"the output {path} lies within the input {taken}: choose another")
     return path
 
 
-def describe_input(path: Path, stream: Stream) -> str:
+def describe_input(path: Path | str, stream: Stream) -> str:
     """An input, for people; another string if anything about it is different."""
     return (
-        f"{path.name}: {stream.n_cells} cells, {stream.n_genes} genes, {stream.kind}, "
+        f"{Path(path).name}: {stream.n_cells} cells, {stream.n_genes} genes, {stream.kind}, "
         f"fingerprint {stream.fingerprint()[:16]}"
     )

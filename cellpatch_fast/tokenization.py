@@ -123,9 +123,10 @@ def tokenize(
     Parameters
     ----------
     inputs
-        AnnData files (``.h5ad``, ``.zarr``) or 10x output; their cells follow each other in the
-        store. Their genes may differ. Of several inputs, ``obs["cellpatch_input"]`` says which a
-        cell comes from; a column of obs that only some have is missing in the others.
+        AnnData files (``.h5ad``, ``.zarr``, also the address of one) or 10x output; their cells
+        follow each other in the store. Their genes may differ. Of several inputs,
+        ``obs["cellpatch_input"]`` says which a cell comes from; a column of obs that only some
+        have is missing in the others.
     output
         The store to make. Until it is complete it is called ``OUTPUT.partial``; running the same
         again finishes it.
@@ -252,7 +253,7 @@ def _resolved(
 
 
 def _open(
-    path: Path,
+    path: Path | str,
     vocabulary: GeneVocabulary,
     config: CellPatchConfig,
     layer: str | None,

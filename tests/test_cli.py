@@ -20,7 +20,7 @@ from cellpatch_fast.io.embeddings import EmbeddingWriter
 
 from .conftest import GENES, MakeCells
 
-COMMANDS = ("embed", "import-checkpoint", "new-model", "inspect", "demo", "tune")
+COMMANDS = ("embed", "tokenize", "import-checkpoint", "new-model", "inspect", "demo", "tune")
 HEAVY = ("torch", "numba", "numpy", "pandas", "anndata", "zarr", "h5py", "scanpy", "tqdm")
 
 Capture = pytest.CaptureFixture[str]
@@ -346,7 +346,7 @@ def test_demo(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         (OSError(28, "No space left on device", "/x"), 1, "is done is kept."),
         (PermissionError(13, "Permission denied", "/x"), 1, "'/x'. Check the path and its perm"),
-        (MemoryError("5 GiB"), 1, "not enough memory (5 GiB). A smaller --batch-size needs less."),
+        (MemoryError("5 GiB"), 1, "not enough memory (5 GiB).\n"),
         (KeyboardInterrupt(), 130, "interrupted. Nothing was written."),
     ],
 )

@@ -33,7 +33,7 @@ import numpy as np
 
 from ..errors import InputError
 from . import containers
-from .arrays import COPY_AGAIN, reading
+from .arrays import COPY_AGAIN, is_address, reading
 from .chunks import Chunks, chunks_of
 from .obs import StoredTable, Table
 from .partial import partial_of, unfinished_facts
@@ -52,6 +52,9 @@ EXPECTED = "Expected a token store, as cellpatch tokenize makes it"
 
 def is_token_store(path: str | Path) -> bool:
     """Whether there is a token store at ``path``, of any format version, finished or not."""
+    if is_address(path):
+        with without_codec_warnings(), contextlib.closing(containers.open_zarr(path)) as container:
+            return ATTRIBUTE in container.root.attrs
     path = Path(path).expanduser()
     try:
         return ATTRIBUTE in json.loads((path / "zarr.json").read_text())["attributes"]
@@ -107,12 +110,13 @@ class TokenStore:
     Parameters
     ----------
     path
-        The folder (or a zip file of it).
+        The folder, a zip file of it, or its address (https://, s3://, gs://; needs the extra
+        ``cloud``).
 
     Attributes
     ----------
-    path, name
-        Where it is; as it was given, for messages.
+    name
+        The path or address as it was given, for messages.
     n_cells, entries
         Numbers of cells, and of entries of all cells together.
     offsets
@@ -143,9 +147,9 @@ class TokenStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.name, self.path = str(path), Path(path).expanduser()
+        self.name = str(path)
         with without_codec_warnings():
-            self._container = _opened(self.path, self.name)
+            self._container = _opened(path)
             try:
                 self._facts = _facts(self._container)
                 self._take_facts()
@@ -246,7 +250,8 @@ class TokenStore:
     def _array(self, key: str) -> Any:
         element = self._container.element(key)
         array = self._container.array(element, key)
-        containers.refuse_absent(self._container.absent_chunks(element), key, self.name)
+        absent = self._container.absent_chunks(element, thorough=False)
+        containers.refuse_absent(absent, key, self.name)
         return array
 
     def _chunks(self, key: str, dtype: np.dtype[Any]) -> Chunks:
@@ -291,8 +296,11 @@ def _unfinished(path: Path) -> Path | None:
     return partial if journal is not None and journal["kind"] == KIND else None
 
 
-def _opened(path: Path, name: str) -> containers.Container:
+def _opened(name: str | Path) -> containers.Container:
     """The store, if there is one and it is finished."""
+    if is_address(name):
+        return containers.open_zarr(name)
+    path = Path(name).expanduser()
     if (partial := _unfinished(path)) is not None:
         raise InputError(
             f"{name}: {partial} is an unfinished token store. The cellpatch tokenize that began it "

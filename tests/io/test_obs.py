@@ -49,13 +49,16 @@ def frame(rows: int = ROWS, seed: int = 0) -> pd.DataFrame:
 
 
 def written(
-    tables: Sequence[Table], path: Path, names: Sequence[str] = ("a", "b", "c")
+    tables: Sequence[Table],
+    path: Path,
+    names: Sequence[str] = ("a", "b", "c"),
+    rows: np.ndarray | None = None,
 ) -> pd.DataFrame:
     root = zarr.open_group(path / "out.zarr", mode="w", zarr_format=3)
     with anndata.settings.override(
         zarr_write_format=3, auto_shard_zarr_v3=False, allow_write_nullable_strings=True
     ):
-        write_obs(root, tables, names[: len(tables)])
+        write_obs(root, tables, names[: len(tables)], rows)
     return read_elem(root["obs"])
 
 
@@ -141,6 +144,20 @@ def test_rows_of_several_inputs_follow_each_other(tmp_path: Path) -> None:
     assert kinds["depth"] == "float32"
     assert kinds["kind"] == kinds["text"] == "category"
     assert after["stage"].cat.ordered
+
+
+@pytest.mark.parametrize("sorted_rows", [1, 7, 100])
+def test_rows_in_another_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sorted_rows: int
+) -> None:
+    """Every kind of column; row ``r`` goes to ``rows[r]``."""
+    monkeypatch.setattr(obs_module, "SORTED_ROWS", sorted_rows)
+    tables = [FrameTable(frame(7, 1)), FrameTable(frame(11, 2).drop(columns=["count", "kind"]))]
+    for chosen in (tables[:1], tables):
+        before = written(chosen, tmp_path)
+        rows = np.random.default_rng(3).permutation(len(before))
+        after = written(chosen, tmp_path, rows=rows)
+        pd.testing.assert_frame_equal(after.iloc[rows], before)
 
 
 def test_text_that_all_inputs_have_stays_text(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ from .tokens import (
     write_store,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr")
+
 CELLS = make_cells([3, 0, 41, 11, 2])
 
 
@@ -75,11 +77,12 @@ def replace_array(path: Path, key: str, values: np.ndarray) -> None:
 
 def test_what_a_store_says_of_itself(path: Path) -> None:
     with TokenStore(str(path)) as store:
-        assert (store.path, store.name) == (path, str(path))
+        assert store.name == str(path)
         assert (store.n_cells, store.entries) == (5, 57)
         assert store.offsets.tolist() == [0, 3, 3, 44, 55, 57]
         assert store.offsets.dtype == np.int64
-        assert (store.genes.dtype, store.values.dtype) == (np.uint16, np.uint8)
+        assert store.genes.dtype == np.uint16
+        assert store.values.dtype == np.uint8
         assert store.vocabulary_fingerprint == VOCABULARY.fingerprint
         assert store.vocabulary_size == 62
         assert store.preprocessing == Preprocessing()
@@ -112,6 +115,19 @@ def test_store_from_a_zip_file(path: Path) -> None:
     with TokenStore(zipped) as store, TokenStore(path) as unzipped:
         assert np.array_equal(read_chunks(store.genes), CELLS.genes.numpy())
         assert store.fingerprint() == unzipped.fingerprint()
+
+
+def test_store_behind_an_address(path: Path) -> None:
+    pytest.importorskip("fsspec")
+    with TokenStore(path.as_uri()) as store, TokenStore(path) as local:
+        assert store.name == path.as_uri()
+        assert np.array_equal(read_chunks(store.genes), CELLS.genes.numpy())
+        assert np.array_equal(store.measured(), local.measured())
+        pd.testing.assert_frame_equal(store.read_obs(), local.read_obs())
+        assert store.fingerprint() == local.fingerprint()
+    assert is_token_store(path.as_uri())
+    zarr.open_group(path.with_name("other.zarr"), mode="w", zarr_format=3)
+    assert not is_token_store(path.with_name("other.zarr").as_uri())
 
 
 def test_obs_is_read_by_anndata_too(path: Path) -> None:

@@ -116,11 +116,11 @@ def test_ends_that_meet(output: Path, lengths: list[int]) -> None:
 def test_full_size_chunks(output: Path) -> None:
     """The sizes that users get, with a cell that is longer than a chunk."""
     cells = make_cells([70_001, 0, 3, 61_000])
-    sizes = {
-        "chunk_entries": token_writer.CHUNK_ENTRIES,
-        "shard_chunks": token_writer.SHARD_CHUNKS,
-    }
-    write_store(output, cells, **sizes)
+    write_store(
+        *(output, cells),
+        chunk_entries=token_writer.CHUNK_ENTRIES,
+        shard_chunks=token_writer.SHARD_CHUNKS,
+    )
     assert_holds(output, cells)
     with TokenStore(output) as store:
         assert store.genes.chunk == 65_536
