@@ -10,7 +10,7 @@ compared. Each is what its library would write by default:
 
 10,000 cells are drawn and repeated in random order, too far from each other for a compressor to
 notice; their counts differ each time. Any range of entries can be made by itself, so arrays are
-written piece by piece, of at most `PIECE` entries or one shard (some 600 MB).
+written piece by piece, of at most `PIECE` entries or one shard.
 """
 
 from __future__ import annotations
@@ -70,10 +70,9 @@ class Atlas:
         """int64 [cells + 1]"""
         return np.concatenate([[0], np.cumsum(np.diff(self.drawn_offsets)[self.drawn])])
 
-    def columns(self, start: int, stop: int) -> np.ndarray:
-        """int32: the columns of the entries ``start : stop``."""
-        offsets = self.offsets
-        out = np.empty(stop - start, np.int32)
+    def columns(self, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
+        """The columns of the entries ``start : stop``."""
+        offsets, out = self.offsets, np.empty(stop - start, dtype)
         first, last = np.searchsorted(offsets, [start, stop], side="right") - 1
         for cell in range(first, min(last + 1, len(self.drawn))):
             low, high = max(start, offsets[cell]), min(stop, offsets[cell + 1])
@@ -81,9 +80,15 @@ class Atlas:
             out[low - start : high - start] = self.drawn_columns[low + shift : high + shift]
         return out
 
-    def counts(self, start: int, stop: int) -> np.ndarray:
-        """float32: the counts of the entries ``start : stop``."""
-        return self.drawn_counts[np.arange(start, stop) % len(self.drawn_counts)]
+    def counts(self, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
+        """The counts of the entries ``start : stop``."""
+        out, drawn = np.empty(stop - start, dtype), self.drawn_counts
+        place = 0
+        while place < len(out):
+            part = drawn[(start + place) % len(drawn) :][: len(out) - place]
+            out[place : place + len(part)] = part
+            place += len(part)
+        return out
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ def _write_zarr(atlas: Atlas, path: Path, columns: np.dtype, layout: dict[str, A
         array = matrix.create_array(name, shape=(int(offsets[-1]),), dtype=kind, **layout)
         unit = (array.shards or array.chunks)[0]  # what is written at once, and only once
         for start, stop in _pieces(array.shape[0], unit):
-            array[start:stop] = make(start, stop).astype(kind, copy=False)
+            array[start:stop] = make(start, stop, kind)
     stored = offsets.astype(index_type(atlas))
     matrix.create_array("indptr", shape=stored.shape, dtype=stored.dtype, **layout)[:] = stored
     zarr.consolidate_metadata(root.store)
@@ -197,14 +202,14 @@ def write_h5ad(atlas: Atlas, path: Path, compression: str | None) -> None:
         for name, make, kind in (
             ("data", atlas.counts, np.dtype(np.float32)),
             ("indices", atlas.columns, index_type(atlas)),
-            ("indptr", lambda start, stop: offsets[start:stop], index_type(atlas)),
+            ("indptr", lambda start, stop, kind: offsets[start:stop], index_type(atlas)),
         ):
             length = len(offsets) if name == "indptr" else int(offsets[-1])
             array = matrix.create_dataset(
                 name, (length,), kind, maxshape=(None,), compression=compression
             )
             for start, stop in _pieces(length, array.chunks[0]):
-                array[start:stop] = make(start, stop)
+                array[start:stop] = make(start, stop, array.dtype)
 
 
 FORMATS: dict[str, Callable[[Atlas, Path], None]] = {
