@@ -38,7 +38,7 @@ NOT_ANNDATA = (
     "matrix.mtx)"
 )
 SPARSE_PARTS = ("indptr", "indices", "data")
-ZARR_METADATA = ("zarr.json", ".zgroup", ".zarray", ".zattrs", ".zmetadata")
+ZARR_METADATA = ("zarr.json", ".zgroup", ".zarray", ".zattrs", ".zmetadata")  # 3, and 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,9 @@ class Container:
             return identity(self.path, key)
         with reading(self.name, "its metadata"):
             arrays = [key, *(f"{key}/{part}" for part in SPARSE_PARTS)]
-            return remote.identity(self.root, ["", "obs", "var", *arrays], ZARR_METADATA)
+            version_3 = self.file_format == "Zarr v3"
+            names = ZARR_METADATA[:1] if version_3 else ZARR_METADATA[1:]
+            return remote.identity(self.root, ["", "obs", "var", *arrays], names)
 
     def close(self) -> None:
         """Close the file, and what reading its arrays has opened."""
