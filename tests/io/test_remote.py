@@ -23,9 +23,11 @@ from cellpatch_fast.errors import InputError, InputWarning
 from cellpatch_fast.io.chunks import chunks_of
 from cellpatch_fast.io.matrices import CsrMatrix
 from cellpatch_fast.io.sources import open_source
+from cellpatch_fast.io.token_store import TokenStore
 
-from .chunked import descriptors, hammer
+from .chunked import descriptors, failure, hammer
 from .conftest import CHUNK, SHARD
+from .tokens import make_cells, read_chunks, write_store
 
 pytest.importorskip("aiohttp")
 
@@ -150,6 +152,22 @@ def test_shards_are_read_in_parts(server: type[Server], published: Store) -> Non
         hammer(reader, expected)
     indices = [request for request in server.asked if request.endswith(f"bytes=-{INDEX}")]
     assert len(indices) == -(-len(expected) // SHARD)  # once for each shard
+
+
+def test_token_store(server: type[Server], tmp_path: Path) -> None:
+    write_store(tmp_path / "tokens.zarr", make_cells([3, 0, 71, 5, 13]))
+    with (
+        TokenStore(f"{server.address}/tokens.zarr") as far,
+        TokenStore(tmp_path / "tokens.zarr") as near,
+    ):
+        assert far.fingerprint() == near.fingerprint()
+        np.testing.assert_array_equal(far.offsets, near.offsets)
+        np.testing.assert_array_equal(far.measured(), near.measured())
+        np.testing.assert_array_equal(read_chunks(far.genes), read_chunks(near.genes))
+        np.testing.assert_array_equal(read_chunks(far.values), read_chunks(near.values))
+        pd.testing.assert_frame_equal(far.read_obs(), near.read_obs())
+        server.broken["/genes/c/2"] = 500
+        assert "genes/c/2" in failure(far.genes, [6, 7]).place
 
 
 def message_of(address: str, **options: Any) -> str:
