@@ -10,7 +10,7 @@ compared. Each is what its library would write by default:
 
 10,000 cells are drawn and repeated in random order, too far from each other for a compressor to
 notice; their counts differ each time. Any range of entries can be made by itself, so arrays are
-written piece by piece, of at most `PIECE` entries or one shard.
+written piece by piece, of at most `PIECE` entries or one shard; that takes up to 1.2 GB of memory.
 """
 
 from __future__ import annotations
