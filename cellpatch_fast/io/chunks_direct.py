@@ -62,8 +62,6 @@ class DirectChunks(ABC):
         for chunk, target in zip(chunks, out, strict=True):
             try:
                 place = self._find(chunk)
-            except MemoryError:
-                raise
             except Exception as error:
                 self._fail(chunk, summary(error), error)
             if place is None:
@@ -102,8 +100,6 @@ class DirectChunks(ABC):
         for run in runs:
             try:
                 content = next(contents)
-            except MemoryError:
-                raise
             except Exception as error:
                 self._fail(run[0].chunk, summary(error), error)
             first = run[0].place.start
@@ -126,12 +122,12 @@ class DirectChunks(ABC):
                 whole = np.empty(self.chunk, self.dtype)
                 pipeline.decode(packed, whole)
                 out[...] = whole[: len(out)]
-        except MemoryError:
-            raise
         except Exception as error:
             self._fail(chunk, summary(error), error)
 
     def _fail(self, chunk: int, reason: str, error: Exception | None = None) -> NoReturn:
+        if isinstance(error, MemoryError):
+            raise error
         raise ChunkError(chunk, self.place(chunk), reason) from error
 
 

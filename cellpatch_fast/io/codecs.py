@@ -77,7 +77,11 @@ class Copy:
 
 
 class Blosc:
-    """Blosc 1, with any of its compressors and shuffles."""
+    """Blosc 1, with any of its compressors and shuffles.
+
+    In the main thread numcodecs lets Blosc use threads of its own, under a lock of Blosc's; in
+    others it decodes in the calling thread. Neither holds the GIL.
+    """
 
     def unpack(self, packed: Packed, size: int) -> Packed:
         self._check(packed)
@@ -187,7 +191,7 @@ class Lzf:
         return out.data
 
     def unpack_into(self, packed: Packed, out: np.ndarray) -> None:
-        found = unpack_lzf(_constant(packed), out)
+        found = int(unpack_lzf(_constant(packed), out))
         if found < 0:
             raise ValueError("it is no whole LZF block")
         _expect(found, len(out))

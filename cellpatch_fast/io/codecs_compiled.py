@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+ZERO, ONE, TWO, FIVE, EIGHT, HIGH = (np.uint64(number) for number in (0, 1, 2, 5, 8, 31))
+DAMAGED = np.int64(-1)
+
 
 @njit(nogil=True, cache=True)
 def accumulate(values: np.ndarray) -> None:
@@ -35,40 +38,42 @@ def unshuffle(packed: np.ndarray, out: np.ndarray, element: int) -> None:
 
 
 @njit(nogil=True, cache=True)
-def unpack_lzf(packed: np.ndarray, out: np.ndarray) -> int:
+def unpack_lzf(packed: np.ndarray, out: np.ndarray) -> np.int64:
     """Decode a block of LibLZF, uint8 to uint8; returns the bytes written.
 
     The block is a sequence of literal runs (a byte below 32: one less than their length) and of
     copies from what was decoded before (3 bits of length, 13 of distance, and a byte more of
     length where its 3 bits are all set). A block that would read or write out of bounds is
-    damaged: -1.
+    damaged: -1. Counting is unsigned: negative indices, which would count from the end, would
+    cost a third more.
     """
-    source, target = 0, 0
-    while source < len(packed):
-        control = np.int64(packed[source])
-        source += 1
+    source, target = ZERO, ZERO
+    packed_size, size = np.uint64(len(packed)), np.uint64(len(out))
+    while source < packed_size:
+        control = np.uint64(packed[source])
+        source += ONE
         if control < 32:
-            length = control + 1
-            if source + length > len(packed) or target + length > len(out):
-                return -1
+            length = control + ONE
+            if source + length > packed_size or target + length > size:
+                return DAMAGED
             for _ in range(length):
                 out[target] = packed[source]
-                source += 1
-                target += 1
+                source += ONE
+                target += ONE
             continue
-        length = control >> 5
-        if source + 1 + (length == 7) > len(packed):
-            return -1
-        if length == 7:
-            length += np.int64(packed[source])
-            source += 1
-        start = target - ((control & 31) << 8) - np.int64(packed[source]) - 1
-        source += 1
-        length += 2
-        if start < 0 or target + length > len(out):
-            return -1
+        length = control >> FIVE
+        long = np.uint64(length == 7)
+        if source + ONE + long > packed_size:
+            return DAMAGED
+        if long:
+            length += np.uint64(packed[source])
+            source += ONE
+        length += TWO
+        distance = ((control & HIGH) << EIGHT) + np.uint64(packed[source]) + ONE
+        source += ONE
+        if distance > target or target + length > size:
+            return DAMAGED
         for _ in range(length):  # may overlap: it repeats what it has just written
-            out[target] = out[start]
-            start += 1
-            target += 1
-    return target
+            out[target] = out[target - distance]
+            target += ONE
+    return np.int64(target)

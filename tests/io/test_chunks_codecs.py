@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -150,6 +152,15 @@ def test_content_of_another_size_is_refused(codec: Any, size: int) -> None:
     else:
         with pytest.raises(ValueError, match=f"{size} bytes instead of 100|no whole LZF block"):
             decoder.unpack_into(packed, out)
+
+
+@pytest.mark.parametrize("codec", [codecs.Gzip, codecs.Zlib])
+def test_inflating_without_isal(monkeypatch: pytest.MonkeyPatch, codec: Any) -> None:
+    """Not every kind of machine has it; the standard library gives the same bytes."""
+    monkeypatch.setattr(codecs, "isal_zlib", zlib)
+    monkeypatch.setattr(codecs, "igzip", gzip)
+    test_content_of_another_size_is_refused(codec, 100)
+    test_content_of_another_size_is_refused(codec, 99)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 3, 15, 16, 40])

@@ -90,6 +90,12 @@ def test_dataset_that_was_never_written(tmp_path: Path) -> None:
         check(chunks_of(Hdf5Array(file["values"])), np.full(LENGTH, 5, np.int32), 1)
 
 
+@pytest.mark.parametrize("chunks", [None, (CHUNK,)])
+def test_dataset_without_elements(chunks: tuple[int, ...] | None) -> None:
+    with stored(np.empty(0, np.int32), chunks=chunks, maxshape=(chunks and None,)) as dataset:
+        check(chunks_of(Hdf5Array(dataset)), np.empty(0, np.int32), 1)
+
+
 @pytest.mark.parametrize("skipped", range(4))
 def test_filters_that_a_chunk_skips(tmp_path: Path, skipped: int) -> None:
     """Writers leave out a filter where it does not help, chunk by chunk."""

@@ -164,3 +164,9 @@ def test_index_of_a_shard_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(reader, "_read_index", count)
         hammer(reader, values)
         assert sorted(read) == sorted(f"group/values/c/{shard}" for shard in range(7))
+
+
+@pytest.mark.parametrize("layout", [SHARDED, PLAIN])
+def test_array_without_elements(layout: dict[str, Any]) -> None:
+    with stored("folder", np.empty(0, np.int32), **layout) as array:
+        check(chunks_of(ZarrArray(array)), np.empty(0, np.int32), 1)
