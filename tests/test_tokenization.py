@@ -150,8 +150,10 @@ def test_continuous_values_are_scanpys_in_half_precision(
     np.testing.assert_allclose(found["value"], expected["value"], rtol=2**-11, atol=0)
 
 
-@pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
-@pytest.mark.parametrize("container", ["h5ad", "zarr-v3", "layer", "raw"])
+@pytest.mark.parametrize(
+    ("container", "layout"),
+    [("zarr-v3", "csr"), ("h5ad", "csc"), ("zarr-v3", "dense"), ("layer", "csr"), ("raw", "csc")],
+)
 def test_same_tokens_from_every_kind_of_file(
     tokenize: Tokenize,
     make_cells: MakeCells,
@@ -309,7 +311,7 @@ def test_interrupted_run_ends_with_the_same_bytes(
     )
     run(tmp_path / "uninterrupted.zarr")
     chance, output = random.Random(most), tmp_path / "resumed.zarr"
-    for part in (2, 4, 8):  # later runs have less to do
+    for part in (2, 6):  # the later run has less to do
         with pytest.MonkeyPatch.context() as patch:
             stop_in(patch, owner, method, chance.randint(0, most // part))
             with pytest.raises(Stopped):
@@ -437,25 +439,24 @@ def test_repeating_a_finished_run_does_nothing(
     assert second == dataclasses.replace(first, tokenized=0, seconds=0.0)
 
 
-@pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("finished", "options", "named"),
     [
-        ({"layer": "other"}, "layer: was '', is now 'other'"),
-        ({"use_raw": True}, "use_raw: was False, is now True"),
-        ({"config": CONTINUOUS}, "value_rounding: was 'round', is now 'none'"),
-        ({"config": CellPatchConfig(target_sum=1e3)}, "target_sum: was 10000.0, is now 1000.0"),
-        ({"vocabulary": "human"}, "vocabulary: was "),
-        ({"shuffle": True, "seed": 2}, "shuffle: was '', is now 'with seed 2'"),
+        (False, {"layer": "other"}, "layer: was '', is now 'other'"),
+        (True, {"use_raw": True}, "use_raw: was False, is now True"),
+        (False, {"config": CONTINUOUS}, "value_rounding: was 'round', is now 'none'"),
+        (True, {"config": CellPatchConfig(target_sum=1e3)}, "target_sum: was 10000.0, is now 1"),
+        (True, {"vocabulary": "human"}, "vocabulary: was "),
+        (False, {"shuffle": True, "seed": 2}, "shuffle: was '', is now 'with seed 2'"),
     ],
 )
 def test_changed_setting_is_refused_and_named(
     tokenize: Tokenize,
     cells_file: Path,
     output: Path,
+    finished: bool,
     options: dict[str, Any],
     named: str,
-    finished: bool,
 ) -> None:
     if finished:
         tokenize(cells_file)

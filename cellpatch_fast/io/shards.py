@@ -91,25 +91,24 @@ class ShardFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("wb")
         self._index = np.full((chunks, 2), NO_CHUNK, "<u8")  # offset, size
-        self._chunks = 0
+        self._chunks = self._size = 0
 
     def append(self, encoded: bytes) -> None:
         """Write the next chunk."""
-        self._index[self._chunks] = self._file.tell(), len(encoded)
+        self._index[self._chunks] = self._size, len(encoded)
         self._chunks += 1
-        self._file.write(encoded)
+        self._size += self._file.write(encoded)
 
     def finish(self) -> int:
         """Write the index; returns the file's size when it is on the disk."""
         import google_crc32c
 
         index = self._index.tobytes()
-        self._file.write(index + google_crc32c.value(index).to_bytes(4, "little"))
+        self._size += self._file.write(index + google_crc32c.value(index).to_bytes(4, "little"))
         self._file.flush()
         os.fsync(self._file.fileno())
-        size = self._file.tell()
         self._file.close()
-        return size
+        return self._size
 
     def close(self) -> None:
         """Give the file up, whatever is in it."""
