@@ -89,7 +89,7 @@ class Codec:
         else:
             compressor.decode(stored, out)
         if self.delta:
-            accumulate(out)
+            accumulate(out, len(out))
 
     def _library(self) -> Any:
         if self.compressor == "none":

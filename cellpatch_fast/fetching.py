@@ -24,7 +24,7 @@ from numba import njit
 
 from .errors import InputError
 from .io.arrays import COPY_AGAIN
-from .io.chunks import ChunkError, Chunks, chunks_of
+from .io.chunks import ChunkError, Chunks, chunks_of, stretches
 from .io.matrices import CellBlock, CsrMatrix, DenseMatrix, dense_to_csr, numbers, signed_indices
 from .tokens import InputKind, Preprocessing, Tokenized, token_types, tokenize
 
@@ -235,7 +235,7 @@ class SharedChunk:
         with self._lock:
             if self._decoded is None:
                 decoded = np.empty(_size(self._chunks, self.chunk), self._chunks.dtype)
-                self._chunks.read([self.chunk], [decoded])
+                self._chunks.read([self.chunk], decoded)
                 self._decoded = decoded
             return self._decoded
 
@@ -296,38 +296,49 @@ class _Array:
 
     def _gather(self, pieces: np.ndarray, target: np.ndarray, shared: Shared) -> None:
         """Copy ``pieces`` [pieces, 4]: chunk (ascending), start in it, length, place."""
+        if not len(pieces):
+            return
         bounds = np.flatnonzero(np.diff(pieces[:, 0], prepend=-1, append=-1))
-        whole: tuple[list[int], list[np.ndarray]] = ([], [])
-        beside: list[tuple[int, int, int]] = []  # chunk, its first and last piece
-        for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            chunk, _, length, place = pieces[first].tolist()
-            if chunk in shared:
-                _copy(shared[chunk].decoded(), pieces[first:last], target)
-            elif last - first == 1 and length == _size(self.chunks, chunk):
-                whole[0].append(chunk)
-                whole[1].append(target[place : place + length])
+        numbers, _, lengths, places = pieces[bounds[:-1]].T  # of each chunk's first piece
+        size = self.chunks.chunk
+        whole = (np.diff(bounds) == 1) & (
+            lengths == np.minimum(size, self.chunks.length - numbers * size)
+        )
+        whole &= ~np.isin(numbers, list(shared))
+        # Whole chunks that come to lie one behind the other are read at once.
+        behind = whole[1:] & whole[:-1] & (places[1:] == places[:-1] + lengths[:-1])
+        beside: list[int] = []
+        for first, last in stretches(np.concatenate([[0], np.cumsum(~behind)])):
+            place, chunk = int(places[first]), int(numbers[first])
+            if whole[first]:
+                end = int(places[last - 1] + lengths[last - 1])
+                self.chunks.read(numbers[first:last], target[place:end])
+            elif chunk in shared:
+                _copy(shared[chunk].decoded(), pieces[bounds[first] : bounds[last]], target)
             else:
-                beside.append((chunk, first, last))
-        if whole[0]:
-            self.chunks.read(*whole)
-        self._gather_beside(beside, pieces, target)
+                beside.append(first)
+        chosen = np.array(beside, np.int64)
+        self._gather_beside(numbers[chosen], bounds[chosen], bounds[chosen + 1], pieces, target)
 
     def _gather_beside(
-        self, beside: list[tuple[int, int, int]], pieces: np.ndarray, target: np.ndarray
+        self,
+        numbers: np.ndarray,
+        firsts: np.ndarray,
+        lasts: np.ndarray,
+        pieces: np.ndarray,
+        target: np.ndarray,
     ) -> None:
+        """Copy the pieces ``firsts : lasts`` of each of some chunks."""
         size, dtype = self.chunks.chunk, self.chunks.dtype
         at_once = max(1, BESIDE_BYTES // (size * dtype.itemsize))
-        buffer = _buffer("beside", min(at_once, len(beside)) * size, dtype)
-        for start in range(0, len(beside), at_once):
-            group = beside[start : start + at_once]
-            numbers = [chunk for chunk, _, _ in group]
-            decoded = [
-                buffer[place * size : place * size + _size(self.chunks, chunk)]
-                for place, chunk in enumerate(numbers)
-            ]
-            self.chunks.read(numbers, decoded)
-            for (_, first, last), values in zip(group, decoded, strict=True):
-                _copy(values, pieces[first:last], target)
+        buffer = _buffer("beside", min(at_once, len(numbers)) * size, dtype)
+        for start in range(0, len(numbers), at_once):
+            group = numbers[start : start + at_once]
+            end = (len(group) - 1) * size + _size(self.chunks, int(group[-1]))
+            self.chunks.read(group, buffer[:end])
+            for place in range(len(group)):
+                own = slice(firsts[start + place], lasts[start + place])
+                _copy(buffer[place * size : (place + 1) * size], pieces[own], target)
 
 
 def _size(chunks: Chunks, chunk: int) -> int:

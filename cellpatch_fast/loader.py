@@ -222,9 +222,7 @@ class CellLoader:
             mask=self._mask(number),
             device=self.device,
         )
-        epoch = Epoch(
-            self.sampling, assembly.lengths, len(self._chosen), number, self._weights
-        )
+        epoch = Epoch(self.sampling, assembly.lengths, len(self._chosen), number, self._weights)
         entries = self._memory_limit // (WINDOWS_IN_MEMORY * assembly.entry_bytes)
         windows = epoch.windows(min(WINDOW_ENTRIES, entries))
         return run(assembly, windows, self._threads, self._memory_limit)
@@ -307,15 +305,26 @@ def _check_same_types(streams: Sequence[Stream]) -> None:
 # --- to be removed ---
 from collections.abc import Iterable
 from dataclasses import dataclass
+
 MAX_CELLS = 8_192
 MAX_ENTRIES = 1 << 22
+
+
 @dataclass(frozen=True, eq=False)
 class TokenBlock:
     start: int
     cells: Any
     unknown_entries: int
     empty_cells: int
-def read_ahead(parts: Iterable[Any], *, max_cells: int = MAX_CELLS, max_entries: int = MAX_ENTRIES) -> Generator[TokenBlock]:
+
+
+def read_ahead(
+    parts: Iterable[Any], *, max_cells: int = MAX_CELLS, max_entries: int = MAX_ENTRIES
+) -> Generator[TokenBlock]:
     for stream, start, stop in parts:
-        for b in CellLoader([stream], batch_size=max_cells, max_entries=max_entries, rows=[(start, stop)]):
-            yield TokenBlock(int(b.rows[0]), b.cells, int(b.unknown_entries.sum()), int((b.entries == 0).sum()))
+        for b in CellLoader(
+            [stream], batch_size=max_cells, max_entries=max_entries, rows=[(start, stop)]
+        ):
+            yield TokenBlock(
+                int(b.rows[0]), b.cells, int(b.unknown_entries.sum()), int((b.entries == 0).sum())
+            )

@@ -28,7 +28,7 @@ import numpy as np
 Lengths = Callable[[np.ndarray], np.ndarray]  # positions [cells] to stored entries [cells]
 
 WINDOW_ENTRIES = 1 << 20  # of a window in file order: 3 MB of tokens, some 5 ms of work
-WINDOW_CELLS = 8_192  # likewise, about: of cells that are nearly empty
+WINDOW_CELLS = 1_024  # of the first window, at most; the next ones have room for what they need
 BLOCKS, CELLS, PHASE = range(3)  # what a random number is for, so that no two are related
 
 
@@ -139,6 +139,8 @@ class Chosen:
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """int64 [cells]: the rows at ``positions``."""
+        if len(self._starts) == 1:
+            return positions + self._starts[0]
         which = np.searchsorted(self._ends, positions, side="right")
         before = np.concatenate([[0], self._ends])[which]
         return positions - before + self._starts[which]
@@ -204,9 +206,10 @@ class Epoch:
     def _in_order(self, window_entries: int) -> Iterator[Window]:
         """Batches in file order, as many per window as stay within ``window_entries``."""
         size = self._sampling.batch_size
-        reach = -(-WINDOW_CELLS // size) * size
+        cells = WINDOW_CELLS
         start = self._first
         while start < self._last:
+            reach = -(-cells // size) * size  # whole batches, and not many more than it will be
             positions = np.arange(start, min(start + reach, self._last))
             offsets = np.concatenate([[0], np.cumsum(self._lengths(positions))])
             cuts = _cuts(offsets, size, self._sampling.max_entries)
@@ -216,6 +219,7 @@ class Epoch:
             cuts = cuts[: max(full, 1) + 1]
             yield Window(positions[: cuts[-1]], cuts)
             start += int(cuts[-1])
+            cells = int(cuts[-1]) * 3 // 2
 
     def _shuffled(self) -> Iterator[Window]:
         sampling = self._sampling

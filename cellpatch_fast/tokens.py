@@ -340,7 +340,7 @@ def _is_valid(row: Any, columns: Any, genes: int) -> bool:
         lowest = min(lowest, row[entry])
         first = min(first, columns[entry])
         last = max(last, columns[entry])
-    return not lowest < 0 and first >= 0 and last < genes
+    return lowest >= 0 and first >= 0 and last < genes
 
 
 @njit(nogil=True, cache=True)
@@ -386,7 +386,7 @@ def _look_up(row: Any, columns: Any, tokens: Any, genes: Any) -> bool:
         signs |= token
     for entry in range(len(row)):
         zeros += row[entry] == 0
-    return signs >= 0 and zeros == 0
+    return bool(signs >= 0 and zeros == 0)
 
 
 @njit(nogil=True, cache=True)

@@ -32,7 +32,8 @@ from .partial import DELETE, replace_json, to_disk
 
 BUCKET_BYTES = 1 << 27  # of a bucket; sorting it takes three times as much memory
 GATHERED_BYTES = 1 << 26  # of cells that are appended together, which takes as much again twice
-CHECKPOINT_BYTES = 1 << 30  # what a kill may cost: ten seconds or so
+CHECKPOINT_BYTES = 1 << 28  # what a kill may cost: some seconds; with many buckets more,
+CHECKPOINT_FILE_BYTES = 1 << 20  # as each file has to be seen to the disk: a megabyte is worth it
 STATE = "buckets.json"
 UINT32 = np.dtype("<u4")
 CELL_BYTES = 8  # of a cell in a bucket file, besides its entries
@@ -61,7 +62,7 @@ class Buckets:
     gene_dtype, value_dtype
         Types of the entries.
     bucket_bytes, gathered_bytes, checkpoint_bytes
-        See the constants.
+        See the constants at the head of this file.
 
     Attributes
     ----------
@@ -86,17 +87,20 @@ class Buckets:
         *,
         bucket_bytes: int = BUCKET_BYTES,
         gathered_bytes: int = GATHERED_BYTES,
-        checkpoint_bytes: int = CHECKPOINT_BYTES,
+        checkpoint_bytes: int | None = None,
     ) -> None:
         self._folder, self._rows = folder, rows
         self._dtypes = gene_dtype, value_dtype
-        self._gathered_bytes, self._checkpoint_bytes = gathered_bytes, checkpoint_bytes
+        self._gathered_bytes = gathered_bytes
         self._gathered: list[RaggedCells] = []
         self._gathered_now = self._unsafe = 0  # bytes: gathered, and written since a checkpoint
         self._forgotten = 0  # buckets
         self.next_cell = self.unknown_entries = 0
         expected = bytes_needed(len(rows), expected_entries, gene_dtype, value_dtype)
         self._bucket_rows = max(1, bucket_bytes * len(rows) // max(1, expected))
+        self._checkpoint_bytes = checkpoint_bytes or max(
+            CHECKPOINT_BYTES, CHECKPOINT_FILE_BYTES * self._buckets
+        )
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / STATE).exists():
             self._resume()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -47,12 +47,12 @@ class Chunks(Protocol):
     def chunk(self) -> int:
         """Elements of a chunk; the last one may have fewer."""
 
-    def read(self, chunks: Sequence[int], out: Sequence[np.ndarray]) -> None:
-        """Decode ``chunks`` (ascending numbers), each into its array of ``out``.
+    def read(self, chunks: Sequence[int] | np.ndarray, out: np.ndarray) -> None:
+        """Decode ``chunks`` (ascending numbers) one behind the other into ``out``.
 
-        Those are C-contiguous, of `dtype`, and have exactly their chunk's length. Byte ranges
-        that adjoin are read together; reading and decoding hold no GIL, and many threads may
-        call this at a time.
+        That is one-dimensional, contiguous, of `dtype`, and has exactly the chunks' length. Byte
+        ranges that adjoin are read together; reading and decoding hold no GIL, and many threads
+        may call this at a time.
 
         Raises
         ------
@@ -111,9 +111,10 @@ class LibraryChunks:
         self.chunk = max(1, rows * self._columns)
         self._lock = threading.Lock()
 
-    def read(self, chunks: Sequence[int], out: Sequence[np.ndarray]) -> None:
-        for chunk, target in zip(chunks, out, strict=True):
+    def read(self, chunks: Sequence[int] | np.ndarray, out: np.ndarray) -> None:
+        for place, chunk in enumerate(map(int, chunks)):
             start = chunk * self._rows
+            target = out[place * self.chunk : (place + 1) * self.chunk]
             rows = target.reshape(-1, *self._array.shape[1:])
             if isinstance(self._array, np.ndarray):
                 rows[...] = self._array[start : start + len(rows)]
@@ -149,17 +150,18 @@ def read_range(chunks: Chunks, start: int, out: np.ndarray) -> None:
     stop, size = start + len(out), chunks.chunk
 
     def decode(numbers: range) -> None:
-        targets, cut = [], []
+        whole = range(max(numbers.start, -(-start // size)), min(numbers.stop, stop // size))
+        if stop == chunks.length:
+            whole = range(whole.start, numbers.stop)  # the last chunk ends with the array
+        if whole:
+            chunks.read(whole, out[whole.start * size - start : whole.stop * size - start])
         for number in numbers:
-            first, last = number * size, min((number + 1) * size, chunks.length)
-            if start <= first and last <= stop:
-                targets.append(out[first - start : last - start])
-            else:
-                targets.append(np.empty(last - first, chunks.dtype))
-                cut.append((max(first, start), min(last, stop), first, targets[-1]))
-        chunks.read(numbers, targets)
-        for begin, end, first, decoded in cut:
-            out[begin - start : end - start] = decoded[begin - first : end - first]
+            if number not in whole:
+                first, last = number * size, min((number + 1) * size, chunks.length)
+                decoded = np.empty(last - first, chunks.dtype)
+                chunks.read([number], decoded)
+                begin, end = max(first, start), min(last, stop)
+                out[begin - start : end - start] = decoded[begin - first : end - first]
 
     numbers = range(start // size, -(-stop // size))
     together = max(1, TASK_BYTES // (size * chunks.dtype.itemsize))
@@ -169,3 +171,10 @@ def read_range(chunks: Chunks, start: int, out: np.ndarray) -> None:
         return
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         deque(pool.map(decode, tasks), maxlen=0)
+
+
+def stretches(values: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Where runs of equal ``values`` start and stop."""
+    bounds = np.flatnonzero(values[1:] != values[:-1]) + 1
+    starts = [0, *bounds.tolist()][: len(values)]
+    yield from zip(starts, [*bounds.tolist(), len(values)], strict=False)

@@ -8,12 +8,13 @@ filters other than gzip, shuffle and LZF stays with it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .chunks import CHUNK
-from .chunks_direct import DirectChunks, Place
+from .chunks import CHUNK, stretches
+from .chunks_direct import DirectChunks, Located
 from .chunks_files import LocalFile
 from .codecs import Codec, Lzf, Pipeline, Shuffle, Zlib
 
@@ -49,15 +50,21 @@ class Hdf5Chunks(DirectChunks):
     def place(self, chunk: int) -> str:
         return f"dataset {self._name}, chunk {chunk}"
 
-    def _find(self, chunk: int) -> Place | None:
-        start, size, skipped = self._places[chunk].tolist()
-        if start < 0:
-            return None
+    def _find(self, chunks: np.ndarray) -> Iterator[Located]:
+        offsets, sizes, skipped = self._places[chunks].T
+        for first, last in stretches(np.where(offsets < 0, -1, skipped)):
+            if offsets[first] >= 0:
+                part = slice(first, last)
+                pipeline = self._pipeline(int(skipped[first]))
+                yield Located(first, "", offsets[part], offsets[part] + sizes[part], pipeline)
+
+    def _pipeline(self, skipped: int) -> Pipeline:
+        """What undoes the filters, except those of which the bit is set."""
         pipeline = self._pipelines.get(skipped)
         if pipeline is None:
             used = [codec for bit, codec in enumerate(self._codecs) if not skipped >> bit & 1]
             pipeline = self._pipelines.setdefault(skipped, Pipeline(used[::-1]))
-        return Place("", start, start + size, pipeline)
+        return pipeline
 
     def _fill_value(self) -> Any:
         return self._fill

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .chunks_direct import DirectChunks, Place
+from ..errors import summary
+from .chunks import stretches
+from .chunks_direct import FILE_END, DirectChunks, Located
 from .chunks_files import LocalFiles, Range, Ranges
 from .chunks_stores import StoreFiles
 from .codecs import Crc32c, Pipeline, zarr_pipeline
@@ -26,7 +28,7 @@ from .codecs import Crc32c, Pipeline, zarr_pipeline
 if TYPE_CHECKING:
     import zarr
 
-LEFT_OUT = 2**64 - 1  # offset and size of a chunk that a shard does not hold
+LEFT_OUT = -1  # offset and size of a chunk that a shard does not hold: 2^64 - 1, unsigned
 CHECKSUM = {"name": "crc32c"}
 
 
@@ -58,8 +60,10 @@ class ZarrChunks(DirectChunks):
     def place(self, chunk: int) -> str:
         return place_of(self._array, chunk * self.chunk)
 
-    def _find(self, chunk: int) -> Place | None:
-        return Place(self._key(chunk), 0, None, self._pipeline)
+    def _find(self, chunks: np.ndarray) -> Iterator[Located]:
+        whole = np.array([0]), np.array([FILE_END])
+        for first, chunk in enumerate(chunks.tolist()):
+            yield Located(first, self._key(chunk), *whole, self._pipeline)
 
     def _key(self, number: int) -> str:
         return self._prefix + self._array.metadata.encode_chunk_key((number,))
@@ -94,36 +98,50 @@ class ShardedChunks(ZarrChunks):
         self._shards: dict[int, tuple[str, np.ndarray]] = {}
         self._lock = threading.Lock()
 
-    def _find(self, chunk: int) -> Place | None:
-        shard, inner = divmod(chunk, self._per_shard)
+    def _find(self, chunks: np.ndarray) -> Iterator[Located]:
+        shards, inner = np.divmod(chunks, self._per_shard)
+        for first, last in stretches(shards):
+            key, index = self._shard(int(shards[first]), int(chunks[first]))
+            starts, sizes = index[inner[first:last]].T
+            for begin, end in stretches(starts == LEFT_OUT):
+                if starts[begin] != LEFT_OUT:
+                    stops = starts[begin:end] + sizes[begin:end]
+                    yield Located(first + begin, key, starts[begin:end], stops, self._pipeline)
+
+    def _shard(self, shard: int, chunk: int) -> tuple[str, np.ndarray]:
+        """A shard's key and index; ``chunk`` is one that is wanted from it."""
         found = self._shards.get(shard)
         if found is None:
             with self._lock:
                 found = self._shards.get(shard)
                 if found is None:
                     key = self._key(shard)
-                    found = self._shards[shard] = key, self._read_index(key)
-        key, index = found
-        start, size = index[inner].tolist()
-        return None if start == LEFT_OUT else Place(key, start, start + size, self._pipeline)
+                    try:
+                        found = self._shards[shard] = key, self._read_index(key)
+                    except MemoryError:
+                        raise
+                    except Exception as error:
+                        self._fail(chunk, summary(error), error)
+        return found
 
     def _read_index(self, key: str) -> np.ndarray:
-        """uint64 [chunks, 2]: offset and size of each chunk in the shard ``key``."""
+        """int64 [chunks, 2]: offset and size of each chunk in the shard ``key``."""
         size = 16 * self._per_shard + 4 * self._checked
         where = Range(key, 0, size) if self._at_start else Range(key, -size, None)
         (content,) = self._files.fetch([where])
         if content is None:
             if not self._may_lack(key):
                 raise FileNotFoundError("there is no such file")
-            return np.full((self._per_shard, 2), LEFT_OUT, np.uint64)
+            return np.full((self._per_shard, 2), LEFT_OUT)
         if len(content) != size:
             raise ValueError(f"the index of the shard has {len(content)} bytes instead of {size}")
         try:
             listed = Crc32c().unpack(content, size) if self._checked else content
         except ValueError as error:
             raise ValueError(f"the index of the shard is damaged: {error}") from error
-        index = np.frombuffer(listed, "<u8").reshape(-1, 2).astype(np.uint64)  # a copy
-        if ((index[:, 0] == LEFT_OUT) != (index[:, 1] == LEFT_OUT)).any():
+        index = np.frombuffer(listed, "<i8").reshape(-1, 2).astype(np.int64)  # a copy
+        left_out = index == LEFT_OUT
+        if (left_out[:, 0] != left_out[:, 1]).any() or (index < 0)[~left_out].any():
             raise ValueError("the index of the shard is damaged")
         return index
 

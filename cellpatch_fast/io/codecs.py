@@ -55,7 +55,8 @@ class Pipeline:
 
     def __init__(self, codecs: Sequence[Codec], delta: bool = False) -> None:
         *self._outer, self._last = [*codecs] or [Copy()]
-        self._delta = delta
+        self.delta = delta
+        self.only_blosc = not self._outer and isinstance(self._last, Blosc)
         self.plain = not codecs and not delta  # what is stored is the numbers themselves
 
     def decode(self, packed: Packed, out: np.ndarray) -> None:
@@ -63,8 +64,8 @@ class Pipeline:
         for codec in self._outer:
             packed = codec.unpack(packed, out.nbytes)
         self._last.unpack_into(packed, out.view(np.uint8))
-        if self._delta:
-            accumulate(out.view(f"u{out.itemsize}"))
+        if self.delta:
+            accumulate(out.view(f"u{out.itemsize}"), len(out))
 
 
 class Copy:

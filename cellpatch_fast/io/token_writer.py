@@ -101,6 +101,13 @@ class TokenWriter(PartialStore):
     chunk_entries, shard_chunks
         Sizes of a chunk and of a shard.
 
+    Attributes
+    ----------
+    next_cell
+        The cell to be appended next.
+    kept_cells
+        The cell that a resumed run would begin with: nobody needs those before it any more.
+
     Raises
     ------
     InputError
@@ -123,7 +130,7 @@ class TokenWriter(PartialStore):
         chunk_entries: int = CHUNK_ENTRIES,
         shard_chunks: int = SHARD_CHUNKS,
     ) -> None:
-        self.cells, self.next_cell = cells, 0
+        self.cells, self.next_cell, self.kept_cells = cells, 0, 0
         self._vocabulary, self._preprocessing = vocabulary, preprocessing
         self._measured, self._shuffled = measured, shuffled
         self._chunk, self._shard_chunks = chunk_entries, shard_chunks
@@ -144,11 +151,6 @@ class TokenWriter(PartialStore):
         self._keeper = ThreadPoolExecutor(1, "cellpatch-write")
         self._lengths: BinaryIO | None = None
         super().__init__(output, settings, overwrite=overwrite)
-
-    @property
-    def kept_cells(self) -> int:
-        """The cell that a resumed run would begin with; all before it are on the disk."""
-        return self._shards[-1].cells if self._shards else 0
 
     def append(self, cells: RaggedCells, unknown_entries: int = 0) -> None:
         """Write the next cells.
@@ -267,6 +269,7 @@ class TokenWriter(PartialStore):
         os.fsync(self._lengths_file().fileno())
         self._shards.append(replace(checkpoint, genes=genes, values=values))
         self._write_journal()
+        self.kept_cells = checkpoint.cells
 
     def _lengths_file(self) -> BinaryIO:
         if self._lengths is None:
@@ -305,7 +308,8 @@ class TokenWriter(PartialStore):
             self._shards.append(shard)
         self._begun = len(self._shards) * self._shard_chunks
         last = self._shards[-1] if self._shards else Checkpoint(0, 0)
-        self.next_cell, self._unknown = last.cells, last.unknown_entries
+        self.next_cell = self.kept_cells = last.cells
+        self._unknown = last.unknown_entries
         lengths.touch()
         os.truncate(lengths, 4 * self.next_cell)
         before = int(np.fromfile(lengths, "<u4").sum(dtype=np.int64))

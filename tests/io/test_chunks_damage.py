@@ -29,7 +29,7 @@ from .chunked import (
     failure,
     folder_of,
     stored,
-    targets,
+    target,
     with_gaps,
 )
 
@@ -70,7 +70,7 @@ def test_damaged_chunk_file(way: str, codec: str) -> None:
         assert (error.chunk, error.place) == (7, "the chunk file group/values/c/7")
         assert error.reason in str(error)
         others = [number for number in range(20) if number != 7]
-        reader.read(others, targets(reader, others))
+        reader.read(others, target(reader, others))
         reader.close()
 
 
@@ -87,7 +87,7 @@ def test_damaged_shard(way: str, codec: str) -> None:
         assert error.chunk == 6
         assert error.place == "the chunk file group/values/c/2 (inner chunk 0)"
         others = [number for number in range(20) if number // PER_SHARD != 2]
-        reader.read(others, targets(reader, others))
+        reader.read(others, target(reader, others))
         reader.close()
 
 
@@ -96,7 +96,7 @@ def test_uncompressed_file_is_cut_while_open(layout: dict[str, Any]) -> None:
     values = 1 + np.arange(LENGTH)
     with stored("folder", values, compressors=None, **layout) as array:
         reader = chunks_of(ZarrArray(array))
-        reader.read(range(20), targets(reader, range(20)))  # the index is known from now on
+        reader.read(range(20), target(reader, range(20)))  # the index is known from now on
         file = folder_of(array) / "c/2"
         os.truncate(file, 8 * CHUNK - 1)
         error = failure(reader, range(20))
@@ -145,5 +145,5 @@ def test_flipped_bytes_are_refused_or_decoded_to_something(
     reader = chunks_of(ZarrArray(zarr.open_array(store, path="values", mode="r")))
     guarded = np.full(97 + 2 * 1_000, 17, np.int32)  # what lies around the target stays
     with contextlib.suppress(ChunkError):
-        reader.read([0], [guarded[1_000:1_097]])
+        reader.read([0], guarded[1_000:1_097])
     assert (np.delete(guarded, range(1_000, 1_097)) == 17).all()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cellpatch_fast.io.arrays import Hdf5Array, SequentialReader
 from cellpatch_fast.io.chunks import ChunkError, LibraryChunks, chunks_of
 
-from .chunked import CHUNK, DTYPES, LENGTH, check, descriptors, failure, hammer, targets, values_of
+from .chunked import CHUNK, DTYPES, LENGTH, check, descriptors, failure, hammer, target, values_of
 
 FILTERS: dict[str, tuple[dict[str, Any], bool]] = {
     "none": ({}, True),
@@ -168,7 +168,7 @@ def test_reader_has_its_own_descriptor() -> None:
         reader.close()
         assert descriptors() == before - 1
         with pytest.raises(ChunkError, match="was closed"):
-            reader.read([0], targets(reader, [0]))
+            reader.read([0], target(reader, [0]))
 
 
 def test_file_cut_while_open() -> None:
@@ -196,7 +196,7 @@ def test_damaged_chunk(compression: str, shuffle: bool) -> None:
         reader = chunks_of(Hdf5Array(dataset))
         assert failure(reader, range(20)).chunk == 7
         others = [number for number in range(20) if number != 7]
-        reader.read(others, targets(reader, others))
+        reader.read(others, target(reader, others))
         reader.close()
 
 

@@ -26,7 +26,7 @@ from .chunked import (
     descriptors,
     hammer,
     stored,
-    targets,
+    target,
     values_of,
     with_gaps,
 )
@@ -147,7 +147,7 @@ def test_files_stay_open_but_few_and_none_after_close(layout: dict[str, Any]) ->
         reader.close()
         assert descriptors() == before
         with pytest.raises(ChunkError, match="was closed"):
-            reader.read([0], targets(reader, [0]))
+            reader.read([0], target(reader, [0]))
         assert descriptors() == before
 
 

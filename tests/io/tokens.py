@@ -88,10 +88,9 @@ def write_store(
 
 def read_chunks(chunks: Chunks) -> np.ndarray:
     """All elements."""
-    starts = range(0, chunks.length, chunks.chunk)
-    parts = [np.empty(min(chunks.chunk, chunks.length - start), chunks.dtype) for start in starts]
-    chunks.read(range(len(parts)), parts)
-    return np.concatenate([np.empty(0, chunks.dtype), *parts])
+    found = np.empty(chunks.length, chunks.dtype)
+    chunks.read(range(-(-chunks.length // chunks.chunk)), found)
+    return found
 
 
 def read_with_zarr(path: Path, key: str) -> np.ndarray:
