@@ -23,7 +23,7 @@ import numpy as np
 from numba import njit
 
 from .errors import InputError
-from .io.arrays import COPY_AGAIN
+from .io.arrays import remedy
 from .io.chunks import ChunkError, Chunks, chunks_of, stretches
 from .io.matrices import CellBlock, CsrMatrix, DenseMatrix, dense_to_csr, numbers, signed_indices
 from .tokens import InputKind, Preprocessing, Tokenized, token_types, tokenize
@@ -291,7 +291,7 @@ class _Array:
             cells = f"{low} to {high}" if high > low else str(low)
             raise InputError(
                 f"{self._name}: cannot read cells {cells}, stored in {error.place} "
-                f"({error.reason}). {COPY_AGAIN}."
+                f"({error.reason}). {remedy(self._name)}."
             ) from error
 
     def _gather(self, pieces: np.ndarray, target: np.ndarray, shared: Shared) -> None:

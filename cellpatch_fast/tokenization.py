@@ -95,10 +95,11 @@ class Summary:
             return f"{self.output} is complete already: {self.cells:,} cells, nothing to do"
         earlier = self.cells - self.tokenized
         resumed = f" ({earlier:,} of them earlier)" if earlier else ""
+        speed = f", {self.tokenized / self.seconds:,.0f} cells/s" if self.tokenized else ""
         return (
             f"{self.output}: {self.cells:,} cells{resumed}, {self.entries:,} entries, "
             f"{self.genes_matched:,} genes matched, {self.genes_unknown:,} unknown, "
-            f"{self.empty_cells:,} empty cells, {self.tokenized / self.seconds:,.0f} cells/s"
+            f"{self.empty_cells:,} empty cells{speed}"
         )
 
 

@@ -141,7 +141,8 @@ class ShardedChunks(ZarrChunks):
             raise ValueError(f"the index of the shard is damaged: {error}") from error
         index = np.frombuffer(listed, "<i8").reshape(-1, 2).astype(np.int64)  # a copy
         left_out = index == LEFT_OUT
-        if (left_out[:, 0] != left_out[:, 1]).any() or (index < 0)[~left_out].any():
+        beyond = (index < 0) | (index >= 1 << 62)  # sums of which could be anything
+        if (left_out[:, 0] != left_out[:, 1]).any() or beyond[~left_out].any():
             raise ValueError("the index of the shard is damaged")
         return index
 
