@@ -340,6 +340,7 @@ def test_a_resumed_run_does_not_begin_anew(
     summary = run()
     assert summary.tokenized == 0 if shuffle else 0 < summary.tokenized < CELLS // 2
     assert "of them earlier)" in str(summary)
+    assert str(summary).endswith("1 empty cells" if shuffle else " cells/s")
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "changed", "state"])
