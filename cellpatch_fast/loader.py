@@ -300,31 +300,3 @@ def _check_same_types(streams: Sequence[Stream]) -> None:
                 f"{first.name} and {other.name} store values as {first.rows().types[1]} and "
                 f"{other.rows().types[1]}: read token stores of continuous values on their own"
             )
-
-
-# --- to be removed ---
-from collections.abc import Iterable
-from dataclasses import dataclass
-
-MAX_CELLS = 8_192
-MAX_ENTRIES = 1 << 22
-
-
-@dataclass(frozen=True, eq=False)
-class TokenBlock:
-    start: int
-    cells: Any
-    unknown_entries: int
-    empty_cells: int
-
-
-def read_ahead(
-    parts: Iterable[Any], *, max_cells: int = MAX_CELLS, max_entries: int = MAX_ENTRIES
-) -> Generator[TokenBlock]:
-    for stream, start, stop in parts:
-        for b in CellLoader(
-            [stream], batch_size=max_cells, max_entries=max_entries, rows=[(start, stop)]
-        ):
-            yield TokenBlock(
-                int(b.rows[0]), b.cells, int(b.unknown_entries.sum()), int((b.entries == 0).sum())
-            )

@@ -21,7 +21,8 @@ import torch
 
 from .cells import RaggedCells
 from .errors import InputError
-from .fetching import Part, Rows, copy_rows
+from .fetching import Part, Rows
+from .gathering import copy_rows
 from .masking import MaskCounts, Masked
 from .sampling import Chosen, Window
 from .slots import Slot, Slots, slot_bytes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -28,7 +30,7 @@ def pack(cells: list[Cell], vocabulary: int, dtype: str) -> tuple[np.ndarray, ..
     values = np.array([value for cell in cells for _, value in cell], dtype)
     room = np.empty_like(genes), np.empty_like(values)
     counts = np.empty(1 << digit_bits(vocabulary + 1), np.uint32)
-    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, stop in itertools.pairwise(offsets):
         order_entries(genes[start:stop], values[start:stop], *room, counts)
     return offsets, genes, values
 

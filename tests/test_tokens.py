@@ -22,9 +22,9 @@ from cellpatch_fast.tokens import (
     Preprocessing,
     Tokenized,
     _boundaries,
-    _library_size,
     tokenize,
 )
+from cellpatch_fast.tokens_compiled import library_size
 
 CELLS, GENES = 131, 211
 CONTINUOUS = Preprocessing(value_clip=None, value_rounding="none")
@@ -244,8 +244,8 @@ def test_values_step_at_the_boundaries(rounding: str) -> None:
     boundaries = _boundaries(preprocessing, logged=False)
     row = np.stack([np.nextafter(boundaries, 0), boundaries], 1).ravel()
     row = np.append(row, 1e4 - math.fsum(row))  # library size: just what the model expects
-    while _library_size(row) != 1e4:
-        row[-1] += 1e4 - _library_size(row)
+    while library_size(row) != 1e4:
+        row[-1] += 1e4 - library_size(row)
     block = CellBlock(0, np.array([0, 11]), np.arange(11, dtype=np.int32), row)
     values = run(block, np.arange(1, 12), preprocessing).cells.values
     assert values.tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
@@ -352,7 +352,7 @@ def test_invalid_value_names_cell_and_gene(kind: InputKind, value: float) -> Non
 
 
 @pytest.mark.parametrize("row", [[1e308, 1e308], [5e-324, 0.0]], ids=["too large", "too small"])
-def test_library_size_that_cannot_be_divided_by(row: list[float]) -> None:
+def testlibrary_size_that_cannot_be_divided_by(row: list[float]) -> None:
     block = CellBlock(41, np.array([0, 0, 2]), np.arange(2, dtype=np.int32), np.array(row))
     with pytest.raises(InputError, match=r"a file: cell 42 .* library size"):
         run(block, draw_tokens())
