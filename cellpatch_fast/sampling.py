@@ -27,8 +27,7 @@ import numpy as np
 
 Lengths = Callable[[np.ndarray], np.ndarray]  # positions [cells] to stored entries [cells]
 
-WINDOW_ENTRIES = 1 << 20  # of a window in file order: 3 MB of tokens, some 5 ms of work
-WINDOW_CELLS = 1_024  # of the first window, at most; the next ones have room for what they need
+WINDOW_CELLS = 1_024  # of the first window in file order, at most; the next ones may have more
 BLOCKS, CELLS, PHASE = range(3)  # what a random number is for, so that no two are related
 
 
@@ -198,7 +197,7 @@ class Epoch:
         """Cells of this rank."""
         return self._last - self._first
 
-    def windows(self, window_entries: int = WINDOW_ENTRIES) -> Iterator[Window]:
+    def windows(self, window_entries: int) -> Iterator[Window]:
         """The windows, in order; ``window_entries`` matters in file order only."""
         windows = self._shuffled() if self._sampling.shuffle else self._in_order(window_entries)
         yield from windows

@@ -317,7 +317,7 @@ def test_nothing_is_read_far_ahead_of_a_slow_consumer(
         return original(self, plan, slots)  # type: ignore[arg-type]
 
     monkeypatch.setattr(batches, counted)
-    monkeypatch.setattr("cellpatch_fast.loader.WINDOW_ENTRIES", 1)
+    monkeypatch.setattr("cellpatch_fast.loader.WINDOW_BYTES", 1)
     with CellLoader(
         files["csr.h5ad"], small_model.vocabulary, small_model.config, batch_size=5, threads=2
     ) as loader:
@@ -333,7 +333,7 @@ def test_an_error_in_a_worker_reaches_the_consumer_and_ends_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cellpatch_fast.streams.SAMPLE_CELLS", 100)  # the error is further on
-    monkeypatch.setattr("cellpatch_fast.loader.WINDOW_ENTRIES", 1)
+    monkeypatch.setattr("cellpatch_fast.loader.WINDOW_BYTES", 1)
     bad = adata.copy()
     bad.X.data[bad.X.indptr[150]] = -2
     path = tmp_path / "negative.h5ad"
