@@ -16,8 +16,20 @@ import zarr
 from anndata.io import write_elem
 from scipy import sparse
 
-from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, cli
-from cellpatch_fast.io import embeddings
+from cellpatch_fast import (
+    CellPatch,
+    CellPatchConfig,
+    GeneVocabulary,
+    RaggedCells,
+    atlas,
+    cli,
+    tokenization,
+)
+from cellpatch_fast.io import TokenStore, embeddings, obs, token_writer
+from cellpatch_fast.io.buckets import Buckets
+from cellpatch_fast.io.token_writer import TokenWriter
+
+from .io.tokens import read_chunks
 
 GENES = 307
 WIDTH = 640  # of an embedding at the paper's sizes
@@ -203,3 +215,50 @@ def stopped_after(shards: int) -> Iterator[None]:
         patch.setattr(embeddings.EmbeddingWriter, "write", write_or_stop)
         with pytest.raises(Stopped):
             yield
+
+
+class SmallWriter(TokenWriter):
+    """Chunks of 53 entries, shards of 3 chunks."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, chunk_entries=53, shard_chunks=3, **options)
+
+
+class SmallBuckets(Buckets):
+    """About 10 buckets, with as many checkpoints."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(
+            *arguments, bucket_bytes=4_001, gathered_bytes=1_999, checkpoint_bytes=3_001
+        )
+
+
+@pytest.fixture
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches, chunks, shards and buckets that cells do not line up with."""
+    monkeypatch.setattr(tokenization, "MAX_ENTRIES", 401)
+    monkeypatch.setattr(tokenization, "TokenWriter", SmallWriter)
+    monkeypatch.setattr(token_writer, "WAITING_CHUNKS", 4)
+    monkeypatch.setattr(tokenization, "Buckets", SmallBuckets)
+    monkeypatch.setattr(obs, "ROWS", 17)
+    monkeypatch.setattr(obs, "SORTED_ROWS", 83)
+
+
+Tokenize = Callable[..., RaggedCells]
+
+
+@pytest.fixture
+def tokenize(small_vocabulary: GeneVocabulary, output: Path) -> Tokenize:
+    """``tokenize(inputs, **options)``: the cells in the finished store."""
+
+    def run(inputs: Any, **options: Any) -> RaggedCells:
+        atlas.tokenize(inputs, output, **{"vocabulary": small_vocabulary} | options)
+        return read_cells(output)
+
+    return run
+
+
+def read_cells(path: Path) -> RaggedCells:
+    with TokenStore(path) as store:
+        arrays = (store.offsets, read_chunks(store.genes), read_chunks(store.values))
+        return RaggedCells(*map(torch.from_numpy, arrays))

@@ -1,17 +1,11 @@
-"""`atlas.tokenize`: files in, one token store with scanpy's values out, whatever happens."""
+"""`atlas.tokenize`: files in, one token store with scanpy's values out, in any order."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import logging
-import random
 import re
 import shutil
-import threading
 import warnings
-from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,66 +23,17 @@ from cellpatch_fast import (
     GeneVocabulary,
     InputError,
     RaggedCells,
-    streams,
     tokenization,
 )
-from cellpatch_fast.io import TokenStore, obs, token_writer
+from cellpatch_fast.io import TokenStore
 from cellpatch_fast.io.buckets import Buckets
-from cellpatch_fast.io.partial import partial_of
-from cellpatch_fast.io.token_writer import TokenWriter
 
-from .conftest import GENES, MakeCells, tree, write_zarr
-from .io.tokens import read_chunks
+from .conftest import GENES, MakeCells, Tokenize, tree, write_zarr
+
+pytestmark = pytest.mark.usefixtures("_small_pieces")
 
 CELLS = 211
 CONTINUOUS = CellPatchConfig(value_rounding="none", value_clip=None)
-
-
-class SmallWriter(TokenWriter):
-    """Chunks of 53 entries, shards of 3 chunks."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, chunk_entries=53, shard_chunks=3, **options)
-
-
-class SmallBuckets(Buckets):
-    """About 10 buckets, with as many checkpoints."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(
-            *arguments, bucket_bytes=4_001, gathered_bytes=1_999, checkpoint_bytes=3_001
-        )
-
-
-@pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches, chunks, shards and buckets that cells do not line up with."""
-    monkeypatch.setattr(tokenization, "MAX_ENTRIES", 401)
-    monkeypatch.setattr(tokenization, "TokenWriter", SmallWriter)
-    monkeypatch.setattr(token_writer, "WAITING_CHUNKS", 4)
-    monkeypatch.setattr(tokenization, "Buckets", SmallBuckets)
-    monkeypatch.setattr(obs, "ROWS", 17)
-    monkeypatch.setattr(obs, "SORTED_ROWS", 83)
-
-
-Tokenize = Callable[..., RaggedCells]
-
-
-@pytest.fixture
-def tokenize(small_vocabulary: GeneVocabulary, output: Path) -> Tokenize:
-    """``tokenize(inputs, **options)``: the cells in the finished store."""
-
-    def run(inputs: Any, **options: Any) -> RaggedCells:
-        cp.atlas.tokenize(inputs, output, **{"vocabulary": small_vocabulary} | options)
-        return read_cells(output)
-
-    return run
-
-
-def read_cells(path: Path) -> RaggedCells:
-    with TokenStore(path) as store:
-        arrays = (store.offsets, read_chunks(store.genes), read_chunks(store.values))
-        return RaggedCells(*map(torch.from_numpy, arrays))
 
 
 def by_scanpy(
@@ -266,126 +211,6 @@ def test_a_seed_is_one_order(tokenize: Tokenize, cells_file: Path, output: Path)
     assert trees[0] == trees[1] != trees[2]
 
 
-class Stopped(Exception):
-    """Ends a run early."""
-
-
-def stop_in(
-    monkeypatch: pytest.MonkeyPatch, owner: type, name: str, calls: int
-) -> pytest.MonkeyPatch:
-    """The ``calls``-th next call of a method raises."""
-    method, left = getattr(owner, name), [calls]
-
-    def stopping(*arguments: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Stopped
-        return method(*arguments)
-
-    monkeypatch.setattr(owner, name, stopping)
-    return monkeypatch
-
-
-@pytest.mark.parametrize(
-    ("shuffle", "owner", "method", "most"),
-    [
-        pytest.param(False, TokenWriter, "append", 22, id="in order"),
-        pytest.param(False, TokenWriter, "_keep", 45, id="in order, while a shard is kept"),
-        pytest.param(True, Buckets, "append", 22, id="shuffled, while reading"),
-        pytest.param(True, Buckets, "_checkpoint", 8, id="shuffled, at a checkpoint"),
-        pytest.param(True, TokenWriter, "append", 6, id="shuffled, while writing"),
-        pytest.param(True, TokenWriter, "_keep", 45, id="shuffled, while a shard is kept"),
-    ],
-)
-def test_interrupted_run_ends_with_the_same_bytes(
-    cells_file: Path,
-    small_vocabulary: GeneVocabulary,
-    tmp_path: Path,
-    shuffle: bool,
-    owner: type,
-    method: str,
-    most: int,
-) -> None:
-    run = functools.partial(
-        cp.atlas.tokenize, cells_file, vocabulary=small_vocabulary, shuffle=shuffle, seed=1
-    )
-    run(tmp_path / "uninterrupted.zarr")
-    chance, output = random.Random(most), tmp_path / "resumed.zarr"
-    for part in (2, 6):  # the later run has less to do
-        with pytest.MonkeyPatch.context() as patch:
-            stop_in(patch, owner, method, chance.randint(0, most // part))
-            with pytest.raises(Stopped):
-                run(output)
-        assert not output.exists()
-        threads = {thread.name.rsplit("_", 1)[0] for thread in threading.enumerate()}
-        assert not threads & {"cellpatch-write", "cellpatch-encode"}
-    summary = run(output)
-    assert tree(output) == tree(tmp_path / "uninterrupted.zarr")
-    assert not partial_of(output).exists()
-    assert summary.empty_cells == 1
-    assert summary.tokenized <= CELLS
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_a_resumed_run_does_not_begin_anew(
-    cells_file: Path, small_vocabulary: GeneVocabulary, output: Path, shuffle: bool
-) -> None:
-    run = functools.partial(
-        cp.atlas.tokenize, cells_file, output, vocabulary=small_vocabulary, shuffle=shuffle
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        stop_in(patch, TokenWriter, "append", 3 if shuffle else 15)
-        with pytest.raises(Stopped):
-            run()
-    summary = run()
-    assert summary.tokenized == 0 if shuffle else 0 < summary.tokenized < CELLS // 2
-    assert "of them earlier)" in str(summary)
-    assert str(summary).endswith("1 empty cells" if shuffle else " cells/s")
-
-
-@pytest.mark.parametrize("damage", ["gone", "cut", "changed", "state"])
-def test_damaged_buckets_are_refused(
-    cells_file: Path, small_vocabulary: GeneVocabulary, output: Path, damage: str
-) -> None:
-    run = functools.partial(
-        cp.atlas.tokenize, cells_file, output, vocabulary=small_vocabulary, shuffle=True
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        stop_in(patch, TokenWriter, "append", 0)
-        with pytest.raises(Stopped):
-            run()
-    folder = partial_of(output) / "work" / "buckets"
-    bucket = folder / "2"
-    content = bucket.read_bytes()
-    if damage == "gone":
-        bucket.unlink()
-    elif damage == "cut":
-        bucket.write_bytes(content[:-1])
-    elif damage == "changed":  # two cells of the same row
-        bucket.write_bytes(content[:16] + content[20:24] + content[20:])
-    else:
-        (folder / "buckets.json").write_text("{")
-    with pytest.raises(InputError) as caught:
-        run()
-    assert str(caught.value).startswith(str(folder))
-    assert f"start anew: {partial_of(output)}" in str(caught.value)
-    assert not output.exists()
-    shutil.rmtree(partial_of(output))
-    run()
-
-
-def test_no_room_for_the_copy(
-    tokenize: Tokenize, cells_file: Path, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
-    with pytest.raises(InputError, match=r"shuffling needs .* GB .* 0\.0 GB are free there: free"):
-        tokenize(cells_file, shuffle=True)
-    assert not output.exists()
-    monkeypatch.undo()
-    tokenize(cells_file, shuffle=True)
-
-
 def test_model_and_its_vocabulary_make_the_same_store(
     tokenize: Tokenize,
     cells_file: Path,
@@ -405,6 +230,24 @@ def test_human_vocabulary(cells_file: Path, output: Path) -> None:
     cp.atlas.tokenize(cells_file, output, vocabulary="human")
     with TokenStore(output) as store:
         assert store.vocabulary_fingerprint == GeneVocabulary.human().fingerprint
+
+
+def test_dense_files_are_sized_by_a_sample(
+    tokenize: Tokenize, make_cells: MakeCells, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else shuffling one would ask for room for its zeros."""
+    adata = make_cells(101)
+    adata.X = adata.X.toarray()
+    adata.write_h5ad(tmp_path / "dense.h5ad")
+    asked: list[int] = []
+
+    def buckets(folder: Path, rows: np.ndarray, entries: int, *types: Any) -> Buckets:
+        asked.append(entries)
+        return Buckets(folder, rows, entries, *types)
+
+    monkeypatch.setattr(tokenization, "Buckets", buckets)
+    tokenize(tmp_path / "dense.h5ad", shuffle=True)
+    assert asked == [np.count_nonzero(adata.X)]
 
 
 def test_summary(
@@ -427,128 +270,3 @@ def test_summary(
     )
     (line,) = caplog.messages
     assert line.startswith(f"{cells_file}: {GENES} of {GENES + 3} genes matched by the var index")
-
-
-def test_repeating_a_finished_run_does_nothing(
-    cells_file: Path, small_vocabulary: GeneVocabulary, output: Path
-) -> None:
-    first = cp.atlas.tokenize(cells_file, output, vocabulary=small_vocabulary)
-    times = {path: path.stat().st_mtime_ns for path in [output, *output.rglob("*")]}
-    second = cp.atlas.tokenize(cells_file, output, vocabulary=small_vocabulary)
-    assert {path: path.stat().st_mtime_ns for path in [output, *output.rglob("*")]} == times
-    assert str(second) == f"{output} is complete already: 211 cells, nothing to do"
-    assert second == dataclasses.replace(first, tokenized=0, seconds=0.0)
-
-
-@pytest.mark.parametrize(
-    ("finished", "options", "named"),
-    [
-        (False, {"layer": "other"}, "layer: was '', is now 'other'"),
-        (True, {"use_raw": True}, "use_raw: was False, is now True"),
-        (False, {"config": CONTINUOUS}, "value_rounding: was 'round', is now 'none'"),
-        (True, {"config": CellPatchConfig(target_sum=1e3)}, "target_sum: was 10000.0, is now 1"),
-        (True, {"vocabulary": "human"}, "vocabulary: was "),
-        (False, {"shuffle": True, "seed": 2}, "shuffle: was '', is now 'with seed 2'"),
-    ],
-)
-def test_changed_setting_is_refused_and_named(
-    tokenize: Tokenize,
-    cells_file: Path,
-    output: Path,
-    finished: bool,
-    options: dict[str, Any],
-    named: str,
-) -> None:
-    if finished:
-        tokenize(cells_file)
-    else:
-        with pytest.MonkeyPatch.context() as patch:
-            stop_in(patch, TokenWriter, "append", 3)
-            with pytest.raises(Stopped):
-                tokenize(cells_file)
-    where = output if finished else partial_of(output)
-    before = tree(where)
-    with pytest.raises(InputError) as caught:
-        tokenize(cells_file, **options)
-    message, *changes = str(caught.value).splitlines()
-    assert str(where) in message
-    assert "other settings" in message
-    assert f"  {named}" in "\n".join(changes)
-    assert tree(where) == before
-    tokenize(cells_file, overwrite=True, **options)
-
-
-def test_changed_input_is_refused(tokenize: Tokenize, cells_file: Path) -> None:
-    tokenize(cells_file)
-    adata = anndata.read_h5ad(cells_file)
-    adata[:-1].copy().write_h5ad(cells_file)
-    with pytest.raises(InputError, match=r"inputs: was \['cells.h5ad: 211 cells.*is now.* 210"):
-        tokenize(cells_file)
-
-
-def test_what_cannot_be(
-    tokenize: Tokenize, cells_file: Path, small_model: CellPatch, output: Path, tmp_path: Path
-) -> None:
-    wrong: dict[str, Any]
-    for wrong, message in (
-        ({"vocabulary": None}, "give either a model or a vocabulary"),
-        ({"model": small_model}, "give either a model or a vocabulary"),
-        ({"model": small_model, "vocabulary": None, "config": CONTINUOUS}, "no config beside it"),
-        ({"vocabulary": tmp_path / "none.json"}, "none.json: cannot be read"),
-        ({"seed": -1}, "the seed must be at least 0, found -1"),
-        ({"layer": "none"}, "no layer 'none'"),
-    ):
-        with pytest.raises(InputError, match=message):
-            tokenize(cells_file, **wrong)
-    with pytest.raises(InputError, match="given twice"):
-        tokenize([cells_file, cells_file])
-    assert not output.exists()
-    assert not partial_of(output).exists()
-    tokenize(cells_file)
-    with pytest.raises(InputError, match="is a token store already"):
-        cp.atlas.tokenize(output, tmp_path / "again.zarr", vocabulary="human")
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_what_is_no_token_store_is_never_replaced(
-    tokenize: Tokenize, cells_file: Path, small_model: CellPatch, output: Path, overwrite: bool
-) -> None:
-    cp.atlas.embed(cells_file, small_model, output)
-    before = tree(output)
-    with pytest.raises(InputError, match="exists and is not a token store, so it is not replaced"):
-        tokenize(cells_file, overwrite=overwrite)
-    assert tree(output) == before
-
-
-def test_value_beyond_half_precision_is_refused(
-    tokenize: Tokenize, cells_file: Path, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only in a file whose first cells look like logarithms there can be so large ones."""
-    monkeypatch.setattr(streams, "SAMPLE_CELLS", 100)
-    adata = anndata.read_h5ad(cells_file)
-    adata.X = adata.X.log1p()
-    adata.X.data[-5] = 1e5  # of a known gene, in the last cell
-    adata.write_h5ad(cells_file)
-    for shuffle in (False, True):
-        with pytest.raises(InputError, match=r"cell 210 .* the value 100000, .* float16"):
-            tokenize(cells_file, config=CONTINUOUS, input="lognorm", shuffle=shuffle)
-        assert not output.exists()
-        shutil.rmtree(partial_of(output))
-
-
-def test_dense_files_are_sized_by_a_sample(
-    tokenize: Tokenize, make_cells: MakeCells, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else shuffling one would ask for room for its zeros."""
-    adata = make_cells(101)
-    adata.X = adata.X.toarray()
-    adata.write_h5ad(tmp_path / "dense.h5ad")
-    asked: list[int] = []
-
-    def buckets(folder: Path, rows: np.ndarray, entries: int, *types: Any) -> Buckets:
-        asked.append(entries)
-        return Buckets(folder, rows, entries, *types)
-
-    monkeypatch.setattr(tokenization, "Buckets", buckets)
-    tokenize(tmp_path / "dense.h5ad", shuffle=True)
-    assert asked == [np.count_nonzero(adata.X)]
