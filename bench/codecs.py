@@ -94,7 +94,7 @@ class Codec:
         else:
             compressor.decode(stored, out)
         if self.delta:
-            accumulate(out, len(out))
+            accumulate(out)
 
     def _library(self) -> Any:
         if self.compressor == "none":

@@ -109,16 +109,18 @@ def decompress(path: Path, cells: int) -> Clocked:
                 numbers = np.arange(first, min(first + 16, entries // chunks.chunk))
                 for run in chunks._find(numbers):
                     where = Range(run.file, int(run.starts[0]), int(run.stops[-1]))
-                    (content,) = (np.array(part) for part in chunks._files.fetch([where]))
-                    tasks.append((chunks, run, content, numbers))
+                    content = chunks._files.fetch([where]).content.copy()
+                    places = run.starts - run.starts[0], run.stops - run.starts[0]
+                    tasks.append((chunks, run._replace(first=0), content, *places, numbers))
 
         def work() -> None:
             room: dict[Any, np.ndarray] = {}
             with contextlib.suppress(IndexError):  # nothing left
                 while True:
-                    chunks, run, content, numbers = tasks.popleft()
+                    chunks, run, *rest, numbers = tasks.popleft()
                     out = room.setdefault(chunks, np.empty(16 * chunks.chunk, chunks.dtype))
-                    chunks._decode_run(run, content, numbers, out[: len(numbers) * chunks.chunk])
+                    out = out[: len(numbers) * chunks.chunk]
+                    chunks._decode_all(run, *rest, numbers, out)
 
         with clocked() as taken, ThreadPoolExecutor(THREADS) as pool:
             for done in [pool.submit(work) for _ in range(THREADS)]:

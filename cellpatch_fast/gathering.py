@@ -18,7 +18,7 @@ from .errors import InputError
 from .io.arrays import remedy
 from .io.chunks import ChunkError, Chunks, stretches
 
-BESIDE_BYTES = 1 << 20  # of chunks that are decoded beside their place at a time
+BESIDE_BYTES = 1 << 22  # of chunks that are decoded beside their place at a time
 
 
 class SharedChunk:
@@ -105,28 +105,19 @@ class EntryChunks:
         whole &= ~np.isin(numbers, list(shared))
         # Whole chunks that come to lie one behind the other are read at once.
         behind = whole[1:] & whole[:-1] & (places[1:] == places[:-1] + lengths[:-1])
-        beside: list[int] = []
+        beside = ~whole
         for first, last in stretches(np.concatenate([[0], np.cumsum(~behind)])):
-            place, chunk = int(places[first]), int(numbers[first])
             if whole[first]:
                 end = int(places[last - 1] + lengths[last - 1])
-                self.chunks.read(numbers[first:last], target[place:end])
-            elif chunk in shared:
+                self.chunks.read(numbers[first:last], target[int(places[first]) : end])
+            elif (chunk := int(numbers[first])) in shared:
+                beside[first] = False
                 _copy(shared[chunk].decoded(), pieces[bounds[first] : bounds[last]], target)
-            else:
-                beside.append(first)
-        chosen = np.array(beside, np.int64)
-        self._gather_beside(numbers[chosen], bounds[chosen], bounds[chosen + 1], pieces, target)
+        own = np.repeat(beside, np.diff(bounds))  # the pieces of chunks decoded beside
+        self._gather_beside(numbers[beside], pieces[own], target)
 
-    def _gather_beside(
-        self,
-        numbers: np.ndarray,
-        firsts: np.ndarray,
-        lasts: np.ndarray,
-        pieces: np.ndarray,
-        target: np.ndarray,
-    ) -> None:
-        """Copy the pieces ``firsts : lasts`` of each of some chunks."""
+    def _gather_beside(self, numbers: np.ndarray, pieces: np.ndarray, target: np.ndarray) -> None:
+        """Copy the ``pieces`` of chunks ``numbers``, which are decoded elsewhere."""
         size, dtype = self.chunks.chunk, self.chunks.dtype
         at_once = max(1, BESIDE_BYTES // (size * dtype.itemsize))
         room = buffer("beside", min(at_once, len(numbers)) * size, dtype)
@@ -134,9 +125,10 @@ class EntryChunks:
             group = numbers[start : start + at_once]
             end = (len(group) - 1) * size + _size(self.chunks, int(group[-1]))
             self.chunks.read(group, room[:end])
-            for place in range(len(group)):
-                own = slice(firsts[start + place], lasts[start + place])
-                _copy(room[place * size : (place + 1) * size], pieces[own], target)
+            first, last = np.searchsorted(pieces[:, 0], [group[0], group[-1] + 1])
+            part = pieces[first:last].copy()
+            part[:, 1] += np.searchsorted(group, part[:, 0]) * size  # where it starts in the room
+            _copy(room, part, target)
 
 
 def _size(chunks: Chunks, chunk: int) -> int:

@@ -45,7 +45,7 @@ __all__ = ["CellBatch", "CellLoader"]
 
 MEMORY_LIMIT = 1 << 30
 # Of a window in file order: what a window costs beside its entries, some 1.5 ms, is then a tenth.
-WINDOW_BYTES = 1 << 24
+WINDOW_BYTES = 1 << 25
 WINDOWS_IN_MEMORY = 8  # at least, where little memory is allowed and batches are small
 MOST_THREADS = 8  # by default: more than feed a GPU, and windows in memory cost something
 

@@ -27,7 +27,7 @@ import numpy as np
 
 Lengths = Callable[[np.ndarray], np.ndarray]  # positions [cells] to stored entries [cells]
 
-WINDOW_CELLS = 1_024  # of the first window in file order, at most; the next ones may have more
+WINDOW_CELLS = 1_024  # where the end of a window in file order is looked for, at first
 BLOCKS, CELLS, PHASE = range(3)  # what a random number is for, so that no two are related
 
 
@@ -205,20 +205,22 @@ class Epoch:
     def _in_order(self, window_entries: int) -> Iterator[Window]:
         """Batches in file order, as many per window as stay within ``window_entries``."""
         size = self._sampling.batch_size
-        cells = WINDOW_CELLS
+        reach = -(-WINDOW_CELLS // size) * size  # whole batches
         start = self._first
         while start < self._last:
-            reach = -(-cells // size) * size  # whole batches, and not many more than it will be
             positions = np.arange(start, min(start + reach, self._last))
             offsets = np.concatenate([[0], np.cumsum(self._lengths(positions))])
+            goes_on = start + reach < self._last
+            if goes_on and offsets[-1] <= window_entries:
+                reach *= 2  # to see where the window ends
+                continue
             cuts = _cuts(offsets, size, self._sampling.max_entries)
-            if start + len(positions) < self._last and len(cuts) > 2:
+            if goes_on and len(cuts) > 2:
                 cuts = cuts[:-1]  # the last batch may go on beyond what was looked at
             full = int(np.searchsorted(offsets[cuts], window_entries, side="right")) - 1
             cuts = cuts[: max(full, 1) + 1]
             yield Window(positions[: cuts[-1]], cuts)
             start += int(cuts[-1])
-            cells = int(cuts[-1]) * 3 // 2
 
     def _shuffled(self) -> Iterator[Window]:
         sampling = self._sampling

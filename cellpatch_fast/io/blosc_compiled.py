@@ -17,6 +17,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from .codecs_compiled import accumulate
+
 HEADER = 16  # bytes of a Blosc chunk: versions, flags, type size; sizes of content, block, chunk
 
 
@@ -47,7 +49,9 @@ def _decompress(typing: Any, address: Any, source: Any, target: Any, size: Any) 
 
 
 @njit(nogil=True, cache=True)
-def unpack_blosc(address: int, packed: Any, starts: Any, stops: Any, out: Any, chunk: int) -> int:
+def unpack_blosc(
+    address: int, packed: Any, starts: Any, stops: Any, out: Any, chunk: int, delta: bool
+) -> int:
     """Decode chunks one behind the other.
 
     Parameters
@@ -59,28 +63,32 @@ def unpack_blosc(address: int, packed: Any, starts: Any, stops: Any, out: Any, c
     starts, stops
         int64 [chunks]: where each chunk begins and ends in ``packed``.
     out
-        uint8: room for what the chunks hold, ``chunk`` bytes each.
+        Room for what the chunks hold, ``chunk`` elements each; unsigned integers.
     chunk
-        Bytes of a decoded chunk.
+        Elements of a decoded chunk.
+    delta
+        Whether they are differences, to be summed up while they are in the cache.
 
     Returns
     -------
     int
         Which chunk is damaged or of another size, or -1.
     """
+    size = chunk * out.itemsize
     for number in range(len(starts)):
         header = packed[starts[number] : stops[number]]
         if len(header) < HEADER:
             return number
         # The library trusts what the header says of the size of the chunk.
-        if _little(header, 4) != chunk or _little(header, 12) > len(header):
+        if _little(header, 4) != size or _little(header, 12) > len(header):
             return number
         target = out[number * chunk : (number + 1) * chunk]
         if len(target) != chunk:
             return number
-        written = _decompress(address, header.ctypes.data, target.ctypes.data, chunk)
-        if written != chunk:
+        if _decompress(address, header.ctypes.data, target.ctypes.data, size) != size:
             return number
+        if delta:
+            accumulate(target)
     return -1
 
 

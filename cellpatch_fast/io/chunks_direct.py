@@ -22,7 +22,6 @@ from .blosc_compiled import decompressor, unpack_blosc
 from .chunks import ChunkError
 from .chunks_files import Range, Ranges
 from .codecs import Pipeline
-from .codecs_compiled import accumulate
 
 FILE_END = -1  # where a chunk ends, if that is where its file ends
 
@@ -109,69 +108,68 @@ class DirectChunks(ABC):
             self._fail(numbers[place], f"the file ends at byte {start + count}, inside of it")
 
     def _read_packed(self, runs: list[Located], numbers: np.ndarray, out: np.ndarray) -> None:
-        """Read and decode runs of compressed chunks, one run after the other."""
-        ends = [int(run.stops[-1]) for run in runs]
-        contents = self._files.fetch(
-            [
-                Range(run.file, int(run.starts[0]), None if end == FILE_END else end)
-                for run, end in zip(runs, ends, strict=True)
-            ]
-        )
-        for run in runs:
-            try:
-                content = next(contents)
-            except MemoryError:
-                raise
-            except Exception as error:
-                self._fail(numbers[run.first], summary(error), error)
-            if content is not None:
-                self._decode_run(run, np.frombuffer(content, np.uint8), numbers, out)
-            elif self._may_lack(run.file):
-                self._target(out, run.first)[...] = self._fill_value()
-            else:
-                self._fail(numbers[run.first], "there is no such file")
+        """Read and decode runs of compressed chunks, as many at once as adjoin in ``out``."""
+        for group in _groups(runs, self._files.most):
+            ends = [None if run.stops[-1] == FILE_END else int(run.stops[-1]) for run in group]
+            content, places, found = self._files.fetch(
+                [
+                    Range(run.file, int(run.starts[0]), end)
+                    for run, end in zip(group, ends, strict=True)
+                ]
+            )
+            starts, stops = [], []
+            for run, place, count in zip(group, places, found, strict=True):
+                if isinstance(count, Exception):
+                    self._fail(numbers[run.first], summary(count), count)
+                if count is None and not self._may_lack(run.file):
+                    self._fail(numbers[run.first], "there is no such file")
+                starts.append(run.starts - run.starts[0] + place)
+                stops.append(self._ends(run, count or 0, numbers) + place)
+            if found == [None]:
+                self._target(out, group[0].first)[...] = self._fill_value()
+                continue
+            self._decode_all(
+                *(group[0], content, np.concatenate(starts), np.concatenate(stops), numbers, out)
+            )
 
-    def _decode_run(
-        self, run: Located, content: np.ndarray, numbers: np.ndarray, out: np.ndarray
-    ) -> None:
-        begin = int(run.starts[0])
-        starts, stops = run.starts - begin, run.stops - begin
+    def _ends(self, run: Located, count: int, numbers: np.ndarray) -> np.ndarray:
+        """Where chunks end, counted from the first one, if so many bytes hold them."""
         if run.stops[-1] == FILE_END:
-            stops = np.array([len(content)])
-        beyond = np.flatnonzero(stops > len(content))
+            return np.array([count])
+        begin = int(run.starts[0])
+        stops = run.stops - begin
+        beyond = np.flatnonzero(stops > count)
         if len(beyond):
             self._fail(
                 numbers[run.first + int(beyond[0])],
-                f"the file ends at byte {begin + len(content)}, inside of it",
+                f"the file ends at byte {begin + count}, inside of it",
             )
-        done = self._decode_blosc(run, content, starts, stops, out)
-        for which in range(done, len(starts)):
-            place = run.first + which
-            packed = content[starts[which] : stops[which]].data
-            self._decode(int(numbers[place]), run.pipeline, packed, self._target(out, place))
+        return stops
 
-    def _decode_blosc(
+    def _decode_all(
         self,
-        run: Located,
+        first: Located,
         content: np.ndarray,
         starts: np.ndarray,
         stops: np.ndarray,
+        numbers: np.ndarray,
         out: np.ndarray,
-    ) -> int:
-        """Decode all whole chunks at once; returns how many, 0 if that is not possible."""
-        target = out[run.first * self.chunk : (run.first + len(starts)) * self.chunk]
-        whole = len(target) // self.chunk
-        if not (run.pipeline.only_blosc and decompressor() and whole):
-            return 0
-        target, size = target[: whole * self.chunk], self.chunk * self.dtype.itemsize
-        damaged = unpack_blosc(
-            *(decompressor(), content, starts[:whole], stops[:whole], target.view(np.uint8), size)
-        )
-        if damaged >= 0:
-            return 0  # one by one, they tell what is wrong
-        if run.pipeline.delta:
-            accumulate(target.view(f"u{self.dtype.itemsize}"), self.chunk)
-        return whole
+    ) -> None:
+        """Decode chunks, from the ``first`` one on, that lie in ``content``."""
+        target = out[first.first * self.chunk : (first.first + len(starts)) * self.chunk]
+        done = len(target) // self.chunk  # whole ones
+        if first.pipeline.only_blosc and decompressor() and done:
+            bits = target[: done * self.chunk].view(f"u{self.dtype.itemsize}")
+            places = starts[:done], stops[:done]
+            delta = first.pipeline.delta
+            if unpack_blosc(decompressor(), content, *places, bits, self.chunk, delta) >= 0:
+                done = 0  # one by one, they tell what is wrong
+        else:
+            done = 0
+        for which in range(done, len(starts)):
+            place = first.first + which
+            packed = content[starts[which] : stops[which]].data
+            self._decode(int(numbers[place]), first.pipeline, packed, self._target(out, place))
 
     def _decode(self, chunk: int, pipeline: Pipeline, packed: memoryview, out: np.ndarray) -> None:
         try:
@@ -200,3 +198,22 @@ def _runs(located: Located, most: int) -> Iterator[Located]:
             end = first + max(1, int(fitting)) if stops[first] != FILE_END else last
             yield located.part(first, end)
             first = end
+
+
+def _groups(runs: list[Located], most: int) -> Iterator[list[Located]]:
+    """Runs that follow each other, need the same decoding, and have up to ``most`` bytes."""
+    group: list[Located] = []
+    total = 0
+    for run in runs:
+        size = most if run.stops[-1] == FILE_END else int(run.stops[-1] - run.starts[0])
+        if group and (
+            total + size > most
+            or run.pipeline is not group[-1].pipeline
+            or run.first != group[-1].first + len(group[-1].starts)
+        ):
+            yield group
+            group, total = [], 0
+        group.append(run)
+        total += size
+    if group:
+        yield group

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -29,18 +29,27 @@ class Range(NamedTuple):
     stop: int | None
 
 
+class Fetched(NamedTuple):
+    """Bytes of several ranges.
+
+    ``content`` (uint8) has the bytes of range ``r`` from ``starts[r]`` on. ``found[r]`` says how
+    many there are, less than asked for if the file ends; None if there is no such file, or what
+    went wrong in reading it.
+    """
+
+    content: np.ndarray
+    starts: list[int]
+    found: list[int | Exception | None]
+
+
 class Ranges(Protocol):
     """Something that holds files."""
 
     most: int
     """Ranges that adjoin are worth reading together up to so many bytes."""
 
-    def fetch(self, ranges: Sequence[Range]) -> Iterator[memoryview | None]:
-        """The ranges' bytes, as far as the file goes; each valid until the next is asked for.
-
-        None if there is no such file. Raises OSError, or an error of a library below, if it
-        cannot be read.
-        """
+    def fetch(self, ranges: Sequence[Range]) -> Fetched:
+        """The ranges' bytes, valid until this thread fetches others."""
 
     def fill(self, file: str, start: int, buffers: Sequence[memoryview]) -> int:
         """Read consecutive bytes into ``buffers``; returns how many there were."""
@@ -87,19 +96,34 @@ class LocalFiles:
         self._lock = threading.Lock()
         self._thread = threading.local()
 
-    def fetch(self, ranges: Sequence[Range]) -> Iterator[memoryview | None]:
+    def fetch(self, ranges: Sequence[Range]) -> Fetched:
+        starts, total = [], 0
+        opened: list[tuple[Descriptor, int, int] | Exception | None] = []
         for file, start, stop in ranges:
+            starts.append(total)
             try:
                 descriptor = self._descriptor(file)
+                if start < 0 or stop is None:
+                    size = os.fstat(descriptor.number).st_size
+                    start, stop = max(0, size + start) if start < 0 else start, size
+                opened.append((descriptor, start, max(0, stop - start)))
+                total += max(0, stop - start)
             except FileNotFoundError:
-                yield None
+                opened.append(None)
+            except OSError as error:
+                opened.append(error)
+        buffer = self._buffer(total)
+        found: list[int | Exception | None] = []
+        for place, wanted in zip(starts, opened, strict=True):
+            if not isinstance(wanted, tuple):
+                found.append(wanted)
                 continue
-            size = os.fstat(descriptor.number).st_size
-            if start < 0:
-                start = max(0, size + start)
-            stop = size if stop is None else min(stop, size)
-            buffer = self._buffer(max(0, stop - start))
-            yield buffer[: descriptor.fill(start, [buffer])]
+            descriptor, start, size = wanted
+            try:
+                found.append(descriptor.fill(start, [buffer[place : place + size]]))
+            except OSError as error:
+                found.append(error)
+        return Fetched(np.frombuffer(buffer, np.uint8), starts, found)
 
     def fill(self, file: str, start: int, buffers: Sequence[memoryview]) -> int:
         return self._descriptor(file).fill(start, buffers)

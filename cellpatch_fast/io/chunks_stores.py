@@ -7,10 +7,12 @@ from many threads, and what one call asks for is fetched concurrently.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .chunks_files import Range
+import numpy as np
+
+from .chunks_files import Fetched, Range
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest, Store
@@ -25,20 +27,30 @@ class StoreFiles:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def fetch(self, ranges: Sequence[Range]) -> Iterator[memoryview | None]:
+    def fetch(self, ranges: Sequence[Range]) -> Fetched:
         from zarr.core.sync import sync
 
+        starts, total = [], 0
+        parts: list[np.ndarray] = []
+        found: list[int | Exception | None] = []
         for wanted, content in zip(ranges, sync(self._get(ranges)), strict=True):
+            starts.append(total)
+            if content is None or isinstance(content, Exception):
+                found.append(content)
+                continue
             if isinstance(content, BaseException):
                 raise content
-            if content is None:
-                yield None
-                continue
-            found = content.as_numpy_array().data
+            part = content.as_numpy_array().view(np.uint8)
             asked = -wanted.start if wanted.start < 0 else (wanted.stop or 0) - wanted.start
-            if len(found) > asked > 0:
-                raise OSError("the server sends whole files where parts of them are asked for")
-            yield found
+            if len(part) > asked > 0:
+                found.append(
+                    OSError("the server sends whole files where parts of them are asked for")
+                )
+                continue
+            found.append(len(part))
+            parts.append(part)
+            total += len(part)
+        return Fetched(np.concatenate([np.empty(0, np.uint8), *parts]), starts, found)
 
     async def _get(self, ranges: Sequence[Range]) -> list[Buffer | BaseException | None]:
         from zarr.abc.store import RangeByteRequest, SuffixByteRequest
@@ -57,14 +69,16 @@ class StoreFiles:
 
     def fill(self, file: str, start: int, buffers: Sequence[memoryview]) -> int:
         stop = start + sum(map(len, buffers))
-        (content,) = self.fetch([Range(file, start, stop)])
-        if content is None:
+        content, _, (count,) = self.fetch([Range(file, start, stop)])
+        if count is None:
             raise FileNotFoundError("there is no such file")
+        if isinstance(count, Exception):
+            raise count
         rest = content
         for buffer in buffers:
             given, rest = rest[: len(buffer)], rest[len(buffer) :]
-            buffer[: len(given)] = given
-        return len(content)
+            buffer[: len(given)] = given.data
+        return count
 
     def close(self) -> None:
         """The store stays its owner's."""

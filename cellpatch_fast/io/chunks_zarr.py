@@ -128,15 +128,17 @@ class ShardedChunks(ZarrChunks):
         """int64 [chunks, 2]: offset and size of each chunk in the shard ``key``."""
         size = 16 * self._per_shard + 4 * self._checked
         where = Range(key, 0, size) if self._at_start else Range(key, -size, None)
-        (content,) = self._files.fetch([where])
-        if content is None:
+        content, _, (count,) = self._files.fetch([where])
+        if isinstance(count, Exception):
+            raise count
+        if count is None:
             if not self._may_lack(key):
                 raise FileNotFoundError("there is no such file")
             return np.full((self._per_shard, 2), LEFT_OUT)
-        if len(content) != size:
-            raise ValueError(f"the index of the shard has {len(content)} bytes instead of {size}")
+        if count != size:
+            raise ValueError(f"the index of the shard has {count} bytes instead of {size}")
         try:
-            listed = Crc32c().unpack(content, size) if self._checked else content
+            listed = Crc32c().unpack(content.data, size) if self._checked else content
         except ValueError as error:
             raise ValueError(f"the index of the shard is damaged: {error}") from error
         index = np.frombuffer(listed, "<i8").reshape(-1, 2).astype(np.int64)  # a copy

@@ -65,7 +65,7 @@ class Pipeline:
             packed = codec.unpack(packed, out.nbytes)
         self._last.unpack_into(packed, out.view(np.uint8))
         if self.delta:
-            accumulate(out.view(f"u{out.itemsize}"), len(out))
+            accumulate(out.view(f"u{out.itemsize}"))
 
 
 class Copy:

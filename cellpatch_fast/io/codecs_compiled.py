@@ -10,18 +10,16 @@ DAMAGED = np.int64(-1)
 
 
 @njit(nogil=True, cache=True)
-def accumulate(values: np.ndarray, chunk: int) -> None:
-    """Replace the unsigned differences in each chunk by their running sums, which wrap around.
+def accumulate(values: np.ndarray) -> None:
+    """Replace unsigned differences by their running sums, which wrap around.
 
     The sum is a full word, of which an element keeps the lower bits: a sum of the elements' own
     type would be cut at every step, which takes twice as long.
     """
-    for first in range(0, len(values), chunk):
-        part = values[first : first + chunk]
-        total = np.uint64(0)
-        for place in range(len(part)):
-            total += part[place]
-            part[place] = total
+    total = np.uint64(0)
+    for place in range(len(values)):
+        total += values[place]
+        values[place] = total
 
 
 @njit(nogil=True, cache=True)
