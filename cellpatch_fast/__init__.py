@@ -17,13 +17,17 @@ if TYPE_CHECKING:
     from .config import CellPatchConfig
     from .errors import InputError
     from .genes import GeneVocabulary
+    from .loader import CellLoader
+    from .masking import Masking
     from .model import CellPatch, accelerate
 
 __all__ = [
+    "CellLoader",
     "CellPatch",
     "CellPatchConfig",
     "GeneVocabulary",
     "InputError",
+    "Masking",
     "RaggedCells",
     "accelerate",
     "atlas",
@@ -37,10 +41,12 @@ __version__ = version("cellpatch-fast")
 
 # The module that defines each name; a name that is missing here is a module itself.
 _DEFINED_IN = {
+    "CellLoader": "loader",
     "CellPatch": "model",
     "CellPatchConfig": "config",
     "GeneVocabulary": "genes",
     "InputError": "errors",
+    "Masking": "masking",
     "RaggedCells": "cells",
     "accelerate": "model",
 }

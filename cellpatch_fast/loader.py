@@ -180,9 +180,9 @@ class CellLoader:
         self._sources = [stream.rows() for stream in self.streams]
         _check_same_types(self.streams)
         balanced = isinstance(weights, str)
-        tables = [stream.obs_table() for stream in self.streams] if obs or balanced else []
+        annotations = [stream.obs_table() for stream in self.streams] if obs or balanced else []
         names = [stream.name for stream in self.streams]
-        columns = {name: read_column(tables, names, name) for name in obs}
+        columns = {name: read_column(annotations, names, name) for name in obs}
         self._obs = {name: column.values for name, column in columns.items()}
         self.categories = {
             name: column.categories
@@ -191,9 +191,22 @@ class CellLoader:
         }
         self._weights = None
         if isinstance(weights, str):
-            weights = balancing_weights(read_column(tables, names, weights), weights)
+            weights = balancing_weights(read_column(annotations, names, weights), weights)
         if weights is not None:
             self._weights = self._chosen_weights(np.asarray(weights, np.float64))
+        if self._masking is not None:
+            self._prepare_masking()
+
+    def _prepare_masking(self) -> None:
+        """Which genes each input measured, and which input each cell is from."""
+        tables = [stream.measured() for stream in self.streams]
+        firsts = np.cumsum([0, *map(len, tables)])[:-1]
+        inputs = [stream.input_of_cells() for stream in self.streams]
+        self._measured = Measured(np.concatenate(tables))
+        self._inputs = np.concatenate(
+            [own.astype(np.int32) + first for own, first in zip(inputs, firsts, strict=True)],
+            dtype=np.int32,
+        )
 
     def _chosen_weights(self, weights: np.ndarray) -> np.ndarray:
         """The weights of the chosen cells, checked."""
@@ -233,22 +246,13 @@ class CellLoader:
         """What hides genes in the epoch of this number."""
         if self._masking is None:
             return None
-        tables = [stream.measured() for stream in self.streams]
-        firsts = np.cumsum([0, *map(len, tables)])[:-1]
-        inputs = np.concatenate(
-            [
-                stream.input_of_cells() + first
-                for stream, first in zip(self.streams, firsts, strict=True)
-            ]
-        )
-        measured = Measured(np.concatenate(tables))
 
         def hide(cells: RaggedCells, rows: np.ndarray) -> Masked:
             return mask(
                 cells,
                 rows,
-                measured=measured,
-                inputs=inputs[rows],
+                measured=self._measured,
+                inputs=self._inputs[rows],
                 masking=self._masking,
                 seed=self.sampling.seed,
                 epoch=number,
