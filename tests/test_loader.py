@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import random
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +20,11 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from cellpatch_fast import CellPatch, InputError, RaggedCells, pp
-from cellpatch_fast.loader import CellBatch, CellLoader
+from cellpatch_fast.loader import CellLoader
 from cellpatch_fast.masking import Masking
 
 from .conftest import GENES, MakeCells
+from .loading import assert_same, in_file_order, load, loading_threads, open_files, together
 
 CELLS = 211
 FORMATS = ["csr.h5ad", "gzip.h5ad", "csc.h5ad", "dense.h5ad", "v2.zarr", "v3.zarr", "sharded.zarr"]
@@ -79,44 +78,11 @@ def files(adata: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> d
 @pytest.fixture
 def nothing_stays() -> Iterator[None]:
     """No thread of the loader and no open file after the test."""
-    before = open_files()
+    before = open_files("/formats")
     yield
     gc.collect()
     assert loading_threads() == []
-    assert open_files() <= before
-
-
-def loading_threads() -> list[str]:
-    names = (thread.name for thread in threading.enumerate())
-    return [name for name in names if name.startswith("cellpatch-load")]
-
-
-def open_files() -> set[str]:
-    found = set()
-    for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the one that lists
-            found.add(os.readlink(f"/proc/self/fd/{number}"))
-    return {name for name in found if "/formats" in name}
-
-
-def load(inputs: object, model: CellPatch, **options: Any) -> list[CellBatch]:
-    with CellLoader(inputs, model.vocabulary, model.config, **options) as loader:
-        return list(loader)
-
-
-def together(batches: list[CellBatch]) -> RaggedCells:
-    return RaggedCells.concatenate([batch.cells for batch in batches])
-
-
-def in_file_order(batches: list[CellBatch]) -> RaggedCells:
-    rows = np.concatenate([batch.rows for batch in batches])
-    return together(batches).take(torch.from_numpy(np.argsort(rows, kind="stable")))
-
-
-def assert_same(found: RaggedCells, expected: RaggedCells) -> None:
-    assert torch.equal(found.offsets, expected.offsets)
-    np.testing.assert_array_equal(found.genes.numpy(), expected.genes.numpy())
-    assert torch.equal(found.values, expected.values)
+    assert open_files("/formats") <= before
 
 
 @pytest.mark.parametrize("name", FORMATS)
