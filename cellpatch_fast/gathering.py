@@ -64,8 +64,9 @@ class EntryChunks:
         size = self.chunks.chunk
         first, last = int(self._offsets[rows[0]]), int(self._offsets[rows[-1] + 1])
         shared = {}
-        if self._last is not None and self._last.chunk == first // size:
-            shared[self._last.chunk] = self._last
+        before = self._last  # of another iteration, perhaps, which may go on meanwhile
+        if before is not None and before.chunk == first // size:
+            shared[before.chunk] = before
         border = last // size
         if last % size and last < self.chunks.length and last > first:
             self._last = shared.setdefault(border, SharedChunk(self.chunks, border))
@@ -182,16 +183,30 @@ def _split(starts: Any, stops: Any, places: Any, chunk: int) -> Any:
     return out[:made]
 
 
-@njit(nogil=True, cache=True)
-def copy_rows(source: Any, starts: Any, stops: Any, target: Any, places: Any) -> None:
+def copy_rows(
+    source: np.ndarray,
+    starts: np.ndarray,
+    stops: np.ndarray,
+    target: np.ndarray,
+    places: np.ndarray,
+) -> None:
     """Copy ``source[starts[r] : stops[r]]`` to where ``places[r]`` says, for each row ``r``."""
+    _copy_rows(_bits(source), starts, stops, _bits(target), places)
+
+
+def _copy(source: np.ndarray, pieces: np.ndarray, target: np.ndarray) -> None:
+    """Copy ``pieces`` [pieces, 4] of a source to their places."""
+    starts, lengths, places = pieces[:, 1:].T.copy()
+    copy_rows(source, starts, starts + lengths, target, places)
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """The same memory as integers: Numba knows no float16, and compiles less for fewer types."""
+    return array.view(f"u{array.dtype.itemsize}")
+
+
+@njit(nogil=True, cache=True)
+def _copy_rows(source: Any, starts: Any, stops: Any, target: Any, places: Any) -> None:
     for row in range(len(starts)):
         length = stops[row] - starts[row]
         target[places[row] : places[row] + length] = source[starts[row] : stops[row]]
-
-
-@njit(nogil=True, cache=True)
-def _copy(source: Any, pieces: Any, target: Any) -> None:
-    for piece in range(len(pieces)):
-        start, length, place = pieces[piece, 1], pieces[piece, 2], pieces[piece, 3]
-        target[place : place + length] = source[start : start + length]
