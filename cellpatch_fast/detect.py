@@ -234,7 +234,7 @@ def _structure(values: np.ndarray, offsets: np.ndarray) -> _Structure:
 
 
 def readable_block(block: CellBlock, name: str) -> CellBlock:
-    """``block`` with int64 row pointers and int32 or int64 indices; the data are left as they are.
+    """``block`` with int64 row pointers and int32, int64 or uint16 indices; its data stay.
 
     Raises
     ------
@@ -257,6 +257,8 @@ def readable_block(block: CellBlock, name: str) -> CellBlock:
     if indices.dtype.kind == "u" and indices.dtype.itemsize >= 4:
         indices = indices.view(f"{indices.dtype.byteorder}i{indices.dtype.itemsize}")
     wide = np.dtype(np.int64) if indices.dtype.itemsize == 8 else np.dtype(np.int32)
+    if indices.dtype == np.uint16:  # as files of fewer genes may store them: half to read
+        wide = indices.dtype
     return dataclasses.replace(
         block,
         indptr=np.ascontiguousarray(indptr, dtype=np.int64),

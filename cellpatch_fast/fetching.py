@@ -18,7 +18,7 @@ import numpy as np
 
 from .gathering import EntryChunks, Shared, buffer
 from .io.chunks import Chunks, chunks_of
-from .io.matrices import CellBlock, CsrMatrix, DenseMatrix, dense_to_csr, numbers, signed_indices
+from .io.matrices import CellBlock, CsrMatrix, DenseMatrix, dense_to_csr, numbers
 from .tokens import InputKind, Preprocessing, Tokenized, token_types, tokenize
 
 
@@ -153,7 +153,7 @@ class CsrRows:
         )
         for array, target, shares in zip(self._arrays, (columns, values), shared, strict=True):
             array.gather(rows, indptr[:-1], target, shares)
-        return CellBlock(0, indptr, signed_indices(columns), numbers(values), rows)
+        return CellBlock(0, indptr, columns, numbers(values), rows)  # tokenize takes any columns
 
     def tokenize(
         self, block: CellBlock, order: np.ndarray, into: tuple[np.ndarray, np.ndarray]

@@ -16,6 +16,7 @@ windows' batches in order.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -100,7 +101,7 @@ class CellLoader:
         If an input cannot be read or does not fit the others or the vocabulary; while iterating,
         if it is damaged, or a batch needs more memory than ``memory_limit``.
     ValueError
-        If an option makes no sense.
+        If an option makes no sense; while iterating, if the loader was closed.
 
     Examples
     --------
@@ -146,6 +147,7 @@ class CellLoader:
         self._threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
         self._memory_limit, self._masking = memory_limit, masking
         self._opened: list[Stream] = []
+        self._closed = False
         options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
         options |= {"gene_column": gene_column, "input": input}
         try:
@@ -240,7 +242,16 @@ class CellLoader:
         epoch = Epoch(self.sampling, assembly.lengths, len(self._chosen), number, self._weights)
         size = min(WINDOW_BYTES, self._memory_limit // WINDOWS_IN_MEMORY)
         windows = epoch.windows(size // assembly.entry_bytes)
-        return run(assembly, windows, self._threads, self._memory_limit)
+        return self._until_closed(run(assembly, windows, self._threads, self._memory_limit))
+
+    def _until_closed(self, batches: Generator[CellBatch]) -> Generator[CellBatch]:
+        with contextlib.closing(batches):
+            while not self._closed:
+                try:
+                    yield next(batches)  # kept by nobody but the consumer
+                except StopIteration:
+                    return
+        raise ValueError("the loader was closed: keep it open while iterating over it")
 
     def _mask(self, number: int) -> Mask | None:
         """What hides genes in the epoch of this number."""
@@ -262,6 +273,7 @@ class CellLoader:
 
     def close(self) -> None:
         """Close what this has opened."""
+        self._closed = True
         for stream in self._opened:
             stream.close()
 

@@ -38,7 +38,7 @@ class CellBlock:
         int64 [cells + 1], starting at 0: cell ``start + c`` owns the entries
         ``indptr[c] : indptr[c + 1]``.
     indices
-        int32 or int64 [entries]: columns, that is rows of the source's ``var``.
+        Integers [entries]: columns, that is rows of the source's ``var``.
     data
         Any integer or floating-point dtype, as stored [entries].
     positions
