@@ -18,7 +18,7 @@ from .errors import InputError
 from .io.arrays import remedy
 from .io.chunks import ChunkError, Chunks, stretches
 
-BESIDE_BYTES = 1 << 22  # of chunks that are decoded beside their place at a time
+BESIDE_BYTES = 1 << 23  # of chunks that are decoded beside their place at a time
 
 
 class SharedChunk:
@@ -209,4 +209,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
 def _copy_rows(source: Any, starts: Any, stops: Any, target: Any, places: Any) -> None:
     for row in range(len(starts)):
         length = stops[row] - starts[row]
-        target[places[row] : places[row] + length] = source[starts[row] : stops[row]]
+        here = source[starts[row] : stops[row]]
+        there = target[places[row] : places[row] + length]
+        for entry in range(length):  # of slices, so that the compiler makes vectors of it
+            there[entry] = here[entry]

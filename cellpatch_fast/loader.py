@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 __all__ = ["CellBatch", "CellLoader"]
 
 MEMORY_LIMIT = 1 << 30
-# Of a window in file order: what a window costs beside its entries, some 1.5 ms, is then a tenth.
-WINDOW_BYTES = 1 << 25
+# Of a window in file order, at most: what a window costs beside its entries, 2 to 5 ms, is then a
+# tenth, also of a matrix, whose entries take seven times as much memory as tokens.
+WINDOW_ENTRIES, WINDOW_BYTES = 1 << 23, 1 << 26
 WINDOWS_IN_MEMORY = 8  # at least, where little memory is allowed and batches are small
 MOST_THREADS = 8  # by default: more than feed a GPU, and windows in memory cost something
 
@@ -241,7 +242,7 @@ class CellLoader:
         )
         epoch = Epoch(self.sampling, assembly.lengths, len(self._chosen), number, self._weights)
         size = min(WINDOW_BYTES, self._memory_limit // WINDOWS_IN_MEMORY)
-        windows = epoch.windows(size // assembly.entry_bytes)
+        windows = epoch.windows(min(WINDOW_ENTRIES, size // assembly.entry_bytes))
         return self._until_closed(run(assembly, windows, self._threads, self._memory_limit))
 
     def _until_closed(self, batches: Generator[CellBatch]) -> Generator[CellBatch]:

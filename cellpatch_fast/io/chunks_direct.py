@@ -138,8 +138,8 @@ class DirectChunks(ABC):
             return np.array([count])
         begin = int(run.starts[0])
         stops = run.stops - begin
-        beyond = np.flatnonzero(stops > count)
-        if len(beyond):
+        if stops[-1] > count:
+            beyond = np.flatnonzero(stops > count)
             self._fail(
                 numbers[run.first + int(beyond[0])],
                 f"the file ends at byte {begin + count}, inside of it",
@@ -193,6 +193,9 @@ def _runs(located: Located, most: int) -> Iterator[Located]:
     starts, stops = located.starts, located.stops
     breaks = np.flatnonzero((starts[1:] != stops[:-1]) | (stops[:-1] == FILE_END)) + 1
     for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(starts)], strict=True):
+        if stops[last - 1] - starts[first] <= most:  # nearly always
+            yield located.part(first, last)
+            continue
         while first < last:
             fitting = np.searchsorted(stops[first:last], starts[first] + most, side="right")
             end = first + max(1, int(fitting)) if stops[first] != FILE_END else last

@@ -103,10 +103,13 @@ class ShardedChunks(ZarrChunks):
         for first, last in stretches(shards):
             key, index = self._shard(int(shards[first]), int(chunks[first]))
             starts, sizes = index[inner[first:last]].T
+            found = Located(first, key, starts, starts + sizes, self._pipeline)
+            if starts.min() != LEFT_OUT:
+                yield found
+                continue
             for begin, end in stretches(starts == LEFT_OUT):
                 if starts[begin] != LEFT_OUT:
-                    stops = starts[begin:end] + sizes[begin:end]
-                    yield Located(first + begin, key, starts[begin:end], stops, self._pipeline)
+                    yield found.part(begin, end)
 
     def _shard(self, shard: int, chunk: int) -> tuple[str, np.ndarray]:
         """A shard's key and index; ``chunk`` is one that is wanted from it."""

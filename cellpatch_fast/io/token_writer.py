@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from ..genes import GeneVocabulary
     from ..tokens import Preprocessing
 
-CHUNK_ENTRIES = 65_536  # what a reader decodes at once: 43 cells of 1,500 genes
-SHARD_CHUNKS = 512  # 33.5 million entries, some 50 MB of genes and 10 MB of values
+CHUNK_ENTRIES = 32_768  # what a reader decodes at once: 22 cells of 1,500 genes
+SHARD_CHUNKS = 1_024  # 33.5 million entries, some 34 MB of genes and 8 MB of values
 WAITING_CHUNKS = 64  # that are being encoded, or wait for it
 OFFSETS_CHUNK = 1 << 20
 WHOLE: ArrayConfigParams = {"write_empty_chunks": True}  # so that what is missing is damage

@@ -123,7 +123,7 @@ def test_full_size_chunks(output: Path) -> None:
     )
     assert_holds(output, cells)
     with TokenStore(output) as store:
-        assert store.genes.chunk == 65_536
+        assert store.genes.chunk == token_writer.CHUNK_ENTRIES
 
 
 def test_tokens_beyond_16_bits(output: Path) -> None:
