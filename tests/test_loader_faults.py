@@ -35,6 +35,7 @@ CHUNK, SHARD_CHUNKS = 101, 7  # of the token store
 SHARD = 5  # that is damaged
 
 Files = dict[str, Path]
+Damage = Callable[[Path], None]
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +162,7 @@ def test_damage_while_iterating_says_which_cells(
     small_model: CellPatch,
     tmp_path: Path,
     name: str,
-    damage: Callable[[Path], None],
+    damage: Damage,
     shuffle: bool,
 ) -> None:
     path = files[name]
@@ -185,11 +186,7 @@ def test_damage_while_iterating_says_which_cells(
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGE)
 def test_damage_before_iterating(
-    files: Files,
-    small_model: CellPatch,
-    tmp_path: Path,
-    name: str,
-    damage: Callable[[Path], None],
+    files: Files, small_model: CellPatch, tmp_path: Path, name: str, damage: Damage
 ) -> None:
     damage(files[name])
     with pytest.raises(InputError, match=re.escape(str(files[name]))) as caught:
@@ -213,10 +210,10 @@ def test_the_cells_of_a_damaged_chunk_are_named(files: Files) -> None:
 
 def test_cells_before_the_damage_are_given(files: Files, tokens: RaggedCells) -> None:
     path = files["tokens.zarr"]
-    remaining = SHARD * SHARD_CHUNKS * CHUNK
     overwrite(path)
-    good = int(np.searchsorted(tokens.offsets.numpy(), remaining, side="right")) - 1
-    assert_same(together(load(path, rows=[(0, good)])), tokens.slice(0, good))
+    entries = SHARD * SHARD_CHUNKS * CHUNK  # that are sound
+    cells = int(np.searchsorted(tokens.offsets.numpy(), entries, side="right")) - 1
+    assert_same(together(load(path, rows=[(0, cells)])), tokens.slice(0, cells))
 
 
 def test_an_interrupted_store_is_refused(tmp_path: Path) -> None:
@@ -387,7 +384,6 @@ for _ in loader.CellLoader(sys.argv[1], batch_size=3, threads=2):
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_ctrl_c_ends_the_process(originals: Files) -> None:
     """While the consumer is slow, while it waits for a worker that is blocked, and uncaught."""
     command = [sys.executable, "-c", INTERRUPTED, str(originals["tokens.zarr"])]
