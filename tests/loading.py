@@ -49,3 +49,14 @@ def assert_same(found: RaggedCells, expected: RaggedCells) -> None:
     assert found.genes.dtype == expected.genes.dtype
     np.testing.assert_array_equal(found.genes.numpy(), expected.genes.numpy())
     assert torch.equal(found.values, expected.values)
+
+
+def assert_same_batches(found: list[CellBatch], expected: list[CellBatch]) -> None:
+    for batch, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(batch.rows, other.rows)
+        np.testing.assert_array_equal(batch.entries, other.entries)
+        assert_same(batch.cells, other.cells)
+        assert (batch.targets is None) == (other.targets is None)
+        if batch.targets is not None and other.targets is not None:
+            assert_same(batch.targets, other.targets)
+        assert batch.mask_counts == other.mask_counts
