@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from .packing import _sort_by_digit
+from .packing import sort_by_digit
 
 __all__ = ["hash_integer", "mask_cells"]
 
@@ -90,8 +90,8 @@ def mask_cells(
         begin, length = decoder.offsets[cell], predicted + zeros
         half = half_genes[:length], half_values[:length]
         to = decoder.genes[begin : begin + length], decoder.values[begin : begin + length]
-        _sort_by_digit(prompt_genes[:length], prompt_values[:length], *half, places, 0)
-        _sort_by_digit(*half, *to, places, digit)
+        sort_by_digit(prompt_genes[:length], prompt_values[:length], *half, places, 0)
+        sort_by_digit(*half, *to, places, digit)
         decoder.offsets[cell + 1] = begin + length
 
         counts[0] += hidden

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-__all__ = ["digit_bits", "order_entries"]
+__all__ = ["digit_bits", "order_entries", "sort_by_digit"]
 
 
 def digit_bits(vocabulary_size: int) -> int:
@@ -45,8 +45,8 @@ def order_entries(genes: Any, values: Any, half_genes: Any, half_values: Any, co
     digit = 0
     while 1 << digit < len(counts):
         digit += 1
-    _sort_by_digit(genes, values, *by_digit, counts, 0)
-    _sort_by_digit(*by_digit, genes, values, counts, digit)
+    sort_by_digit(genes, values, *by_digit, counts, 0)
+    sort_by_digit(*by_digit, genes, values, counts, digit)
     if not _is_ascending(genes):
         _order_repeated(genes, values)
 
@@ -61,7 +61,7 @@ def _is_ascending(genes: Any) -> bool:
 
 
 @njit(nogil=True, cache=True)
-def _sort_by_digit(
+def sort_by_digit(
     genes: Any, values: Any, to_genes: Any, to_values: Any, places: Any, shift: int
 ) -> None:
     """Stable sort by the digit of the tokens that starts at bit ``shift``.

@@ -206,7 +206,9 @@ def tokenize(
         names = [str(path) for path in paths]
         with TokenWriter(
             *(output, settings, cells, vocabulary, preprocessing),
-            measured=_measured(names, streams, vocabulary.size),
+            measured={
+                name: stream.measured()[0] for name, stream in zip(names, streams, strict=True)
+            },
             shuffled=seed if shuffle else None,
             overwrite=overwrite,
         ) as writer:
@@ -279,16 +281,6 @@ def _counted(summary: Summary, counts: dict[str, int]) -> Summary:
         unknown_entries=counts["unknown_entries"],
         empty_cells=counts["empty_cells"],
     )
-
-
-def _measured(
-    names: Sequence[str], streams: Sequence[CellStream], vocabulary_size: int
-) -> dict[str, np.ndarray]:
-    """For each input, which tokens' genes it measured: bool [vocabulary size]."""
-    measured = {name: np.zeros(vocabulary_size, bool) for name in names}
-    for row, stream in zip(measured.values(), streams, strict=True):
-        row[stream.match.tokens[stream.match.tokens >= 0]] = True
-    return measured
 
 
 def _batches(streams: Sequence[CellStream], start: int) -> Generator[CellBatch]:
