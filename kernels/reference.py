@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ragged import RaggedAttention
 from .weights import BlockWeights, EncoderWeights
 
 LAYER_NORM_EPSILON = 1e-5
@@ -159,6 +160,101 @@ def patch_cross_attention(
     attended = attended.index_add(0, cell, torch.einsum("nhp,nhd->nphd", kept, rows))
     attended = attended.flatten(2)  # [c, p, D]: heads side by side
     return CrossAttended(attended, log_sum_exp, attention, pad_attention)
+
+
+def ragged_attention(problem: RaggedAttention) -> tuple[Tensor, Tensor]:
+    """Queries of each cell attend over the cell's entries.
+
+    Returns
+    -------
+    output
+        [cells, queries, heads, head_dim]; 0 for a cell that attends to nothing.
+    log_sum_exp
+        [cells, heads, queries], of the scaled and biased scores; -inf where there are none.
+    """
+    query, offsets = problem.query, problem.offsets
+    cells = problem.cells
+    lengths = offsets.diff()
+    cell = torch.repeat_interleave(torch.arange(cells, device=query.device), lengths)  # [n]
+    keys, values = problem.key, problem.value  # [n, h, d]
+    if problem.ids is not None:
+        rows = problem.ids.long()
+        keys, values = keys[rows], values[rows]
+    if problem.amounts is not None:
+        assert problem.key_part is not None
+        assert problem.value_part is not None
+        keys = keys + _of_amounts(problem.amounts, problem.key_part)
+        values = values + _of_amounts(problem.amounts, problem.value_part)
+    if len(query) == 1:
+        scores = torch.einsum("qhd,nhd->nhq", query[0], keys)
+    else:
+        scores = torch.einsum("nqhd,nhd->nhq", query[cell], keys)
+    scores = scores * problem.scale
+    if problem.bias is not None:
+        scores = scores + problem.bias[:, :, None]
+
+    highest = scores.new_full((cells, *scores.shape[1:]), -math.inf)
+    highest.scatter_reduce_(0, _expand(cell, scores), scores.detach(), "amax")
+    # the highest score of a cell that attends to nothing is -inf: any finite number does
+    highest = highest.masked_fill(highest == -math.inf, 0.0)
+    exps = torch.exp(scores - highest[cell])
+    total = torch.zeros_like(highest).index_add(0, cell, exps)  # [c, h, q]
+    log_sum_exp = total.log() + highest
+    weights = exps / torch.where(total == 0, torch.ones_like(total), total)[cell]
+    if problem.seed is not None:
+        local = torch.arange(len(cell), device=query.device) - offsets[cell]
+        weights = weights * kept(problem, cell, local) / (1 - problem.dropout)
+    output = query.new_zeros((cells, problem.queries, problem.heads, problem.head_dim))
+    output = output.index_add(0, cell, torch.einsum("nhq,nhd->nqhd", weights, values))
+    return output, log_sum_exp
+
+
+def _of_amounts(amounts: Tensor, part: Tensor) -> Tensor:
+    """What amounts [n] have of a part: [n, h, d]."""
+    if part.ndim == 3:
+        return part[amounts.long()]
+    return amounts.to(part.dtype)[:, None, None] * part
+
+
+def kept(problem: RaggedAttention, cell: Tensor, local: Tensor) -> Tensor:
+    """Which attention weights are not dropped: bool [n, h, q].
+
+    Entry ``local`` [n] of cell ``cell`` [n] keeps its weight where a random word is at least
+    ``dropout`` times 2^32. Words are those of Philox-4x32-10 (Salmon et al. 2011, "Parallel random
+    numbers: as easy as 1, 2, 3"), so that every backend drops the same weights, forward and
+    backward, without keeping a mask: key (low, high word of the seed), counter (local // 4, cell,
+    head * queries + query, 0), word local % 4.
+    """
+    assert problem.seed is not None
+    column = torch.arange(problem.heads * problem.queries, device=cell.device)  # [h · q]
+    quarter, cells = (local // 4)[:, None], cell[:, None]
+    counter = [x.expand(len(cell), len(column)) for x in (quarter, cells, column[None])]
+    counter.append(torch.zeros_like(counter[0]))
+    words = torch.stack(_philox(counter, int(problem.seed)), -1)  # [n, h · q, 4]
+    chosen = (local % 4)[:, None, None].expand(-1, len(column), 1)
+    word = words.gather(-1, chosen).squeeze(-1).unflatten(1, (problem.heads, problem.queries))
+    return word >= round(problem.dropout * 2**32)
+
+
+def _philox(counter: list[Tensor], seed: int) -> list[Tensor]:
+    """Philox-4x32-10: four words below 2^32 (in int64) from a counter of four."""
+    mask = 2**32 - 1
+    key = [seed & mask, (seed >> 32) & mask]
+
+    def multiply(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+        """High and low word of a product, whose 64 bits int64 cannot hold."""
+        low, high = words * (factor & 0xFFFF), words * (factor >> 16)
+        return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & mask
+
+    for _ in range(10):
+        first_high, first_low = multiply(counter[0], 0xD2511F53)
+        second_high, second_low = multiply(counter[2], 0xCD9E8D57)
+        counter = [
+            second_high ^ counter[1] ^ key[0], second_low,
+            first_high ^ counter[3] ^ key[1], first_low,
+        ]  # fmt: skip
+        key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
+    return counter
 
 
 def mean_over_patches(features: Tensor) -> Tensor:
