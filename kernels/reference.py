@@ -199,8 +199,10 @@ def ragged_attention(problem: RaggedAttention) -> tuple[Tensor, Tensor]:
     highest = highest.masked_fill(highest == -math.inf, 0.0)
     exps = torch.exp(scores - highest[cell])
     total = torch.zeros_like(highest).index_add(0, cell, exps)  # [c, h, q]
-    log_sum_exp = total.log() + highest
-    weights = exps / torch.where(total == 0, torch.ones_like(total), total)[cell]
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)  # before the logarithm, whose gradient would be infinite
+    log_sum_exp = (total.log() + highest).masked_fill(empty, -math.inf)
+    weights = exps / total[cell]
     if problem.seed is not None:
         local = torch.arange(len(cell), device=query.device) - offsets[cell]
         weights = weights * kept(problem, cell, local) / (1 - problem.dropout)
