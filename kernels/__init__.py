@@ -10,20 +10,25 @@ import os
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import attention_ops, ops, reference
+from .attention import Attended, ragged_cross_attention, ragged_gather_cross_attention
 from .backends import Backend, resolve_backend
 from .checks import check_cells
 from .reference import Encoded
 from .weights import BlockWeights, EncoderWeights
 
 __all__ = [
+    "Attended",
     "Backend",
     "BlockWeights",
     "Encoded",
     "EncoderWeights",
+    "attention_ops",
     "encode",
     "ops",
     "patch_attention",
+    "ragged_cross_attention",
+    "ragged_gather_cross_attention",
     "reference",
     "resolve_backend",
     "synchronize",

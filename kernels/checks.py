@@ -1,15 +1,19 @@
-"""What ragged cells must be for a kernel to run on them."""
+"""What ragged cells, and arguments of ragged attention, must be for a kernel to run on them."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import Tensor
 
+from .ragged import RaggedAttention
 from .weights import EncoderWeights
 
 OFFSET_DTYPES = (torch.int32, torch.int64)
 GENE_DTYPES = (torch.uint16, torch.uint32, torch.int32, torch.int64)
 VALUE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ATTENTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_types(offsets: Tensor, genes: Tensor, values: Tensor) -> None:
@@ -28,8 +32,7 @@ def check_types(offsets: Tensor, genes: Tensor, values: Tensor) -> None:
         if tensor.ndim != 1:
             raise ValueError(f"{name} must be one-dimensional, found shape {list(tensor.shape)}")
         if tensor.dtype not in dtypes:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise ValueError(f"{name} must have dtype {allowed}; found {tensor.dtype}")
+            raise ValueError(f"{name} must have dtype {_listed(dtypes)}; found {tensor.dtype}")
     if len(genes) != len(values):
         raise ValueError(f"{len(genes)} genes but {len(values)} values")
 
@@ -69,10 +72,7 @@ def check_cells(
         Naming what does not fit.
     """
     check_kinds(weights, offsets, genes, values, pads)
-    if int(offsets[0]) != 0 or int(offsets[-1]) != len(genes):
-        raise ValueError(f"offsets must run from 0 to the number of entries, {len(genes)}")
-    if bool((offsets[1:] < offsets[:-1]).any()):
-        raise ValueError("offsets must not decrease")
+    check_offsets_contents(offsets, len(genes))
     if pads is not None and bool((pads < 0).any()):
         raise ValueError("pads must hold one number, not negative, for each cell")
     if len(genes) == 0:
@@ -100,3 +100,163 @@ def integer_range(integers: Tensor) -> tuple[int, int]:
         return int(array.min()), int(array.max())
     lowest, highest = torch.aminmax(integers.long())
     return int(lowest), int(highest)
+
+
+def check_attention(problem: RaggedAttention, *, differentiable_amounts: bool) -> None:
+    """Refuse arguments of ragged attention whose shapes, dtypes or devices do not fit.
+
+    Looks at no element, so it costs no pass over the entries and waits for no GPU. Whether
+    amounts may need a gradient depends on the backend.
+
+    Raises
+    ------
+    ValueError
+        Naming what does not fit.
+    """
+    query, key, ids = problem.query, problem.key, problem.ids
+    if query.ndim != 4:
+        raise ValueError(
+            f"query must be [1 or cells, queries, heads, head_dim], found shape {list(query.shape)}"
+        )
+    _check_offsets(problem.offsets)
+    if query.shape[0] not in (1, problem.cells):
+        raise ValueError(
+            f"query has {query.shape[0]} sets of queries, but there are {problem.cells} cells: "
+            "give one set for each, or one for all"
+        )
+    rows = "entries" if ids is None else "rows"
+    width = [problem.heads, problem.head_dim]
+    names = ("key", "value") if ids is None else ("key_table", "value_table")
+    for name, tensor in zip(names, (key, problem.value), strict=True):
+        if tensor.ndim != 3 or list(tensor.shape[1:]) != width or len(tensor) != len(key):
+            raise ValueError(
+                f"{name} must be [{rows}, heads, head_dim] with {width} heads and head_dim, as "
+                f"query has, and as many {rows} as its twin; found shape {list(tensor.shape)}"
+            )
+    if ids is not None and (ids.ndim != 1 or ids.dtype not in GENE_DTYPES):
+        raise ValueError(
+            f"ids must be [entries], {_listed(GENE_DTYPES)}; found shape {list(ids.shape)}, "
+            f"{ids.dtype}"
+        )
+    _check_parts(problem, differentiable_amounts)
+    bias, entries = problem.bias, problem.entries
+    if bias is not None and list(bias.shape) not in ([entries], [entries, problem.heads]):
+        raise ValueError(
+            f"bias must be [entries] or [entries, heads], here [{entries}] or "
+            f"[{entries}, {problem.heads}]; found shape {list(bias.shape)}"
+        )
+    if not 0 <= problem.dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, found {problem.dropout}")
+    _check_alike(problem)
+
+
+def _check_offsets(offsets: Tensor) -> None:
+    if offsets.ndim != 1 or len(offsets) == 0 or offsets.dtype not in OFFSET_DTYPES:
+        raise ValueError(
+            "offsets must be int32 or int64 [cells + 1], with one element more than there are "
+            f"cells; found shape {list(offsets.shape)}, {offsets.dtype}"
+        )
+
+
+def _check_parts(problem: RaggedAttention, differentiable_amounts: bool) -> None:
+    amounts, part = problem.amounts, problem.key_part
+    given = [x is not None for x in (amounts, part, problem.value_part)]
+    if any(given) and not all(given):
+        raise ValueError("amounts, key_part and value_part belong together: give all or none")
+    if amounts is None or part is None or problem.value_part is None:
+        return
+    if amounts.requires_grad and torch.is_grad_enabled() and not differentiable_amounts:
+        raise ValueError("amounts receive no gradient: use backend='reference', which gives one")
+    if list(amounts.shape) != [problem.entries] or amounts.dtype not in VALUE_DTYPES:
+        raise ValueError(
+            f"amounts must be [entries], here [{problem.entries}], {_listed(VALUE_DTYPES)}; found "
+            f"shape {list(amounts.shape)}, {amounts.dtype}"
+        )
+    width = [problem.heads, problem.head_dim]
+    if part.shape != problem.value_part.shape or list(part.shape[-2:]) != width:
+        raise ValueError(
+            "key_part and value_part must both be [heads, head_dim] or [bins, heads, head_dim] "
+            f"with {width} heads and head_dim; found shapes {list(part.shape)} and "
+            f"{list(problem.value_part.shape)}"
+        )
+    if part.ndim == 3 and amounts.dtype != torch.uint8:
+        raise ValueError(f"parts with a row for each bin need uint8 amounts, found {amounts.dtype}")
+    if part.ndim == 3 and not 1 <= len(part) <= 256:
+        raise ValueError(f"parts may have 1 to 256 bins, found {len(part)}")
+    if part.ndim not in (2, 3):
+        raise ValueError(f"key_part has {part.ndim} dimensions, not 2 or 3")
+
+
+def _check_alike(problem: RaggedAttention) -> None:
+    """One floating dtype and one device."""
+    query = problem.query
+    if query.dtype not in ATTENTION_DTYPES:
+        raise ValueError(f"query must be {_listed(ATTENTION_DTYPES)}; found {query.dtype}")
+    for name in ("key", "value", "key_part", "value_part"):
+        tensor = getattr(problem, name)
+        if tensor is not None and tensor.dtype != query.dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype}, but query is {query.dtype}: they need one dtype "
+                "(torch.autocast converts them)"
+            )
+    for name, tensor in problem._asdict().items():
+        if isinstance(tensor, Tensor) and tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, but query is on {query.device}")
+
+
+def check_attention_contents(problem: RaggedAttention) -> None:
+    """Refuse offsets, ids and amounts that would read outside what they point into.
+
+    Raises
+    ------
+    ValueError
+        Naming what does not fit.
+    """
+    check_offsets_contents(problem.offsets, problem.entries)
+    if problem.ids is not None and problem.entries:
+        lowest, highest = integer_range(problem.ids)
+        if lowest < 0 or highest >= len(problem.key):
+            raise ValueError(
+                f"ids run from {lowest} to {highest}, but the tables have rows 0 to "
+                f"{len(problem.key) - 1}"
+            )
+    if problem.binned:
+        assert problem.amounts is not None
+        assert problem.key_part is not None
+        largest = integer_range(problem.amounts)[1]
+        if largest >= len(problem.key_part):
+            raise ValueError(
+                f"the largest amount is {largest}, but there are {len(problem.key_part)} bins"
+            )
+
+
+def check_offsets_contents(offsets: Tensor, entries: int) -> None:
+    """Refuse offsets that do not divide the entries among cells.
+
+    Raises
+    ------
+    ValueError
+        Naming what does not fit.
+    """
+    if int(offsets[0]) != 0 or int(offsets[-1]) != entries:
+        raise ValueError(
+            f"offsets must run from 0 to the number of entries, {entries}; they run from "
+            f"{int(offsets[0])} to {int(offsets[-1])}"
+        )
+    if bool((offsets[1:] < offsets[:-1]).any()):
+        raise ValueError("offsets must not decrease")
+
+
+def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def looks_at_contents(device: torch.device) -> bool:
+    """Whether contents of tensors are checked before computing.
+
+    Not on a GPU, which would have to be waited for, unless CELLPATCH_CHECK=1 asks for it; and not
+    while tracing, when there is nothing to look at.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return device.type == "cpu" or os.environ.get("CELLPATCH_CHECK") == "1"
