@@ -32,7 +32,7 @@ def check_types(offsets: Tensor, genes: Tensor, values: Tensor) -> None:
         if tensor.ndim != 1:
             raise ValueError(f"{name} must be one-dimensional, found shape {list(tensor.shape)}")
         if tensor.dtype not in dtypes:
-            raise ValueError(f"{name} must have dtype {_listed(dtypes)}; found {tensor.dtype}")
+            raise ValueError(f"{name} must have dtype {listed(dtypes)}; found {tensor.dtype}")
     if len(genes) != len(values):
         raise ValueError(f"{len(genes)} genes but {len(values)} values")
 
@@ -118,7 +118,7 @@ def check_attention(problem: RaggedAttention, *, differentiable_amounts: bool) -
         raise ValueError(
             f"query must be [1 or cells, queries, heads, head_dim], found shape {list(query.shape)}"
         )
-    _check_offsets(problem.offsets)
+    check_offsets(problem.offsets)
     if query.shape[0] not in (1, problem.cells):
         raise ValueError(
             f"query has {query.shape[0]} sets of queries, but there are {problem.cells} cells: "
@@ -135,7 +135,7 @@ def check_attention(problem: RaggedAttention, *, differentiable_amounts: bool) -
             )
     if ids is not None and (ids.ndim != 1 or ids.dtype not in GENE_DTYPES):
         raise ValueError(
-            f"ids must be [entries], {_listed(GENE_DTYPES)}; found shape {list(ids.shape)}, "
+            f"ids must be [entries], {listed(GENE_DTYPES)}; found shape {list(ids.shape)}, "
             f"{ids.dtype}"
         )
     _check_parts(problem, differentiable_amounts)
@@ -150,7 +150,14 @@ def check_attention(problem: RaggedAttention, *, differentiable_amounts: bool) -
     _check_alike(problem)
 
 
-def _check_offsets(offsets: Tensor) -> None:
+def check_offsets(offsets: Tensor) -> None:
+    """Refuse a shape or dtype that offsets cannot have.
+
+    Raises
+    ------
+    ValueError
+        Saying what they must be.
+    """
     if offsets.ndim != 1 or len(offsets) == 0 or offsets.dtype not in OFFSET_DTYPES:
         raise ValueError(
             "offsets must be int32 or int64 [cells + 1], with one element more than there are "
@@ -169,7 +176,7 @@ def _check_parts(problem: RaggedAttention, differentiable_amounts: bool) -> None
         raise ValueError("amounts receive no gradient: use backend='reference', which gives one")
     if list(amounts.shape) != [problem.entries] or amounts.dtype not in VALUE_DTYPES:
         raise ValueError(
-            f"amounts must be [entries], here [{problem.entries}], {_listed(VALUE_DTYPES)}; found "
+            f"amounts must be [entries], here [{problem.entries}], {listed(VALUE_DTYPES)}; found "
             f"shape {list(amounts.shape)}, {amounts.dtype}"
         )
     width = [problem.heads, problem.head_dim]
@@ -191,7 +198,7 @@ def _check_alike(problem: RaggedAttention) -> None:
     """One floating dtype and one device."""
     query = problem.query
     if query.dtype not in ATTENTION_DTYPES:
-        raise ValueError(f"query must be {_listed(ATTENTION_DTYPES)}; found {query.dtype}")
+        raise ValueError(f"query must be {listed(ATTENTION_DTYPES)}; found {query.dtype}")
     for name in ("key", "value", "key_part", "value_part"):
         tensor = getattr(problem, name)
         if tensor is not None and tensor.dtype != query.dtype:
@@ -247,7 +254,8 @@ def check_offsets_contents(offsets: Tensor, entries: int) -> None:
         raise ValueError("offsets must not decrease")
 
 
-def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
+def listed(dtypes: tuple[torch.dtype, ...]) -> str:
+    """Names of dtypes, as a message has them."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 

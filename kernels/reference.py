@@ -12,6 +12,7 @@ table rows and gathering is the same sum as gathering and projecting every entry
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -257,6 +258,18 @@ def _philox(counter: list[Tensor], seed: int) -> list[Tensor]:
         ]  # fmt: skip
         key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
     return counter
+
+
+def ragged_self_attention(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, scale: float
+) -> Tensor:
+    """The entries of each cell attend to each other: [entries, heads, head_dim], as the inputs."""
+    attended = [(query + key + value)[:0]]  # of no cells: still differentiable
+    for start, stop in itertools.pairwise(offsets.tolist()):
+        queries, keys, values = (x[start:stop].transpose(0, 1) for x in (query, key, value))
+        weights = torch.softmax(scale * queries @ keys.mT, -1)  # [h, n, n]
+        attended.append((weights @ values).transpose(0, 1))
+    return torch.cat(attended)
 
 
 def mean_over_patches(features: Tensor) -> Tensor:
