@@ -232,7 +232,7 @@ class _Launch:
                 **constants,
                 **compiler_options(architecture(self.device), self.configuration),
             )
-        _note_compilation(key, time.perf_counter() - started)
+        note_compilation(key, time.perf_counter() - started)
         if self.device.type == "cpu":  # nothing is asynchronous there
             raise_faults(self.device)
 
@@ -279,7 +279,7 @@ def _multiprocessors(device: torch.device) -> int:
 _compiled: set[Any] = set()
 
 
-def _note_compilation(key: Any, seconds: float) -> None:
+def note_compilation(key: Any, seconds: float) -> None:
     """Say why a first call took long: kernels are compiled, or read from Triton's cache."""
     if key not in _compiled:
         _compiled.add(key)
