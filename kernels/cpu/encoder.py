@@ -7,10 +7,7 @@ weights used last, see `kept.Kept`.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import threading
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +21,10 @@ from ..threads import run_blocks
 from ..weights import EncoderWeights
 from .attention import GROUP, cross_attend, finish
 from .blocks import Blocks, make_block_scratch, make_blocks, run_blocks_of_cell
+from .compiled import announce_compilation, digest
 from .exact import weigh_entries
 from .simd import borrow
 from .tables import Tables, make_scratch, make_tables
-
-logger = logging.getLogger("cellpatch_fast")
 
 MOST_CELLS = 64  # per call of compiled code: some milliseconds, so that threads balance
 
@@ -88,7 +84,7 @@ def encode(
     )
     discrete = not values.dtype.is_floating_point
 
-    _announce_compilation()
+    announce_compilation(_encode, 20)
 
     own = threading.local()  # a thread's scratch memory
 
@@ -140,12 +136,7 @@ def _encode_cells(batch, tables, blocks, scratch, block_scratch, discrete, atten
 
 
 def _cached(sources: str) -> Any:
-    """`_encode_cells`, compiled once and kept on disk.
-
-    Numba looks for changes in the file of the function alone. ``sources``, a digest of all files
-    of the backend, is part of the compiled function's identity because it is a free variable of
-    it, so no stale code is ever run.
-    """
+    """`_encode_cells`, compiled once and kept on disk, see `compiled`."""
 
     @njit(nogil=True, cache=True)
     def encode_cells(
@@ -168,16 +159,4 @@ def _cells_per_task(cells: int) -> int:
     return min(MOST_CELLS, max(GROUP, share // 4 // GROUP * GROUP))
 
 
-def _announce_compilation() -> None:
-    """Say why the very first call on a machine takes long."""
-    if not _encode.signatures and not any(Path(_encode.stats.cache_path).glob("encoder.*.nbc")):
-        logger.info("compiling the CPU kernels for this machine, once (some 20 s)")
-
-
-def _digest() -> str:
-    """SHA-256 of the backend's source files."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-_encode = _cached(_digest())
+_encode = _cached(digest())

@@ -5,7 +5,7 @@ and cannot keep a tile of accumulators in registers. So the inner loops are emit
 vector code directly, and LLVM lowers them to whatever the machine has: AVX-512, AVX2, NEON.
 Two kinds suffice:
 
-- `multiply_add`, a matrix product on register tiles;
+- `multiply_add`, a matrix product on register tiles, and `multiply_exactly`, the same in float64;
 - `elementwise`, a decorator that turns an expression over `Vector` into a loop over arrays.
 
 Nothing is reassociated, and multiply-adds are fused where written and nowhere else. A product's
@@ -26,8 +26,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16  # floats per vector: one AVX-512 register, two AVX2 ones, four NEON ones
-_FLOAT, _INT, _INDEX = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_FLOAT, _DOUBLE, _INT, _INDEX = ir.FloatType(), ir.DoubleType(), ir.IntType(32), ir.IntType(64)
 _FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
+_DOUBLES = ir.VectorType(_DOUBLE, LANES)
 _index = types.int64
 
 TILE_ROWS = 6
@@ -99,9 +100,10 @@ def power_of_two(exponent: Vector) -> Vector:
 
 
 def _call(name: str, *arguments: Vector) -> Vector:
-    builder = arguments[0].builder
-    kind = ir.FunctionType(_FLOATS, [_FLOATS] * len(arguments))
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{LANES}f32")
+    builder, vector = arguments[0].builder, arguments[0].value.type
+    kind = ir.FunctionType(vector, [vector] * len(arguments))
+    bits = 64 if vector == _DOUBLES else 32
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{LANES}f{bits}")
     return Vector(builder, builder.call(function, [argument.value for argument in arguments]))
 
 
@@ -112,8 +114,8 @@ def _select(comparison: str, a: Vector, b: Vector, then: Vector, otherwise: Vect
 
 
 def _spread(builder: Any, scalar: Any) -> Any:
-    """A float in all lanes."""
-    undefined = ir.Constant(_FLOATS, ir.Undefined)
+    """A number in all lanes."""
+    undefined = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
     lane = builder.insert_element(undefined, scalar, ir.Constant(_INT, 0))
     return builder.shuffle_vector(lane, undefined, ir.Constant(_INTS, [0] * LANES))
 
@@ -181,8 +183,8 @@ def never_inline(typing_context: Any) -> Any:
     return types.none(), generate
 
 
-def _vector_at(builder: Any, data: Any, index: Any) -> Any:
-    return builder.bitcast(builder.gep(data, [index]), _FLOATS.as_pointer())
+def _vector_at(builder: Any, data: Any, index: Any, kind: Any = _FLOATS) -> Any:
+    return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
 
 
 def _one_array(generate: Any) -> Any:
@@ -257,10 +259,12 @@ def elementwise(
     return decorate
 
 
-def _make_tile(rows: int, vectors: int) -> Any:
+def _make_tile(rows: int, vectors: int, kind: Any = _FLOATS) -> Any:
     """An intrinsic that adds a product to ``rows`` x (``vectors`` · LANES) elements of c.
 
     c[c_at + i·c_row + j] += sum_k a[a_at + i·a_row + k·a_column] · b[b_at + k·b_row + j]
+
+    Where ``kind`` is doubles, a and b are, and c, of floats, is replaced.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -281,20 +285,20 @@ def _make_tile(rows: int, vectors: int) -> Any:
             for i in range(rows)
             for column in columns
         ]
-        zero = ir.Constant(_FLOATS, [0.0] * LANES)
+        zero = ir.Constant(kind, [0.0] * LANES)
 
         before = builder.block
         head, body, after = (builder.append_basic_block(name) for name in ("sum", "step", "store"))
         builder.branch(head)
         builder.position_at_end(head)
         k = builder.phi(_INDEX)
-        sums = [builder.phi(_FLOATS) for _ in targets]
+        sums = [builder.phi(kind) for _ in targets]
         builder.cbranch(builder.icmp_signed("<", k, count), body, after)
 
         builder.position_at_end(body)
         b_start = offset(b_at, (k, b_row))
         b_row_k = [
-            Vector(builder, builder.load(_vector_at(builder, b, offset), align=4))
+            Vector(builder, builder.load(_vector_at(builder, b, offset, kind), align=4))
             for offset in (builder.add(b_start, column) for column in columns)
         ]
         updated = []
@@ -315,7 +319,11 @@ def _make_tile(rows: int, vectors: int) -> Any:
 
         builder.position_at_end(after)
         for target, value in zip(targets, sums, strict=True):
-            builder.store(builder.fadd(builder.load(target, align=4), value), target, align=4)
+            if kind == _DOUBLES:
+                total = builder.fptrunc(value, _FLOATS)
+            else:
+                total = builder.fadd(builder.load(target, align=4), value)
+            builder.store(total, target, align=4)
         return context.get_dummy_value()
 
     @intrinsic
@@ -329,6 +337,8 @@ def _make_tile(rows: int, vectors: int) -> Any:
 _tile_6_wide, _tile_2_wide, _tile_1_wide = (_make_tile(rows, _WIDE) for rows in (6, 2, 1))
 _tile_6, _tile_2, _tile_1 = (_make_tile(rows, 1) for rows in (6, 2, 1))
 _WIDE_COLUMNS = _WIDE * LANES
+EXACT_ROWS = 4 if _WIDE > 1 else 2  # a vector of doubles takes two registers, or four
+_tile_exact = _make_tile(EXACT_ROWS, 1, _DOUBLES)
 
 
 @njit(nogil=True)
@@ -365,3 +375,19 @@ def multiply_add(c, c_at, c_row, rows, columns, a, a_at, a_row, a_column, b, b_a
                     _tile_1(c, c_ij, c_row, a, a_i, a_row, a_column, b, b_j, b_row, count)
                 i += 1
         j += _WIDE_COLUMNS if wide else LANES
+
+
+@njit(nogil=True)
+def multiply_exactly(c, c_at, c_row, rows, columns, a, a_at, a_row, b, b_at, b_row, count):
+    """c[rows, columns] = a[rows, count] · b[count, columns], summed in float64, c of float32.
+
+    For scores, whose rounding errors are relative errors of their exponentials. Rows are filled
+    up to a multiple of `EXACT_ROWS` (of c and of a, where any number will do).
+    """
+    never_inline()
+    for j in range(0, columns, LANES):
+        for i in range(0, rows, EXACT_ROWS):
+            _tile_exact(
+                c, c_at + i * c_row + j, c_row, a, a_at + i * a_row, a_row, 1,
+                b, b_at + j, b_row, count,
+            )  # fmt: skip

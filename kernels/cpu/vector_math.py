@@ -44,8 +44,8 @@ def exp2_fraction(x: Vector) -> Vector:
 
 
 def exp(x: Vector) -> Vector:
-    """e ** x for x <= 88; 0 below -88."""
-    x = maximum(x, -88.0)
+    """e ** x for x <= 88; 0 below -88; NaN of NaN."""
+    x = maximum(x.like(-88.0), x)  # in this order NaN stays what it is
     whole = round_to_integer(x * math.log2(math.e))
     rest = fma(whole, -_LN2_LOW, fma(whole, -_LN2_HIGH, x))
     return exp2_fraction(rest * math.log2(math.e)) * power_of_two(whole)
@@ -117,6 +117,17 @@ def larger(a: Vector, b: Vector) -> Vector:
 def exp_difference(factor: Vector, a: Vector, b: Vector) -> Vector:
     """e ** ((a - b) · factor)."""
     return exp((a - b) * factor)
+
+
+@elementwise(arrays=1, unroll=1)
+def exponentials(a: Vector) -> Vector:
+    return exp(a)
+
+
+@elementwise(arrays=3)
+def multiply_difference(factor: Vector, a: Vector, b: Vector) -> Vector:
+    """factor · (a - b)."""
+    return factor * (a - b)
 
 
 @elementwise(arrays=1, unroll=1)
