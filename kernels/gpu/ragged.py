@@ -170,10 +170,7 @@ def store_output(shift, total, sums, output, log_sum_exp, cell, begin, head, que
     place, kept = query_places(cell, begin, head, queries, heads, HEAD_DIM, DIM, QUERIES)
     attended = sums * (keep_scale / divisor)[:, None]
     tl.store(output + place, attended.to(output.dtype.element_ty), mask=kept)
-    if EXACT:
-        logarithm = shift + tl.log(divisor)
-    else:
-        logarithm = (shift + tl.log2(divisor)) * (1 / LOG2_E)
+    logarithm = shift + tl.log(divisor) if EXACT else (shift + tl.log2(divisor)) * (1 / LOG2_E)
     q = begin + tl.arange(0, QUERIES)
     place = log_sum_exp + (cell * heads + head) * queries + q
     tl.store(place, tl.where(nothing, float("-inf"), logarithm), mask=q < queries)
@@ -276,7 +273,7 @@ def merge_slots(offsets, output, log_sum_exp, normalizers, partials, faults,
         shift = tl.full([QUERIES], float("-inf"), tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
         sums = tl.zeros([QUERIES, DIM], tl.float32)
-        for chunk in range(0, tl.cdiv(count, CHUNK)):
+        for chunk in range(tl.cdiv(count, CHUNK)):
             from_range, from_sums, kept, all_kept = partial_places(
                 first // ENTRIES_PER_PLACE + chunk, begin, head, queries, heads, HEAD_DIM, DIM,
                 QUERIES,

@@ -14,14 +14,18 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ragged import RaggedAttention
+from ..ragged import Gradients, RaggedAttention
 from .attention import CHUNK
 from .configuration import Configuration, compiler_options
 from .encoder import architecture, note_compilation, table_type
 from .faults import faults, raise_faults
 from .ragged import ENTRIES_PER_PLACE, attend_slots, merge_slots
+from .ragged_backward import differentiate_slots
+from .segments import sum_pieces, sum_slots
 
 MOST_QUERIES = 64  # of a block
+ROW_BYTES = 2**30  # of gradients per entry that are kept for sorting: more takes more passes
+SUM, SUM_WIDTH = Configuration(32, 4, 1), 64
 
 
 def forward(problem: RaggedAttention) -> tuple[Tensor, Tensor]:
@@ -57,6 +61,139 @@ def forward(problem: RaggedAttention) -> tuple[Tensor, Tensor]:
     return output, log_sum_exp
 
 
+def backward(
+    problem: RaggedAttention,
+    gradient: Tensor,
+    delta: Tensor,
+    log_sum_exp: Tensor,
+    *,
+    deterministic: bool,
+) -> Gradients:
+    """Gradients of everything that has one.
+
+    Parameters
+    ----------
+    gradient
+        Of the output, [c, q, h, d], in the dtype of the queries.
+    delta
+        What the softmax takes off every score's gradient, float32 [c, h, q].
+    log_sum_exp
+        Of `forward`.
+    deterministic
+        Whether gradients of table rows are sums in a fixed order, instead of by atomics.
+
+    Raises
+    ------
+    ValueError
+        As `forward`.
+    """
+    launch = _Launch(problem)
+    tables = _TableGradients(launch, problem, deterministic)
+    entries, heads, dtype = problem.entries, problem.heads, problem.query.dtype
+    one_block = problem.queries <= launch.constants["QUERIES"]
+    allocate = launch.empty if one_block else launch.zeros
+    of_query = allocate(launch.slots, *problem.query.shape[1:])
+    of_parts = of_bias = None
+    if problem.key_part is not None and not problem.binned:
+        of_parts = launch.empty(launch.slots, 2, heads, problem.head_dim)
+    if problem.bias is not None:
+        of_bias = launch.empty(entries, heads)
+    configuration = backward_configuration(dtype, launch.dim)
+    for first_head, some_heads in tables.passes():
+        launch.run(
+            differentiate_slots, launch.slots * some_heads, configuration,
+            *launch.inputs, gradient, delta, log_sum_exp,
+            of_query, *tables.destinations(some_heads), of_parts, of_bias, launch.faults,
+            *launch.counts, *launch.drop, first_head, some_heads, **launch.constants,
+            BINNED=problem.binned, ONE_BLOCK=one_block, ATOMIC=tables.atomic,
+            TILE=configuration.tile, STAGES=configuration.stages,
+        )  # fmt: skip
+        tables.collect(first_head, some_heads)
+    if len(problem.query) == 1:
+        query = of_query.sum(0, keepdim=True).to(dtype)
+    else:
+        query = torch.empty_like(problem.query)
+        launch.sum_slots(of_query.flatten(1), problem.offsets, query.flatten(1), entries)
+    if of_parts is not None:
+        tables.key_part, tables.value_part = (of_parts[:, i].sum(0).to(dtype) for i in range(2))
+    return Gradients(
+        query, tables.key.to(dtype), tables.value.to(dtype), tables.key_part, tables.value_part,
+        of_bias,
+    )  # fmt: skip
+
+
+class _TableGradients:
+    """Gradients of keys, values and bins: where kernels write them, and what is made of that.
+
+    Those of entries that have rows of their own are written in place, others are added up in
+    float32 by atomics. Where sums are to be deterministic, and for bins, where all entries would
+    meet in a few rows, each entry's gradients are kept in float32, sorted and summed; head by head
+    if they are many.
+    """
+
+    def __init__(self, launch: _Launch, problem: RaggedAttention, deterministic: bool) -> None:
+        self.launch, self.problem = launch, problem
+        self.sorted = problem.binned or (problem.ids is not None and deterministic)
+        self.atomic = problem.ids is not None and not self.sorted
+        self.key, self.value = (
+            torch.zeros_like(table, dtype=torch.float32) if self.atomic else torch.empty_like(table)
+            for table in (problem.key, problem.value)
+        )
+        self.key_part = self.value_part = None
+        if problem.binned:
+            self.key_part, self.value_part = (
+                torch.empty_like(part) for part in (problem.key_part, problem.value_part)
+            )
+        self.by_row = self.by_bin = None
+        if self.sorted and problem.ids is not None:
+            self.by_row = sort_rows(problem.ids, len(problem.key))
+        if problem.binned:
+            self.by_bin = sort_rows(problem.amounts, len(problem.key_part))
+
+    def passes(self) -> list[tuple[int, int]]:
+        """First head and number of heads of each launch."""
+        heads, most = self.problem.heads, self.problem.heads
+        if self.sorted:
+            per_head = 2 * 4 * self.problem.head_dim * self.problem.entries
+            most = max(1, min(heads, ROW_BYTES // max(1, per_head)))
+        return [(first, min(most, heads - first)) for first in range(0, heads, most)]
+
+    def destinations(self, some_heads: int) -> tuple[Tensor, Tensor]:
+        """Where one launch writes gradients of keys and values."""
+        if not self.sorted:
+            return self.key, self.value
+        shape = (self.problem.entries, some_heads, self.problem.head_dim)
+        self.rows = self.launch.empty(*shape), self.launch.empty(*shape)
+        return self.rows
+
+    def collect(self, first_head: int, some_heads: int) -> None:
+        """Sum what one launch wrote."""
+        if not self.sorted:
+            return
+        column = first_head * self.problem.head_dim
+        for rows, table, part in zip(
+            self.rows, (self.key, self.value), (self.key_part, self.value_part), strict=True
+        ):
+            if self.by_row is None:
+                table[:, first_head : first_head + some_heads] = rows
+            else:
+                self.launch.sum_rows(rows.flatten(1), *self.by_row, table.flatten(1), column)
+            if self.by_bin is not None:
+                self.launch.sum_rows(rows.flatten(1), *self.by_bin, part.flatten(1), column)
+
+
+def sort_rows(row: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Entries [n] in the order of their rows, and where those of each row begin [number + 1].
+
+    Entries that have no row, which is reported elsewhere, come last and belong to none.
+    """
+    row = row.long()
+    row = torch.where((row < 0) | (row >= number), number, row).int()
+    row, order = torch.sort(row, stable=True)
+    every = torch.arange(number + 1, dtype=torch.int32, device=row.device)
+    return order, torch.searchsorted(row, every)
+
+
 class _Launch:
     """One batch, and what its kernels are launched with."""
 
@@ -89,6 +226,34 @@ class _Launch:
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=self.device)
+
+    def sum_rows(
+        self, rows: Tensor, order: Tensor, offsets: Tensor, sums: Tensor, column: int
+    ) -> None:
+        """Sums of ``rows`` [n, width] in stretches of ``order``, to columns of ``sums``."""
+        segments, (length, width) = len(offsets) - 1, rows.shape
+        slots = segments + length // CHUNK.value
+        partials = self.empty(slots, width)
+        self.run(
+            sum_pieces, slots * triton.cdiv(width, SUM_WIDTH), SUM,
+            rows, order, offsets, partials, self.faults, segments, length, width,
+            TILE=SUM.tile, WIDTH=SUM_WIDTH,
+        )  # fmt: skip
+        self.sum_slots(partials, offsets, sums, length, column)
+
+    def sum_slots(
+        self, partials: Tensor, offsets: Tensor, sums: Tensor, length: int, column: int = 0
+    ) -> None:
+        """Sums of ``partials`` [slots, width] of each stretch, to columns of ``sums``."""
+        segments, width = len(offsets) - 1, partials.shape[1]
+        self.run(
+            sum_slots, segments * triton.cdiv(width, SUM_WIDTH), SUM,
+            partials, offsets, sums, self.faults, segments, length, width, sums.shape[1], column,
+            WIDTH=SUM_WIDTH,
+        )  # fmt: skip
+
     def run(
         self, kernel: Any, programs: int, configuration: Configuration, *arguments: Any,
         **constants: Any,
@@ -119,4 +284,8 @@ def padded(size: int) -> int:
 
 
 def forward_configuration(dtype: torch.dtype, dim: int) -> Configuration:
+    return Configuration(64, 4, 2)
+
+
+def backward_configuration(dtype: torch.dtype, dim: int) -> Configuration:
     return Configuration(64, 4, 2)
