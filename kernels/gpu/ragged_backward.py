@@ -72,7 +72,8 @@ def differentiate(keys, values, block, sums, extra, inside, seed, local, cell, c
     block
         As of `load_block`.
     sums
-        Gradients of keys and values so far, [n, d] each, and of the bias, [n].
+        Gradients so far: of keys and values, [n, d] each, of the bias, [n], and of the queries,
+        [q, d].
     extra
         Added to the scores [n], with BIASED; without, entries that are not ``inside`` [n] count 0.
     seed, local, cell, column, limit
@@ -80,18 +81,18 @@ def differentiate(keys, values, block, sums, extra, inside, seed, local, cell, c
 
     Returns
     -------
-    The new ``sums``, and what the gradient of the queries [q, d] grows by.
+    The new ``sums``.
     """
     queries, of_output, logarithm, delta = block
-    of_keys, of_values, of_bias = sums
+    of_keys, of_values, of_bias, of_queries = sums
     TILE: tl.constexpr = keys.shape[0]
     QUERIES: tl.constexpr = queries.shape[0]
-    scores = tl.dot(keys, tl.trans(queries), input_precision="tf32x3") * factor  # [n, q]
+    scores = tl.dot(keys, tl.trans(queries), input_precision="tf32x3")  # [n, q]
     if BIASED:
-        scores += extra[:, None]
+        scores = scores * factor + extra[:, None] - logarithm[None, :]
     else:
-        scores = tl.where(inside[:, None], scores, float("-inf"))
-    weights = weigh(scores - logarithm[None, :], EXACT)
+        scores = tl.where(inside[:, None], scores * factor - logarithm[None, :], float("-inf"))
+    weights = weigh(scores, EXACT)
     of_weights = tl.dot(values, tl.trans(of_output), input_precision="tf32x3")  # [n, q]
     used = weights
     if seed is not None:
@@ -105,8 +106,17 @@ def differentiate(keys, values, block, sums, extra, inside, seed, local, cell, c
         of_bias += tl.sum(of_scores, 1)
     of_scores = of_scores.to(keys.dtype)
     of_keys = product(of_scores, queries, of_keys)
-    of_queries = tl.dot(tl.trans(of_scores), keys, input_precision="tf32x3")
-    return (of_keys, of_values, of_bias), of_queries
+    of_queries = product(tl.trans(of_scores), keys, of_queries)
+    return of_keys, of_values, of_bias, of_queries
+
+
+@triton.jit
+def sum_to(ROWS: tl.constexpr, tile):
+    """A tile [n, d] as it is, or its sum over the entries [1, d]."""
+    if tile.shape[0] == ROWS:
+        return tile
+    else:
+        return tl.sum(tile, 0, keep_dims=True)
 
 
 @UNSPECIALIZED
@@ -128,13 +138,16 @@ def differentiate_slots(query, key, value, offsets, ids, amounts, key_part, valu
     head = first_head + program % some_heads
     slot = program // some_heads
     cell, first, count = chunk_of_slot(slot, offsets, cells, entries, faults)
-    of_cell, _ = cell_bounds(offsets, cell, entries, faults)
+    of_cell, all_count = cell_bounds(offsets, cell, entries, faults)
     done = (first - of_cell).to(tl.int32)
     factor = scale if EXACT else scale * LOG2_E
     slot = slot.to(tl.int64)
     d = tl.arange(0, DIM)
     of_block = tl.zeros([QUERIES, DIM], tl.float32)
-    of_key_part, of_value_part = tl.zeros([DIM], tl.float32), tl.zeros([DIM], tl.float32)
+    # narrow ones are summed over a tile's entries at the end, for which there are registers
+    PART_ROWS: tl.constexpr = TILE if DIM <= 32 else 1
+    of_key_part = tl.zeros([PART_ROWS, DIM], tl.float32)
+    of_value_part = tl.zeros([PART_ROWS, DIM], tl.float32)
     if ONE_BLOCK:
         block = load_block(
             query, gradient, log_sum_exp, delta, cell, 0, head, queries, heads, query_step,
@@ -143,37 +156,39 @@ def differentiate_slots(query, key, value, offsets, ids, amounts, key_part, valu
     for start in tl.range(0, count, TILE, num_stages=STAGES):
         entry = start + tl.arange(0, TILE)
         inside = entry < count
-        row, amount, _ = load_entries(ids, amounts, first, start, count, rows, bins, TILE)
+        row, amount, unknown = load_entries(ids, amounts, first, start, count, rows, bins, TILE)
         keys = load_tile(key, key_part, row, amount, head, heads, HEAD_DIM, DIM, BINNED)
         values = load_tile(value, value_part, row, amount, head, heads, HEAD_DIM, DIM, BINNED)
         extra = 0.0
         if bias is not None:
             extra = load_bias(bias, first, start, count, head, heads, EXACT, TILE)
         of_keys, of_values = tl.zeros([TILE, DIM], tl.float32), tl.zeros([TILE, DIM], tl.float32)
-        sums = (of_keys, of_values, tl.zeros([TILE], tl.float32))
+        of_biases = tl.zeros([TILE], tl.float32)
         if ONE_BLOCK:
-            sums, more = differentiate(
-                keys, values, block, sums, extra, inside, seed, done + start, cell, head * queries,
-                limit, factor, keep_scale, EXACT, bias is not None,
+            of_keys, of_values, of_biases, of_block = differentiate(
+                keys, values, block, (of_keys, of_values, of_biases, of_block), extra, inside,
+                seed, done + start, cell, head * queries, limit, factor, keep_scale, EXACT,
+                bias is not None,
             )  # fmt: skip
-            of_block += more
         else:
             for begin in range(0, queries, QUERIES):
                 block = load_block(
                     query, gradient, log_sum_exp, delta, cell, begin, head, queries, heads,
                     query_step, HEAD_DIM, DIM, QUERIES, EXACT,
                 )  # fmt: skip
-                sums, more = differentiate(
-                    keys, values, block, sums, extra, inside, seed, done + start, cell,
-                    head * queries + begin, limit, factor, keep_scale, EXACT, bias is not None,
+                of_keys, of_values, of_biases, of_block = differentiate(
+                    keys, values, block,
+                    (of_keys, of_values, of_biases, tl.zeros([QUERIES, DIM], tl.float32)),
+                    extra, inside, seed, done + start, cell, head * queries + begin, limit, factor,
+                    keep_scale, EXACT, bias is not None,
                 )  # fmt: skip
                 place, kept = query_places(
                     slot, begin, head, queries, heads, HEAD_DIM, DIM, QUERIES
                 )
                 before = tl.load(of_query + place, mask=kept, other=0.0)
-                tl.store(of_query + place, before + scale * more, mask=kept)
+                tl.store(of_query + place, before + scale * of_block, mask=kept)
             tl.debug_barrier()  # the next tile adds to what other threads may have written
-        of_keys, of_values, of_biases = scale * sums[0], sums[1], sums[2]
+        of_keys *= scale
         if ATOMIC:
             place = row[:, None] * (some_heads * HEAD_DIM)
         else:
@@ -189,8 +204,8 @@ def differentiate_slots(query, key, value, offsets, ids, amounts, key_part, valu
             tl.store(of_key + place, of_keys.to(of_key.dtype.element_ty), mask=kept)
             tl.store(of_value + place, of_values.to(of_value.dtype.element_ty), mask=kept)
         if of_parts is not None:
-            of_key_part += tl.sum(amount[:, None] * of_keys, 0)
-            of_value_part += tl.sum(amount[:, None] * of_values, 0)
+            of_key_part += sum_to(PART_ROWS, amount[:, None] * of_keys)
+            of_value_part += sum_to(PART_ROWS, amount[:, None] * of_values)
         if bias is not None:
             tl.store(of_bias + (first + entry) * heads + head, of_biases, mask=inside)
     if ONE_BLOCK:
@@ -198,5 +213,5 @@ def differentiate_slots(query, key, value, offsets, ids, amounts, key_part, valu
         tl.store(of_query + place, scale * of_block, mask=kept)
     if of_parts is not None:
         place = of_parts + (slot * 2 * heads + head) * HEAD_DIM + d
-        tl.store(place, of_key_part, mask=d < HEAD_DIM)
-        tl.store(place + heads * HEAD_DIM, of_value_part, mask=d < HEAD_DIM)
+        tl.store(place, tl.sum(of_key_part, 0), mask=d < HEAD_DIM)
+        tl.store(place + heads * HEAD_DIM, tl.sum(of_value_part, 0), mask=d < HEAD_DIM)
