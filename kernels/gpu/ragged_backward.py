@@ -138,7 +138,7 @@ def differentiate_slots(query, key, value, offsets, ids, amounts, key_part, valu
     head = first_head + program % some_heads
     slot = program // some_heads
     cell, first, count = chunk_of_slot(slot, offsets, cells, entries, faults)
-    of_cell, all_count = cell_bounds(offsets, cell, entries, faults)
+    of_cell, _count = cell_bounds(offsets, cell, entries, faults)
     done = (first - of_cell).to(tl.int32)
     factor = scale if EXACT else scale * LOG2_E
     slot = slot.to(tl.int64)
@@ -156,7 +156,7 @@ def differentiate_slots(query, key, value, offsets, ids, amounts, key_part, valu
     for start in tl.range(0, count, TILE, num_stages=STAGES):
         entry = start + tl.arange(0, TILE)
         inside = entry < count
-        row, amount, unknown = load_entries(ids, amounts, first, start, count, rows, bins, TILE)
+        row, amount, _unknown = load_entries(ids, amounts, first, start, count, rows, bins, TILE)
         keys = load_tile(key, key_part, row, amount, head, heads, HEAD_DIM, DIM, BINNED)
         values = load_tile(value, value_part, row, amount, head, heads, HEAD_DIM, DIM, BINNED)
         extra = 0.0

@@ -38,9 +38,7 @@ def forward(problem: RaggedAttention) -> tuple[Tensor, Tensor]:
     """
     launch = _Launch(problem)
     cells, queries, heads = problem.cells, problem.queries, problem.heads
-    output = torch.empty(
-        (cells, *problem.query.shape[1:]), dtype=problem.query.dtype, device=launch.device
-    )
+    output = launch.empty(cells, *problem.query.shape[1:], dtype=problem.query.dtype)
     log_sum_exp = launch.empty(cells, heads, queries)
     places = problem.entries // ENTRIES_PER_PLACE.value
     normalizers = launch.empty(places, heads, queries, 2)
@@ -223,8 +221,8 @@ class _Launch:
         self.drop = (limit - 2**32 * (limit >= 2**31), problem.scale, 1 / (1 - problem.dropout))
         self.constants = {"HEAD_DIM": problem.head_dim, "DIM": self.dim, "QUERIES": block}
 
-    def empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
