@@ -109,7 +109,7 @@ def finish(slot, genes, values, first, last, pads, discrete, tables, scratch, at
         _stage(0, F32(0.0), row, 0, tables, scratch)
         scale((F32(pads),), scratch.weights, 0, scratch.weights, 0, tables.heads * lanes)
         _accumulate(slot, 1, genes, last, 0, tables, scratch)
-    _end_chunk(slot, tables, scratch)
+    end_chunk(slot, tables, scratch)
     sums, at = scratch.sums, slot * tables.heads * tables.block * lanes
     for h in range(tables.heads):
         totals = at + (h * tables.block + head_dim) * lanes
@@ -166,12 +166,12 @@ def _visit(slot, genes, values, offsets, first_cell, cells, limit, discrete, tab
             next_at, next_last = scratch.position[slot + 1], offsets[first_cell + slot + 2]
         _accumulate(slot, count, genes, next_at, min(TILE, next_last - next_at), tables, scratch)
         if (position - first) % CHUNK == 0:
-            _end_chunk(slot, tables, scratch)
+            end_chunk(slot, tables, scratch)
     scratch.position[slot] = position
 
 
 @njit(nogil=True)
-def _end_chunk(slot, tables, scratch):
+def end_chunk(slot, tables, scratch):
     """Add the chunk in work to the cell's sums."""
     size = tables.heads * tables.block * tables.lanes
     at, partial, sums = slot * size, scratch.partial, scratch.sums

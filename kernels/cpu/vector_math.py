@@ -102,6 +102,15 @@ def value_factors(value: Vector, slope: Vector, slope_rest: Vector, shift: Vecto
     return exp2_fraction((exponent - whole) + rest) * power
 
 
+@elementwise(arrays=1, unroll=1)
+def powers_of_two(x: Vector) -> Vector:
+    """2 ** x; 0 where x is below -127, and 2^127 at most."""
+    whole = round_to_integer(x)
+    lowest, highest = x.like(-127.0), x.like(127.0)
+    # in this order NaN, which the fraction is too, stays what it is
+    return exp2_fraction(x - whole) * power_of_two(-maximum(-highest, -maximum(lowest, whole)))
+
+
 @elementwise(arrays=1, scalars=1)
 def fill(value: Vector, _: Vector) -> Vector:
     """A constant everywhere."""
