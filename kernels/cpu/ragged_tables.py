@@ -9,8 +9,8 @@ queries and then 14 instructions.
 
 Factors of rows are not relative to anything, so that a row's bits depend on nothing else, and
 scores may range from about -40 to 40. Those of amounts are relative to the cell's largest, times
-2^`SCALE`. A cell of which a total lies outside of `SMALLEST_TOTAL` to `LARGEST_TOTAL` is *lost*:
-its result is not valid, and `ragged` has it computed by the general path. Within these limits
+2^`SCALE`. A cell of which a total lies outside of 2^`SMALLEST` to 2^`LARGEST` is *lost*: its
+result is not valid, and `ragged` has it computed by the general path. Within these limits
 what is flushed to zero is below 2^-60 per entry, and no sum overflows. A lost cell is one by its
 own scores, and so a cell's bits depend on the cell alone.
 """
@@ -36,7 +36,7 @@ from .vector_math import powers_of_two
 F32 = np.float32
 
 ROWS = 32  # of a table, made at a time
-SMALLEST_TOTAL, LARGEST_TOTAL = F32(2.0**-10), F32(2.0**114)
+SMALLEST, LARGEST = -10, 114  # logarithms of totals, to base 2, of cells that are not lost
 MOST_CELLS = 64  # per call of compiled code
 MOST_WORK = 8192  # heads · queries · head_dim: sums of a group of cells in a second-level cache
 
@@ -67,7 +67,9 @@ class RowScratch(NamedTuple):
 class Looked(NamedTuple):
     """Inputs and outputs of the forward."""
 
-    ranks: np.ndarray  # int32 [n]: of the row of each entry, among the rows that occur
+    rank: np.ndarray  # int32 [r]: of a row, among the rows that occur
+    ids: np.ndarray  # integers [n]
+    ranks: np.ndarray  # int32 [n]: of each entry's row; written here
     amounts: np.ndarray  # float32 [n]
     offsets: np.ndarray  # int64 [c + 1]
     pads: np.ndarray  # float32 [c]: none
@@ -95,11 +97,13 @@ def forward(problem: RaggedAttention) -> tuple[np.ndarray, np.ndarray, np.ndarra
     """
     assert problem.ids is not None
     cells, width = problem.cells, problem.heads * problem.head_dim
-    ranks, rows = _rank_rows(problem.ids.long().numpy(), len(problem.key))
+    rank, rows = _find_rows(problem.ids.numpy(), len(problem.key))
     scores = make_scores(problem)
     tables = _make_tables(problem, scores, rows)
     looked = Looked(
-        ranks,
+        rank,
+        problem.ids.numpy(),
+        np.empty(problem.entries, np.int32),
         amounts_of(problem),
         problem.offsets.numpy(),
         np.zeros(cells, np.float32),
@@ -201,21 +205,17 @@ def _make_tables(problem: RaggedAttention, scores: Scores, rows: np.ndarray) -> 
 
 
 @njit(nogil=True, cache=True)
-def _rank_rows(ids, rows):
-    """(rank of each entry's row among those that occur, int32; those rows, ascending)."""
-    rank = np.zeros(rows, np.int32)
+def _find_rows(ids, rows):
+    """Rank of each row among the rows that occur, int32 [rows]; those rows, ascending."""
+    occurs = np.zeros(rows, np.bool_)
     for i in range(len(ids)):
-        rank[ids[i]] = 1
-    count = 0
+        occurs[ids[i]] = True
+    rank, occurring, count = np.zeros(rows, np.int32), np.empty(rows, np.int64), 0
     for row in range(rows):
-        if rank[row]:
-            rank[row] = count
+        if occurs[row]:
+            rank[row], occurring[count] = count, row
             count += 1
-    ranks, occurring = np.empty(len(ids), np.int32), np.empty(count, np.int64)
-    for i in range(len(ids)):
-        ranks[i] = rank[ids[i]]
-        occurring[ranks[i]] = ids[i]
-    return ranks, occurring
+    return rank, occurring[:count]
 
 
 @njit(nogil=True)
@@ -242,7 +242,7 @@ def _finish(looked, tables, scores, sums, shift, slot, cell):
         at = (slot * heads + h) * tables.block * lanes
         for j in range(queries):
             total = sums[at + d * lanes + j]
-            if not empty and not SMALLEST_TOTAL <= total <= LARGEST_TOTAL:
+            if not empty and not F32(2.0**SMALLEST) <= total <= F32(2.0**LARGEST):
                 looked.lost[cell] = 1
             inverse = F32(0.0) if empty else F32(1.0) / total
             place = ((cell * queries + j) * heads + h) * d
@@ -266,6 +266,8 @@ def _compiled(sources: str) -> Any:
         if len(sources):
             looked, tables = borrow(looked_), borrow(tables_)
             scores, scratch = borrow(scores_), borrow(scratch_)
+            for i in range(looked.offsets[start], looked.offsets[stop]):
+                looked.ranks[i] = looked.rank[looked.ids[i]]
             for cell in range(start, stop):
                 slot = (cell - start) % GROUP
                 if slot == 0:

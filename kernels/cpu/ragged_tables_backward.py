@@ -42,9 +42,9 @@ from ..threads import run_blocks
 from .attention import SCALE
 from .compiled import announce_compilation, digest
 from .ragged_tables import (
-    LARGEST_TOTAL,
+    LARGEST,
     ROWS,
-    SMALLEST_TOTAL,
+    SMALLEST,
     Scores,
     amounts_of,
     make_powers,
@@ -58,9 +58,10 @@ F32 = np.float32
 TILE = 30  # entries: five register tiles; weights and gradients of scores take 8 KiB each
 VISIT = 100  # entries of a cell in a range of rows, on average
 MOST_ROWS = 2048  # of a range: 1.3 MB, and 64 queries
+ALIKE = 8  # times as often as a range's last row may its first one occur
 CHUNK = 1024  # entries
+ROW_CHUNK = 16  # entries of each of a range's rows, on average
 MOST_CELLS = 1024  # of a call of compiled code: their state takes 18 MB, and 64 queries
-MOST_REPEATS = 2**15  # of a row: a float32 sum of so many is right to 3e-6
 
 
 class States(NamedTuple):
@@ -110,6 +111,8 @@ class Scratch(NamedTuple):
     scores: np.ndarray  # float32 [rows · lanes]: sums of gradients
     values: np.ndarray  # float32 [rows · width]
     value_gradients: np.ndarray  # float32 [rows · width]
+    score_totals: np.ndarray  # float64 [rows · lanes]: of the chunks before
+    value_totals: np.ndarray  # float64 [rows · width]
     amount_factors: np.ndarray  # float32 [bins or 256 · lanes]
     made: np.ndarray  # int64 [bins or 256]: the cell whose amount_factors these are
     score_part: np.ndarray  # float32 [bins · lanes]: sums of the chunk
@@ -134,11 +137,9 @@ def backward(
     """
     assert problem.ids is not None
     scores = make_scores(problem)
-    ids, amounts = problem.ids.long().numpy(), amounts_of(problem)
+    ids, amounts = problem.ids.numpy(), amounts_of(problem)
     repeats = np.bincount(ids, minlength=len(problem.key))
     states = _make_states(problem, scores, amounts, gradient, delta, log_sum_exp)
-    if repeats.max(initial=0) > MOST_REPEATS:
-        states.lost[:] = 1
     ranges = _sort_entries(problem.offsets.numpy(), ids, amounts, repeats, states)
     task = _make_task(problem, scores, ranges)
     announce_compilation(_differentiate_ranges, 20)
@@ -187,26 +188,27 @@ def _sort_entries(
     offsets: np.ndarray, ids: np.ndarray, amounts: np.ndarray, repeats: np.ndarray, states: States
 ) -> Ranges:
     cells, entries = len(offsets) - 1, len(ids)
-    order = np.argsort(
-        MOST_REPEATS - np.minimum(repeats, MOST_REPEATS).astype(np.uint16), kind="stable"
-    )
-    rows = order[: np.count_nonzero(repeats)]
+    rows = np.flatnonzero(repeats)
+    rows = rows[np.argsort(-repeats[rows], kind="stable")]
     ends = repeats[rows].cumsum()  # of the entries of the rows so far
     bounds = [0]
-    while bounds[-1] < len(rows):
-        start = bounds[-1]
-        passed = ends[start - 1] if start else 0
-        stop = int(np.searchsorted(ends, passed + VISIT * cells, "right"))
-        bounds.append(min(max(stop, start + 1), start + MOST_ROWS))
+    while (start := bounds[-1]) < len(rows):
+        passed = ends[start] - repeats[rows[start]]
+        stop = min(
+            int(np.searchsorted(ends, passed + VISIT * cells, "right")),
+            int(np.searchsorted(-repeats[rows], -repeats[rows[start]] // ALIKE, "right")),
+            start + MOST_ROWS,
+        )
+        bounds.append(max(stop, start + 1))
     count = len(bounds) - 1
-    rank, range_of = np.empty(len(repeats), np.int32), np.empty(len(repeats), np.int32)
+    place = np.empty(len(repeats), np.int32)  # of a row: range · MOST_ROWS + rank within it
     for i in range(count):
         inside = rows[bounds[i] : bounds[i + 1]]
-        rank[inside], range_of[inside] = np.arange(len(inside)), i
+        place[inside] = np.arange(len(inside)) + i * MOST_ROWS
     starts = np.zeros(count * cells + 1, np.int64)
     run_blocks(
         lambda start, stop: _count_entries(
-            starts[1:], ids, range_of, offsets, states.lost, start, stop
+            starts[1:], ids, place, offsets, states.lost, start, stop
         ),
         cells,
         64,
@@ -223,7 +225,7 @@ def _sort_entries(
     )
     run_blocks(
         lambda start, stop: _place_entries(
-            ranges, ids, amounts, rank, range_of, offsets, states.lost, start, stop
+            ranges, ids, amounts, place, offsets, states.lost, start, stop
         ),
         cells,
         64,
@@ -267,6 +269,8 @@ def _make_scratch(scores: Scores, task: Task, ranges: Ranges) -> Scratch:
         scores=aligned(rows * lanes),
         values=aligned(rows * width),
         value_gradients=aligned(rows * width),
+        score_totals=np.empty(rows * lanes),
+        value_totals=np.empty(rows * width),
         amount_factors=aligned(kinds * lanes),
         made=np.empty(kinds, np.int64),
         score_part=aligned(task.bins * lanes),
@@ -314,29 +318,29 @@ def _combine(problem: RaggedAttention, task: Task) -> Gradients:
 
 
 @njit(nogil=True, cache=True)
-def _count_entries(counts, ids, range_of, offsets, lost, start, stop):
+def _count_entries(counts, ids, place, offsets, lost, start, stop):
     """counts[range · cells + cell], for cells ``start`` to ``stop``."""
     cells = len(offsets) - 1
     for cell in range(start, stop):
         if not lost[cell]:
             for i in range(offsets[cell], offsets[cell + 1]):
-                counts[range_of[ids[i]] * cells + cell] += 1
+                counts[place[ids[i]] // MOST_ROWS * cells + cell] += 1
 
 
 @njit(nogil=True, cache=True)
-def _place_entries(ranges, ids, amounts, rank, range_of, offsets, lost, start, stop):
+def _place_entries(ranges, ids, amounts, place, offsets, lost, start, stop):
     """Sort the entries of cells ``start`` to ``stop`` into ranges."""
-    place = np.empty(ranges.count, np.int64)
+    following = np.empty(ranges.count, np.int64)
     for cell in range(start, stop):
         if lost[cell]:
             continue
         for i in range(ranges.count):
-            place[i] = ranges.starts[i * ranges.cells + cell]
+            following[i] = ranges.starts[i * ranges.cells + cell]
         for i in range(offsets[cell], offsets[cell + 1]):
-            row = ids[i]
-            at = place[range_of[row]]
-            ranges.ranks[at], ranges.amounts[at] = rank[row], amounts[i]
-            place[range_of[row]] = at + 1
+            range_, rank = divmod(place[ids[i]], MOST_ROWS)
+            at = following[range_]
+            ranges.ranks[at], ranges.amounts[at] = rank, amounts[i]
+            following[range_] = at + 1
 
 
 @njit(nogil=True, cache=True)
@@ -364,9 +368,9 @@ def _fill_states(
                     shift = np.rint(max(highest * slope, lowest * slope)) - F32(SCALE)
                 log2 = np.float64(shift) - np.float64(log_sum_exp[source]) * math.log2(math.e)
                 states.shift[at + j] = shift
-                states.inverse[at + j] = F32(2.0**log2)
+                states.inverse[at + j] = F32(np.exp2(log2))
                 states.delta[at + j] = -delta[source]
-                if not SMALLEST_TOTAL <= F32(2.0**-log2) <= LARGEST_TOTAL:
+                if not SMALLEST <= -log2 <= LARGEST:
                     states.lost[cell] = 1
                 source = ((cell * queries + j) * heads + h) * d
                 straight, turned = ((cell * heads + h) * queries + j) * width, at * d + j
@@ -396,7 +400,7 @@ def _open_range(task, scores, ranges, range_, h, s):
     fill(zero, s.value_part, 0, s.value_part, 0, task.bins * width)
 
 
-@njit(nogil=True)
+@njit(nogil=True, inline="always")
 def _factor_row(amount, cell, at, h, task, scores, states, s):
     """Row of amount_factors that holds 2^(score of the amount) / total, made now if need be."""
     lanes = scores.lanes
@@ -477,6 +481,28 @@ def _end_chunk(task, scores, range_, h, s):
 
 
 @njit(nogil=True)
+def _end_row_chunk(rows, lanes, width, begun, s):
+    """Add the rows' sums to their totals, which have ``begun`` or begin with them."""
+    for sums, totals, size in (
+        (s.scores, s.score_totals, rows * lanes),
+        (s.value_gradients, s.value_totals, rows * width),
+    ):
+        for j in range(size):
+            totals[j] = (totals[j] if begun else 0.0) + np.float64(sums[j])
+            sums[j] = F32(0.0)
+
+
+@njit(nogil=True)
+def _end_rows(rows, lanes, width, s):
+    """Leave the totals where the sums were."""
+    _end_row_chunk(rows, lanes, width, True, s)
+    for j in range(rows * lanes):
+        s.scores[j] = F32(s.score_totals[j])
+    for j in range(rows * width):
+        s.value_gradients[j] = F32(s.value_totals[j])
+
+
+@njit(nogil=True)
 def _close_range(task, scores, ranges, range_, h, s):
     """Write the gradients of a range's rows, and what it gives to those of the queries."""
     first, d, lanes, width = ranges.bounds[range_], scores.head_dim, scores.lanes, task.width
@@ -516,7 +542,8 @@ def _compiled(sources: str) -> Any:
                 range_, h = item // scores.heads, item % scores.heads
                 _open_range(task, scores, ranges, range_, h, s)
                 scratch_.made[:] = -1
-                chunk = 0
+                rows = ranges.bounds[range_ + 1] - ranges.bounds[range_]
+                chunk, row_chunk, begun = 0, 0, False
                 for cell in range(ranges.cells):
                     place = range_ * ranges.cells + cell
                     first, last = ranges.starts[place], ranges.starts[place + 1]
@@ -524,10 +551,16 @@ def _compiled(sources: str) -> Any:
                         count = min(TILE, last - at)
                         _pass_tile(at, count, cell, h, task, scores, states, ranges, s)
                         chunk += count
+                        row_chunk += count
                         if chunk >= CHUNK:
                             _end_chunk(task, scores, range_, h, s)
                             chunk = 0
+                        if row_chunk >= ROW_CHUNK * rows:
+                            _end_row_chunk(rows, scores.lanes, task.width, begun, s)
+                            row_chunk, begun = 0, True
                 _end_chunk(task, scores, range_, h, s)
+                if begun:
+                    _end_rows(rows, scores.lanes, task.width, s)
                 _close_range(task, scores, ranges, range_, h, s)
 
     return differentiate_ranges
