@@ -335,7 +335,7 @@ def _make_tile(rows: int, vectors: int, kind: Any = _FLOATS) -> Any:
 
 
 _tile_6_wide, _tile_2_wide, _tile_1_wide = (_make_tile(rows, _WIDE) for rows in (6, 2, 1))
-_tile_12, _tile_6, _tile_2, _tile_1 = (_make_tile(rows, 1) for rows in (12, 6, 2, 1))
+_tile_6, _tile_2, _tile_1 = (_make_tile(rows, 1) for rows in (6, 2, 1))
 _WIDE_COLUMNS = _WIDE * LANES
 EXACT_ROWS = 4 if _WIDE > 1 else 2  # a vector of doubles takes two registers, or four
 _tile_exact = _make_tile(EXACT_ROWS, 1, _DOUBLES)
@@ -356,10 +356,7 @@ def multiply_add(c, c_at, c_row, rows, columns, a, a_at, a_row, a_column, b, b_a
         i = 0
         while i < rows:
             c_ij, a_i, b_j = c_at + i * c_row + j, a_at + i * a_row, b_at + j
-            if _WIDE > 1 and not wide and rows - i >= 12:  # else a few sums wait for each other
-                _tile_12(c, c_ij, c_row, a, a_i, a_row, a_column, b, b_j, b_row, count)
-                i += 12
-            elif rows - i >= 6:
+            if rows - i >= 6:
                 if wide:
                     _tile_6_wide(c, c_ij, c_row, a, a_i, a_row, a_column, b, b_j, b_row, count)
                 else:
