@@ -7,6 +7,9 @@ for what it cannot do. The rest, and cells that are lost there, `ragged_general`
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ def forward(problem: RaggedAttention) -> tuple[Tensor, Tensor]:
 
     A cell's bits depend on that cell alone: also which path computes it does.
     """
-    exact = _in_float32(problem)
+    exact = _convert(problem)
     if ragged_tables.suits(exact):
         output, log_sum_exp, lost = ragged_tables.forward(exact)
         if lost.any():
@@ -59,46 +62,50 @@ def backward(
     deterministic
         Whether atomics are forbidden, which this backend has none of.
     """
-    exact = _in_float32(problem)
+    exact = _convert(problem)
     given = gradient.float(), delta, log_sum_exp
     if ragged_tables.suits(exact):
         found = _backward_over_tables(exact, *given)
     else:
         found = ragged_general.backward(exact, *given)
-    return Gradients(
-        *(
-            None if tensor is None else tensor.to(getattr(problem, name).dtype)
-            for name, tensor in zip(Gradients._fields, found, strict=True)
-        )
-    )
+    rounded: dict[str, Any] = {
+        name: None if tensor is None else tensor.to(getattr(problem, name).dtype)
+        for name, tensor in found._asdict().items()
+    }
+    return Gradients(**rounded)
 
 
 def _backward_over_tables(problem: RaggedAttention, *given: Tensor) -> Gradients:
     """Cells in turns of `MOST_CELLS`; the turns' gradients are added in their order."""
-    total: list[Tensor | None] = [None] * len(Gradients._fields)
+    found = []
     for start in range(0, max(1, problem.cells), MOST_CELLS):
         some = np.zeros(problem.cells, bool)
         some[start : start + MOST_CELLS] = True
         part = _select(problem, some)
         of_part = [tensor[start : start + MOST_CELLS] for tensor in given]
         gradients, lost = ragged_tables_backward.backward(part, *of_part)
-        found = [gradients]
+        found.append(gradients)
         if lost.any():
             of_lost = [tensor[torch.from_numpy(lost)] for tensor in of_part]
             found.append(ragged_general.backward(_select(part, lost), *of_lost))
-        for gradients in found:
-            for i, gradient in enumerate(gradients):
-                before = total[i]
-                total[i] = gradient if before is None or gradient is None else before + gradient
+    return functools.reduce(_add, found)
+
+
+def _add(one: Gradients, other: Gradients) -> Gradients:
+    total: list[Any] = [
+        None if a is None or b is None else a + b for a, b in zip(one, other, strict=True)
+    ]
     return Gradients(*total)
 
 
-def _in_float32(problem: RaggedAttention) -> RaggedAttention:
+def _convert(problem: RaggedAttention) -> RaggedAttention:
+    """The same problem with float32 tensors and int64 ids."""
     floating = ("query", "key", "value", "key_part", "value_part")
     given = {name: getattr(problem, name) for name in floating}
-    return problem._replace(
-        **{name: None if tensor is None else tensor.float() for name, tensor in given.items()}
-    )
+    exact: dict[str, Any] = {
+        name: None if tensor is None else tensor.float() for name, tensor in given.items()
+    }
+    return problem._replace(ids=None if problem.ids is None else problem.ids.long(), **exact)
 
 
 def _select(problem: RaggedAttention, cells: np.ndarray) -> RaggedAttention:
@@ -111,6 +118,6 @@ def _select(problem: RaggedAttention, cells: np.ndarray) -> RaggedAttention:
     assert problem.ids is not None
     return problem._replace(
         offsets=torch.nn.functional.pad(lengths[chosen].cumsum(0), (1, 0)),
-        ids=problem.ids.long()[entries],
+        ids=problem.ids[entries],
         amounts=None if problem.amounts is None else problem.amounts[entries],
     )

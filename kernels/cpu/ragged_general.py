@@ -73,7 +73,7 @@ def forward(problem: RaggedAttention) -> tuple[np.ndarray, np.ndarray]:
     """Output [c · q · h · d] and log-sum-exp [c · h · q] of a problem of float32."""
     cells = _make_cells(problem)
     found = Attended(
-        np.empty(problem.cells * problem.query[0].numel(), np.float32),
+        np.empty(problem.cells * problem.queries * problem.heads * problem.head_dim, np.float32),
         np.empty(problem.cells * problem.heads * problem.queries, np.float32),
     )
     announce_compilation(_attend_all, 10)
@@ -156,7 +156,7 @@ def _make_cells(problem: RaggedAttention) -> Cells:
         _flat(problem.key),
         _flat(problem.value),
         problem.offsets.numpy(),
-        no_ids if problem.ids is None else problem.ids.long().numpy(),
+        no_ids if problem.ids is None else problem.ids.numpy(),
         np.empty(0, np.float32) if problem.amounts is None else problem.amounts.float().numpy(),
         _flat(problem.key_part),
         _flat(problem.value_part),

@@ -93,7 +93,7 @@ def suits(problem: RaggedAttention) -> bool:
 def forward(problem: RaggedAttention) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Output [c · q · h · d], log-sum-exp [c · h · q], and which cells are lost: bool [c].
 
-    ``problem`` is of float32, and `suits`.
+    ``problem`` is of float32 with int64 ids, and `suits`.
     """
     assert problem.ids is not None
     cells, width = problem.cells, problem.heads * problem.head_dim
@@ -119,8 +119,8 @@ def forward(problem: RaggedAttention) -> tuple[np.ndarray, np.ndarray, np.ndarra
             own.scratch = make_scratch(tables)
         _attend_cells(looked, tables, scores, own.scratch, discrete, start, stop)
 
-    share = -(-cells // (4 * torch.get_num_threads()))
-    run_blocks(task, cells, min(MOST_CELLS, -(-share // GROUP) * GROUP))
+    share = cells // (4 * torch.get_num_threads())
+    run_blocks(task, cells, min(MOST_CELLS, (share // GROUP + 1) * GROUP))
     return looked.output, looked.log_sum_exp, looked.lost.astype(bool)
 
 

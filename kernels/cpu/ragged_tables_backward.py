@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ..ragged import Gradients, RaggedAttention
 from ..threads import run_blocks
-from .attention import SCALE
+from .attention import LARGEST_EXPONENT, SCALE
 from .compiled import announce_compilation, digest
 from .ragged_tables import (
     LARGEST,
@@ -78,7 +78,7 @@ class States(NamedTuple):
 class Ranges(NamedTuple):
     """Rows in ranges, and entries in the order of (range, cell)."""
 
-    count: int
+    number: int
     cells: int
     rows: np.ndarray  # int64 [rows that occur]: most frequent first
     bounds: np.ndarray  # int64 [ranges + 1]: of rows
@@ -150,7 +150,7 @@ def backward(
             own.scratch = _make_scratch(scores, task, ranges)
         _differentiate_ranges(task, scores, states, ranges, own.scratch, start, stop)
 
-    run_blocks(differentiate, ranges.count * problem.heads, 1)
+    run_blocks(differentiate, ranges.number * problem.heads, 1)
     return _combine(problem, task), states.lost.astype(bool)
 
 
@@ -200,12 +200,12 @@ def _sort_entries(
             start + MOST_ROWS,
         )
         bounds.append(max(stop, start + 1))
-    count = len(bounds) - 1
+    number = len(bounds) - 1
     place = np.empty(len(repeats), np.int32)  # of a row: range · MOST_ROWS + rank within it
-    for i in range(count):
+    for i in range(number):
         inside = rows[bounds[i] : bounds[i + 1]]
         place[inside] = np.arange(len(inside)) + i * MOST_ROWS
-    starts = np.zeros(count * cells + 1, np.int64)
+    starts = np.zeros(number * cells + 1, np.int64)
     run_blocks(
         lambda start, stop: _count_entries(
             starts[1:], ids, place, offsets, states.lost, start, stop
@@ -215,7 +215,7 @@ def _sort_entries(
     )
     np.cumsum(starts, out=starts)
     ranges = Ranges(
-        count,
+        number,
         cells,
         rows,
         np.array(bounds),
@@ -254,9 +254,9 @@ def _make_task(problem: RaggedAttention, scores: Scores, ranges: Ranges) -> Task
         plain_queries=pad((problem.query[0].double() * problem.scale).float().transpose(0, 1)),
         key_gradient=np.zeros(problem.key.numel(), np.float32),
         value_gradient=np.zeros(problem.value.numel(), np.float32),
-        query_sums=np.zeros(ranges.count * heads * head_dim * scores.lanes),
-        score_sums=np.zeros(ranges.count * heads * bins * scores.lanes),
-        value_sums=np.zeros(ranges.count * heads * bins * width),
+        query_sums=np.zeros(ranges.number * heads * head_dim * scores.lanes),
+        score_sums=np.zeros(ranges.number * heads * bins * scores.lanes),
+        value_sums=np.zeros(ranges.number * heads * bins * width),
     )
 
 
@@ -330,11 +330,11 @@ def _count_entries(counts, ids, place, offsets, lost, start, stop):
 @njit(nogil=True, cache=True)
 def _place_entries(ranges, ids, amounts, place, offsets, lost, start, stop):
     """Sort the entries of cells ``start`` to ``stop`` into ranges."""
-    following = np.empty(ranges.count, np.int64)
+    following = np.empty(ranges.number, np.int64)
     for cell in range(start, stop):
         if lost[cell]:
             continue
-        for i in range(ranges.count):
+        for i in range(ranges.number):
             following[i] = ranges.starts[i * ranges.cells + cell]
         for i in range(offsets[cell], offsets[cell + 1]):
             range_, rank = divmod(place[ids[i]], MOST_ROWS)
@@ -364,8 +364,10 @@ def _fill_states(
                 if scores.binned:
                     shift = scores.shift[column]
                 else:
-                    slope = scores.slope[column]
-                    shift = np.rint(max(highest * slope, lowest * slope)) - F32(SCALE)
+                    high, low = highest * scores.slope[column], lowest * scores.slope[column]
+                    shift = np.rint(max(high, low)) - F32(SCALE)
+                    if not max(abs(high), abs(low)) < LARGEST_EXPONENT:
+                        states.lost[cell] = 1
                 log2 = np.float64(shift) - np.float64(log_sum_exp[source]) * math.log2(math.e)
                 states.shift[at + j] = shift
                 states.inverse[at + j] = F32(np.exp2(log2))
