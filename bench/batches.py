@@ -11,7 +11,8 @@ and tables see the same frequencies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +73,13 @@ CASES = (
     Case("1 cell × 20,000", constant(20_000), cells=1, replayed=True, toy=True),
     Case("65,536 cells × 100", constant(100), cells=65_536, replayed=True),
 )
+
+
+def chosen_cases(only: str | None, toy: bool) -> Iterator[Case]:
+    """The cases whose names match; without a pattern all, or those for toys."""
+    for case in CASES:
+        if re.search(only, case.name) if only else case.toy or not toy:
+            yield case
 
 
 class Drawing:
@@ -139,3 +147,17 @@ class Drawing:
         beyond = self.genes + 1
         tokens = torch.where(inside, self.tokens[first], beyond).sort(1).values
         return tokens[tokens < beyond].int()
+
+
+def draw_sets(drawing: Drawing, case: Case) -> list[RaggedCells]:
+    """Batches that are together larger than the L2 cache; two at least, eight at most."""
+    sets = [drawing.batch(case)]
+    number = 2
+    if drawing.device.type == "cuda":
+        cache = torch.cuda.get_device_properties(drawing.device).L2_cache_size
+        number = min(8, max(2, -(-4 * cache // batch_bytes(sets[0]))))
+    return sets + [drawing.batch(case) for _ in range(number - 1)]
+
+
+def batch_bytes(cells: RaggedCells) -> int:
+    return cells.offsets.nbytes + cells.genes.nbytes + cells.values.nbytes

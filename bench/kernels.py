@@ -22,13 +22,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,15 +36,25 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cellpatch_fast.kernels import EncoderWeights, reference
 
-from bench.batches import CASES, Case, Drawing
+from bench.batches import Drawing, chosen_cases
 from bench.ceilings import Work, measure_ceilings, roofline
-from bench.measure import Call, Checked, Computes, Effort, Method, Row, check, explain, measure
+from bench.command import TYPES, describe, parse
+from bench.measure import (
+    Call,
+    Checked,
+    Computes,
+    Effort,
+    Method,
+    Row,
+    Suite,
+    check,
+    measure_cases,
+)
 from bench.peers import attention
 from bench.peers.original import PaddedPathFormer
 from bench.report import report, targets
 from cellpatch_fast import RaggedCells
 
-TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FLOAT32_ERROR = 1e-5
 GENES, TOY_GENES = 60_664, 997
 ENTRIES = 20_000_000  # of a batch
@@ -170,7 +176,7 @@ class Reference:
         return expected, 2 * float((difference.norm(dim=1) / expected.norm(dim=1)).max())
 
 
-def measure_cases(
+def measure_all(
     model: PaddedPathFormer,
     device: torch.device,
     dtype: torch.dtype,
@@ -191,67 +197,9 @@ def measure_cases(
         if not wide:
             methods += attention.methods(weights, dtype)
             methods += original_methods(model, dtype)
-        suites[wide] = Reference(of_suite, small), methods
-    checked: dict[tuple[bool, int], Checked] = {}
-
-    for case in CASES:
-        if not (
-            re.search(options.only, case.name) if options.only else case.toy or not options.toy
-        ):
-            continue
-        expected, methods = suites[case.wide]
-        sets: list[RaggedCells] = []
-        for i, method in enumerate(methods):
-            if (case.alone and not method.ours) or (method.replayed and not case.replayed):
-                continue
-            if time.monotonic() > options.until:
-                yield Row.of(case.name, method, "not run", reason="the time was up")
-                continue
-            if (case.wide, i) not in checked:
-                checked[case.wide, i] = expected.check(method, dtype)
-            try:
-                sets = sets or draw_sets(drawing, case)
-            except Exception as failure:
-                yield Row.of(case.name, method, "failed", reason=explain(failure))
-                continue
-            yield measure(case.name, method, sets, checked[case.wide, i], effort)
-
-
-def draw_sets(drawing: Drawing, case: Case) -> list[RaggedCells]:
-    """Batches that are together larger than the L2 cache; two at least, eight at most."""
-    sets = [drawing.batch(case)]
-    number = 2
-    if drawing.device.type == "cuda":
-        cache = torch.cuda.get_device_properties(drawing.device).L2_cache_size
-        number = min(8, max(2, -(-4 * cache // batch_bytes(sets[0]))))
-    return sets + [drawing.batch(case) for _ in range(number - 1)]
-
-
-def batch_bytes(cells: RaggedCells) -> int:
-    return cells.offsets.nbytes + cells.genes.nbytes + cells.values.nbytes
-
-
-def describe(device: torch.device) -> dict[str, Any]:
-    import triton
-
-    machine: dict[str, Any] = {
-        "device": platform.machine() + " CPU, Triton's interpreter",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine["device"] = properties.name
-        machine |= {
-            "cuda": torch.version.cuda,
-            "compute capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "clock MHz": getattr(properties, "clock_rate", 0) / 1e3 or None,
-            "L2 bytes": properties.L2_cache_size,
-            "memory bytes": properties.total_memory,
-        }
-    return machine
+        suites[wide] = Suite(methods, partial(Reference(of_suite, small).check, dtype=dtype))
+    cases = chosen_cases(options.only, options.toy)
+    return measure_cases(cases, drawing, lambda case: suites[case.wide], effort, options.until)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -273,16 +221,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "roofline genes/s": roofline(ceilings, work) if device.type == "cuda" else None,
         "rows": [],
     }
-    for row in measure_cases(model, device, dtype, options):
-        results["rows"].append(as_json(row))
+    for row in measure_all(model, device, dtype, options):
+        results["rows"].append(row.as_json())
         results["table bytes"] = table_bytes()
         results["targets"] = targets(results)
         options.output.write_text(json.dumps(results, indent=1) + "\n")
     return results
-
-
-def as_json(row: Row) -> dict[str, Any]:
-    return asdict(row) | {"seconds": row.seconds and row.seconds._asdict()}
 
 
 def table_bytes() -> int | None:
@@ -294,28 +238,7 @@ def table_bytes() -> int | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes, to see that it works")
-    parser.add_argument("--dtype", choices=tuple(TYPES), help="of the tables; default bfloat16")
-    parser.add_argument("--only", help="regular expression: the cases to measure, by name")
-    parser.add_argument("--minutes", type=float, default=7.0, help="start nothing after this")
-    parser.add_argument("--output", type=Path, help="JSON; default bench/results/<device>.json")
-    options = parser.parse_args()
-    if options.device == "cpu":
-        if not options.toy:
-            parser.error("on a CPU the kernels run in Triton's interpreter: add --toy")
-        if options.dtype == "bfloat16":
-            parser.error("Triton's interpreter cannot do bfloat16: use float16 or float32")
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
-    elif not torch.cuda.is_available():
-        parser.error("there is no CUDA GPU here: --device cpu --toy shows whether it would run")
-    options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
-    options.until = time.monotonic() + 60 * options.minutes
-    if options.output is None:
-        name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-        name = re.sub(r"\W+", "-", f"kernels {name} {options.dtype}{' toy' * options.toy}".lower())
-        options.output = Path(__file__).parent / "results" / f"{name}.json"
+    options = parse(__doc__, "kernels")
     with torch.no_grad():
         print(report(run(options)))
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bench.batches import Case, Drawing, draw_sets
 from cellpatch_fast import RaggedCells
 
 Call = Callable[[], Tensor]
@@ -85,6 +86,9 @@ class Row:
         computes, name, form = method.computes, method.name, method.form
         return cls(case, computes, name, form, method.ours, method.replayed, status, **found)
 
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"seconds": self.seconds and self.seconds._asdict()}
+
 
 class Checked(NamedTuple):
     """A method's error on the small batch, or why there is none."""
@@ -103,6 +107,42 @@ def check(method: Method, cells: RaggedCells, expected: Tensor, bound: float) ->
         return Checked(error, bound)
     except Exception as failure:
         return Checked(None, bound, explain(failure))
+
+
+class Suite(NamedTuple):
+    """Methods, and how each is compared with the float64 result of a small batch."""
+
+    methods: Sequence[Method]
+    check: Callable[[Method], Checked]
+
+
+def measure_cases(
+    cases: Iterable[Case],
+    drawing: Drawing,
+    suite_of: Callable[[Case], Suite],
+    effort: Effort,
+    until: float,
+) -> Iterator[Row]:
+    """A row for every method of a case's suite on every case; none is started after ``until``."""
+    checked: dict[tuple[int, int], Checked] = {}
+    for case in cases:
+        suite = suite_of(case)
+        sets: list[RaggedCells] = []
+        for i, method in enumerate(suite.methods):
+            if (case.alone and not method.ours) or (method.replayed and not case.replayed):
+                continue
+            if time.monotonic() > until:
+                yield Row.of(case.name, method, "not run", reason="the time was up")
+                continue
+            key = id(suite), i
+            if key not in checked:
+                checked[key] = suite.check(method)
+            try:
+                sets = sets or draw_sets(drawing, case)
+            except Exception as failure:
+                yield Row.of(case.name, method, "failed", reason=explain(failure))
+                continue
+            yield measure(case.name, method, sets, checked[key], effort)
 
 
 def measure(
