@@ -39,6 +39,19 @@ class Work(NamedTuple):
         flop = products * 2 * 2 * pairs * head_dim
         return cls(pairs, flop, 2 * heads * head_dim * dtype.itemsize, memory_bytes=3)
 
+    def with_backward(self, heads: int, head_dim: int) -> Work:
+        """Forward and backward, which starts from the genes and the log-sum-exp again.
+
+        Five products follow the forward's two: scores, the gradient of weights, and the gradients
+        of values, keys and queries. Gradients of keys and values are added up in float32.
+        """
+        return Work(
+            exponentials=2 * self.exponentials,
+            flop=self.flop // 2 * 7,
+            l2_bytes=2 * self.l2_bytes + 2 * heads * head_dim * 4,
+            memory_bytes=2 * self.memory_bytes,
+        )
+
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, toy: bool) -> dict[str, Any]:
     """Rates per second: bytes copied (read + written), in L2 too, FLOP, exponentials."""

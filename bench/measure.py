@@ -23,8 +23,16 @@ from torch import Tensor
 from bench.batches import Case, Drawing, draw_sets
 from cellpatch_fast import RaggedCells
 
-Call = Callable[[], Tensor]
-Computes = Literal["cross-attention", "encoder"]
+Results = Tensor | tuple[Tensor, ...]  # a step's are its output and gradients
+Call = Callable[[], Results]
+Computes = Literal[
+    "cross-attention",
+    "encoder",
+    "cross-attention, step",  # forward and backward
+    "encoder, step",
+    "ragged keys",
+    "ragged keys, step",
+]
 
 
 class Method(NamedTuple):
@@ -33,7 +41,8 @@ class Method(NamedTuple):
     computes: Computes
     name: str
     form: str  # "plain" or "projected": how a baseline makes keys and values; else ""
-    # A call that returns attended values [c, p, D] or features [c, p, E] of the cells.
+    # A call that returns attended values [c, p, D] or features [c, p, E] of the cells; a step
+    # also gradients.
     prepare: Callable[[RaggedCells], Call]
     ours: bool = False
     # Tokens that a padded method takes at once, so that it fits in memory; None: not padded.
@@ -98,15 +107,27 @@ class Checked(NamedTuple):
     failure: str = ""
 
 
-def check(method: Method, cells: RaggedCells, expected: Tensor, bound: float) -> Checked:
-    """Compare a method with the float64 result [c, ...] of the same cells."""
+def check(method: Method, cells: RaggedCells, expected: Results, bound: float) -> Checked:
+    """Compare a method with the float64 results of the same cells."""
     try:
-        found = method.prepare(cells)().double().flatten(1)
-        difference = found - expected.flatten(1)
-        error = float((difference.norm(dim=1) / expected.flatten(1).norm(dim=1)).max())
-        return Checked(error, bound)
+        return Checked(worst_error(method.prepare(cells)(), expected), bound)
     except Exception as failure:
         return Checked(None, bound, explain(failure))
+
+
+def worst_error(found: Results, expected: Results) -> float:
+    """The largest relative error: of a cell of the output [c, ...], or of a whole gradient."""
+    outputs, *gradients = (
+        (one.double().reshape(right.shape), right)
+        for one, right in zip(_several(found), _several(expected), strict=True)
+    )
+    compared = [*zip(*outputs, strict=True), *gradients]
+    errors = [(one - right).norm() / right.norm() for one, right in compared]
+    return float(torch.stack(errors).max())
+
+
+def _several(results: Results) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else results
 
 
 class Suite(NamedTuple):
@@ -162,9 +183,10 @@ def measure(
         # padding or not, rates count real genes; sets are alike, not equal
         cells = round(statistics.mean(len(cells) for cells in sets))
         genes = round(statistics.mean(cells.entries for cells in sets))
-        calls: list[Callable[[], object]] = [method.prepare(cells) for cells in sets]
+        prepared = [method.prepare(cells) for cells in sets]
         found |= {"cells": cells, "genes": genes}
-        found["extra_bytes"], found["result_bytes"] = memory_of(calls[0], device)
+        found["extra_bytes"], found["result_bytes"] = memory_of(prepared[0], device)
+        calls: list[Callable[[], object]] = [*prepared]
         per_call = 1
         if method.replayed:
             calls, per_call = [capture(calls, device)], len(calls)
@@ -249,7 +271,7 @@ def capture(calls: Sequence[Callable[[], object]], device: torch.device) -> Call
     return graph.replay
 
 
-def memory_of(call: Callable[[], object], device: torch.device) -> tuple[int | None, int | None]:
+def memory_of(call: Call, device: torch.device) -> tuple[int | None, int | None]:
     """Bytes that a call allocates at most, and bytes of its result; None without a GPU."""
     if device.type != "cuda":
         return None, None
@@ -260,8 +282,7 @@ def memory_of(call: Callable[[], object], device: torch.device) -> tuple[int | N
     result = call()
     torch.cuda.synchronize(device)
     extra = torch.cuda.max_memory_allocated(device) - before
-    assert isinstance(result, Tensor)
-    return extra, result.nbytes
+    return extra, sum(tensor.nbytes for tensor in _several(result))
 
 
 def explain(failure: Exception) -> str:

@@ -29,20 +29,20 @@ from torch import Tensor
 from bench.measure import Call, Method, explain
 from cellpatch_fast import RaggedCells
 
-Attend = Callable[[Tensor, Tensor], Tensor]  # keys and values [n, h, d] -> attended, see below
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values: see `Baseline`
 Form = Literal["plain", "projected"]
 PADDED_TOKENS = 1 << 25
 FLEX_KEYS = 128  # keys of a block of FlexAttention's mask; a block of queries is one cell
 
 
 class Baseline(NamedTuple):
-    """An attention. ``prepare`` takes queries [p, h, d] and cells; what it returns takes keys and
-    values [n, h, d], or [c, longest, h, d] where padded, and returns [c, p, D] or the same memory
-    in another shape.
+    """An attention. ``prepare`` takes the number of queries of a cell, and cells; what it returns
+    takes queries [c · p, h, d], and keys and values [n, h, d], or [c, longest, h, d] where padded,
+    and returns [c, p, D] or the same memory in another shape.
     """
 
     name: str
-    prepare: Callable[[Tensor, RaggedCells], Attend]
+    prepare: Callable[[int, RaggedCells], Attend]
     padded: bool = False
     replayable: bool = False  # from a CUDA graph: does nothing that waits for the host
 
@@ -66,7 +66,8 @@ def methods(weights: EncoderWeights, dtype: torch.dtype) -> Iterator[Method]:
 
 
 def _prepare(baseline: Baseline, make: KeysAndValues, cells: RaggedCells) -> Call:
-    attend = baseline.prepare(make.queries, cells)
+    attend = baseline.prepare(len(make.queries), cells)
+    queries = make.queries.repeat(len(cells), 1, 1)
     if baseline.padded:
         genes, values = cells.to_padded()
         genes = genes.int()
@@ -75,7 +76,7 @@ def _prepare(baseline: Baseline, make: KeysAndValues, cells: RaggedCells) -> Cal
 
     def call() -> Tensor:
         keys, rows = make(genes, values)
-        return attend(keys, rows).reshape(len(cells), *make.shape)
+        return attend(queries, keys, rows).reshape(len(cells), *make.shape)
 
     return call
 
@@ -127,47 +128,44 @@ class KeysAndValues:
         return F.embedding(genes, self.table) + part
 
 
-def _repeated(queries: Tensor, cells: RaggedCells) -> tuple[Tensor, Tensor, int, int]:
-    """Queries [c · p, h, d], where each cell's begin (int32 [c + 1]), p, and the longest cell."""
-    patches = len(queries)
-    starts = torch.arange(0, (len(cells) + 1) * patches, patches, device=cells.device)
-    longest = int(cells.lengths.max())
-    return queries.repeat(len(cells), 1, 1), starts.int(), patches, longest
+def _starts(patches: int, cells: RaggedCells) -> Tensor:
+    """Where each cell's queries begin, int32 [c + 1]."""
+    return torch.arange(0, (len(cells) + 1) * patches, patches, device=cells.device).int()
 
 
-def varlen_attn(queries: Tensor, cells: RaggedCells) -> Attend:
+def varlen_attn(patches: int, cells: RaggedCells) -> Attend:
     """The FlashAttention inside PyTorch."""
     from torch.nn.attention.varlen import varlen_attn
 
-    repeated, starts, patches, longest = _repeated(queries, cells)
-    offsets = cells.offsets.int()
-    return lambda keys, rows: varlen_attn(  # type: ignore[return-value]
-        repeated, keys, rows, starts, offsets, patches, longest
+    offsets = _starts(patches, cells), cells.offsets.int()
+    longest = patches, int(cells.lengths.max())
+    return lambda queries, keys, rows: varlen_attn(  # type: ignore[return-value]
+        queries, keys, rows, *offsets, *longest
     )
 
 
-def flash_attn(queries: Tensor, cells: RaggedCells) -> Attend:
+def flash_attn(patches: int, cells: RaggedCells) -> Attend:
     """The package flash-attn, version 2."""
     attention = importlib.import_module("flash_attn")
 
-    repeated, starts, patches, longest = _repeated(queries, cells)
-    offsets = cells.offsets.int()
-    return lambda keys, rows: attention.flash_attn_varlen_func(
-        repeated, keys, rows, starts, offsets, patches, longest
+    offsets = _starts(patches, cells), cells.offsets.int()
+    longest = patches, int(cells.lengths.max())
+    return lambda queries, keys, rows: attention.flash_attn_varlen_func(
+        queries, keys, rows, *offsets, *longest
     )
 
 
-def nested(queries: Tensor, cells: RaggedCells) -> Attend:
+def nested(patches: int, cells: RaggedCells) -> Attend:
     """Nested jagged tensors and PyTorch's scaled dot-product attention.
 
     It takes contiguous keys and values only, so both are copied.
     """
     jagged = torch.nested.nested_tensor_from_jagged
-    repeated, starts, patches, longest = _repeated(queries, cells)
-    shortest = int(cells.lengths.min())
-    ragged_queries = jagged(repeated, starts.long(), min_seqlen=patches, max_seqlen=patches)
+    starts = _starts(patches, cells).long()
+    shortest, longest = int(cells.lengths.min()), int(cells.lengths.max())
 
-    def attend(keys: Tensor, rows: Tensor) -> Tensor:
+    def attend(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
+        ragged_queries = jagged(queries, starts, min_seqlen=patches, max_seqlen=patches)
         ragged_keys, ragged_rows = (
             jagged(x.contiguous(), cells.offsets, min_seqlen=shortest, max_seqlen=longest)
             for x in (keys, rows)
@@ -182,18 +180,16 @@ def nested(queries: Tensor, cells: RaggedCells) -> Attend:
     return attend
 
 
-def flex(queries: Tensor, cells: RaggedCells) -> Attend:
+def flex(patches: int, cells: RaggedCells) -> Attend:
     """FlexAttention with a document mask: one sequence of all cells."""
-    repeated, *_ = _repeated(queries, cells)
-    mask = document_mask(cells, len(queries))
+    mask = document_mask(cells, patches)
     run = _compiled_flex() if cells.device.type == "cuda" else _flex_attention()
-    sequence = repeated.transpose(0, 1)[None]  # [1, h, c · p, d]
     # The default block of queries is larger than a cell's, which the mask does not allow.
-    options = {"BLOCK_M": len(queries), "BLOCK_N": 64}
+    options = {"BLOCK_M": patches, "BLOCK_N": 64}
 
-    def attend(keys: Tensor, rows: Tensor) -> Tensor:
+    def attend(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
         attended = run(
-            sequence,
+            queries.transpose(0, 1)[None],  # [1, h, c · p, d]
             keys.transpose(0, 1)[None],
             rows.transpose(0, 1)[None],
             block_mask=mask,
@@ -256,30 +252,29 @@ def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(_flex_attention(), dynamic=True, fullgraph=True)
 
 
-def xformers(queries: Tensor, cells: RaggedCells) -> Attend:
+def xformers(patches: int, cells: RaggedCells) -> Attend:
     """xformers' memory-efficient attention with a block-diagonal mask."""
     ops = importlib.import_module("xformers.ops")
     biases = importlib.import_module("xformers.ops.fmha.attn_bias")
 
-    repeated, _, patches, _ = _repeated(queries, cells)
     mask = biases.BlockDiagonalMask.from_seqlens([patches] * len(cells), cells.lengths.tolist())
-    return lambda keys, rows: ops.memory_efficient_attention(
-        repeated[None], keys[None], rows[None], attn_bias=mask
+    return lambda queries, keys, rows: ops.memory_efficient_attention(
+        queries[None], keys[None], rows[None], attn_bias=mask
     )
 
 
-def padded(queries: Tensor, cells: RaggedCells) -> Attend:
+def padded(patches: int, cells: RaggedCells) -> Attend:
     """PyTorch's scaled dot-product attention over padded cells, masked where any is padding."""
     lengths = cells.lengths
     longest = int(lengths.max())
-    repeated = queries.transpose(0, 1).expand(len(cells), -1, -1, -1)  # [c, h, p, d]
     mask = None
     if int(lengths.min()) < longest:
         mask = (torch.arange(longest, device=cells.device) < lengths[:, None])[:, None, None]
 
-    def attend(keys: Tensor, rows: Tensor) -> Tensor:
+    def attend(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
+        of_cells = queries.unflatten(0, (len(cells), patches)).transpose(1, 2)  # [c, h, p, d]
         attended = F.scaled_dot_product_attention(
-            repeated, keys.transpose(1, 2), rows.transpose(1, 2), attn_mask=mask
+            of_cells, keys.transpose(1, 2), rows.transpose(1, 2), attn_mask=mask
         )
         return attended.transpose(1, 2)
 
