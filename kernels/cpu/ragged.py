@@ -7,7 +7,6 @@ for what it cannot do. The rest, and cells that are lost there, `ragged_general`
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from ..ragged import Gradients, RaggedAttention
 from . import ragged_general, ragged_tables, ragged_tables_backward
-from .ragged_tables_backward import MOST_CELLS
 
 
 def forward(problem: RaggedAttention) -> tuple[Tensor, Tensor]:
@@ -65,7 +63,11 @@ def backward(
     exact = _convert(problem)
     given = gradient.float(), delta, log_sum_exp
     if ragged_tables.suits(exact):
-        found = _backward_over_tables(exact, *given)
+        found, lost = ragged_tables_backward.backward(exact, *given)
+        if lost.any():
+            of_lost = (tensor[torch.from_numpy(lost)] for tensor in given)
+            others = ragged_general.backward(_select(exact, lost), *of_lost)
+            found = Gradients(*map(_add, found, others))
     else:
         found = ragged_general.backward(exact, *given)
     rounded: dict[str, Any] = {
@@ -75,27 +77,8 @@ def backward(
     return Gradients(**rounded)
 
 
-def _backward_over_tables(problem: RaggedAttention, *given: Tensor) -> Gradients:
-    """Cells in turns of `MOST_CELLS`; the turns' gradients are added in their order."""
-    found = []
-    for start in range(0, max(1, problem.cells), MOST_CELLS):
-        some = np.zeros(problem.cells, bool)
-        some[start : start + MOST_CELLS] = True
-        part = _select(problem, some)
-        of_part = [tensor[start : start + MOST_CELLS] for tensor in given]
-        gradients, lost = ragged_tables_backward.backward(part, *of_part)
-        found.append(gradients)
-        if lost.any():
-            of_lost = [tensor[torch.from_numpy(lost)] for tensor in of_part]
-            found.append(ragged_general.backward(_select(part, lost), *of_lost))
-    return functools.reduce(_add, found)
-
-
-def _add(one: Gradients, other: Gradients) -> Gradients:
-    total: list[Any] = [
-        None if a is None or b is None else a + b for a, b in zip(one, other, strict=True)
-    ]
-    return Gradients(*total)
+def _add(one: Tensor | None, other: Tensor | None) -> Any:
+    return None if one is None or other is None else one + other
 
 
 def _convert(problem: RaggedAttention) -> RaggedAttention:
@@ -110,8 +93,6 @@ def _convert(problem: RaggedAttention) -> RaggedAttention:
 
 def _select(problem: RaggedAttention, cells: np.ndarray) -> RaggedAttention:
     """The problem of some cells, bool [c]; without dropout, which goes by a cell's number."""
-    if cells.all():
-        return problem
     chosen = torch.from_numpy(cells)
     lengths = problem.offsets.diff()
     entries = chosen.repeat_interleave(lengths)

@@ -428,7 +428,7 @@ def test_groups_of_cells_change_no_bits_but_of_sums(monkeypatch: pytest.MonkeyPa
 
 
 def test_turns_of_cells_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ragged, "MOST_CELLS", 3)
+    monkeypatch.setattr(tables_backward, "MOST_CELLS", 3)
     check(make(MANY, amounts="float"))
     check(make(MANY, amounts="float", largest_score=70.0))
 
