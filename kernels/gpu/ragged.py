@@ -55,27 +55,29 @@ def product(a, b, sums):
 
 
 @triton.jit
-def load_entries(ids, amounts, first, start, count, rows, bins, TILE: tl.constexpr):
-    """Row int64 [n] and amount float32 [n] of the entries of one tile.
+def load_entries(ids, amounts, start, count, rows, bins, TILE: tl.constexpr, WIDE: tl.constexpr):
+    """Row [n] and amount float32 [n] of the entries of one tile.
 
-    The row is -1 beyond the end, or where an id has no row; the amount is 0 beyond the end, and
-    -1 where it has no bin. Such rows and bins are not read: they count as zeros. ``bins`` is 0 for
-    an affine part. Also returns int32 [n]: 1 where an id has no row, 2 where an amount has no bin.
+    ``ids`` and ``amounts`` point to those of the chunk; without ids, an entry's row is its number
+    in the chunk. The row is -1 beyond the end, or where an id has no row; the amount is 0 beyond
+    the end, and -1 where it has no bin. Such rows and bins are not read: they count as zeros.
+    ``bins`` is 0 for an affine part. Rows are int64 where WIDE, else int32.
+
+    Also returns int32 [n]: 1 where an id has no row, 2 where an amount has no bin.
     """
     entry = start + tl.arange(0, TILE)
     inside = entry < count
     unknown = tl.zeros([TILE], tl.int32)
-    if ids is None:
-        row = first + entry
-    else:
-        found = tl.load(ids + first + entry, mask=inside, other=0)
+    row = entry
+    if ids is not None:
+        found = tl.load(ids + entry, mask=inside, other=0)
         known = (found >= 0) & (found < rows)
         unknown = (inside & ~known).to(tl.int32)
-        row = tl.where(known, found.to(tl.int64), -1)
+        row = tl.where(known, found.to(tl.int64 if WIDE else tl.int32), -1)
     row = tl.where(inside, row, -1)
     amount = tl.zeros([TILE], tl.float32)
     if amounts is not None:
-        amount = tl.load(amounts + first + entry, mask=inside, other=0).to(tl.float32)
+        amount = tl.load(amounts + entry, mask=inside, other=0).to(tl.float32)
         no_bin = (bins > 0) & (amount >= bins)
         unknown += 2 * no_bin.to(tl.int32)
         amount = tl.where(no_bin, -1.0, amount)
@@ -105,11 +107,32 @@ def load_tile(table, part, row, amount, head, heads, HEAD_DIM: tl.constexpr, DIM
 
 
 @triton.jit
-def load_bias(bias, first, start, count, head, heads, EXACT: tl.constexpr, TILE: tl.constexpr):
-    """What is added to the scores of a tile's entries [n]; -inf beyond the end."""
+def load_bias(bias, start, count, head, heads, EXACT: tl.constexpr, TILE: tl.constexpr):
+    """What is added to the scores of a tile's entries [n]; -inf beyond the end.
+
+    ``bias`` points to that of the chunk.
+    """
     entry = start + tl.arange(0, TILE)
-    found = tl.load(bias + (first + entry) * heads + head, mask=entry < count, other=float("-inf"))
+    found = tl.load(bias + entry * heads + head, mask=entry < count, other=float("-inf"))
     return found if EXACT else found * LOG2_E
+
+
+@triton.jit
+def chunk_of(key, value, ids, amounts, bias, first, stride, heads):
+    """Pointers to what a chunk has, whose first entry is ``first``: within it, places fit 32 bits.
+
+    Tables stay as they are. ``stride`` is between rows of keys and values.
+    """
+    if ids is None:
+        key += first * stride
+        value += first * stride
+    else:
+        ids += first
+    if amounts is not None:
+        amounts += first
+    if bias is not None:
+        bias += first * heads
+    return key, value, ids, amounts, bias
 
 
 @triton.jit
@@ -192,11 +215,13 @@ def attend_slots(query, key, value, offsets, ids, amounts, key_part, value_part,
                  output, log_sum_exp, normalizers, partials, faults,
                  cells, entries, rows, bins, queries, heads, query_step, limit, scale, keep_scale,
                  HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BINNED: tl.constexpr,
-                 QUERIES: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                 WIDE: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr,
+                 STAGES: tl.constexpr):  # fmt: skip
     """One block of queries of one head over one chunk.
 
     ``query_step`` is 0 for queries that all cells share, else 1; ``limit`` and ``keep_scale``
-    (1 / (1 - dropout)) matter with a ``seed``. What is None is compiled without.
+    (1 / (1 - dropout)) matter with a ``seed``; WIDE is for tables of 2^31 numbers. What is None is
+    compiled without.
     """
     blocks = tl.cdiv(queries, QUERIES)
     program = tl.program_id(0)
@@ -213,21 +238,26 @@ def attend_slots(query, key, value, offsets, ids, amounts, key_part, value_part,
         block = load_queries(
             query, cell * query_step, begin, head, queries, heads, HEAD_DIM, DIM, QUERIES
         )
+        keys_of, values_of, ids, amounts, bias = chunk_of(
+            key, value, ids, amounts, bias, first, heads * HEAD_DIM, heads
+        )
         shift = tl.full([QUERIES], float("-inf"), tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
         sums = tl.zeros([QUERIES, DIM], tl.float32)
         unknown = tl.zeros([TILE], tl.int32)
         for start in tl.range(0, count, TILE, num_stages=STAGES):
-            row, amount, wrong = load_entries(ids, amounts, first, start, count, rows, bins, TILE)
+            row, amount, wrong = load_entries(ids, amounts, start, count, rows, bins, TILE, WIDE)
             unknown = unknown | wrong
-            keys = load_tile(key, key_part, row, amount, head, heads, HEAD_DIM, DIM, BINNED)
-            values = load_tile(value, value_part, row, amount, head, heads, HEAD_DIM, DIM, BINNED)
+            keys = load_tile(keys_of, key_part, row, amount, head, heads, HEAD_DIM, DIM, BINNED)
+            values = load_tile(
+                values_of, value_part, row, amount, head, heads, HEAD_DIM, DIM, BINNED
+            )
             scores = tl.dot(block, tl.trans(keys), input_precision="tf32x3") * factor  # [q, n]
             if bias is None:
                 inside = start + tl.arange(0, TILE) < count
                 scores = tl.where(inside[None, :], scores, float("-inf"))
             else:
-                scores += load_bias(bias, first, start, count, head, heads, EXACT, TILE)[None, :]
+                scores += load_bias(bias, start, count, head, heads, EXACT, TILE)[None, :]
             highest = tl.maximum(shift, tl.max(scores, 1))
             # -inf where all scores were: any finite number does
             relative_to = tl.where(highest == float("-inf"), 0.0, highest)

@@ -29,6 +29,7 @@ from .cells import cell_bounds, chunk_of_slot
 from .ragged import (
     LOG2_E,
     UNSPECIALIZED,
+    chunk_of,
     kept_weights,
     load_bias,
     load_entries,
@@ -111,12 +112,20 @@ def differentiate(keys, values, block, sums, extra, inside, seed, local, cell, c
 
 
 @triton.jit
-def sum_to(ROWS: tl.constexpr, tile):
-    """A tile [n, d] as it is, or its sum over the entries [1, d]."""
-    if tile.shape[0] == ROWS:
-        return tile
+def part_matrix(amount, dtype: tl.constexpr, BINNED: tl.constexpr, PARTS: tl.constexpr):
+    """What multiplied with gradients of entries [n, d] gives those of the parts [PARTS, d].
+
+    Of bins: 1 where the amount is that bin. Else two rows whose sum is the amount, which ``dtype``
+    may hold no more exactly than that.
+    """
+    part = tl.arange(0, PARTS)[:, None]
+    if BINNED:
+        return (amount.to(tl.int32)[None, :] == part).to(dtype)
     else:
-        return tl.sum(tile, 0, keep_dims=True)
+        rounded = amount.to(dtype).to(tl.float32)
+        return tl.where(
+            part == 0, rounded[None, :], tl.where(part == 1, (amount - rounded)[None, :], 0.0)
+        ).to(dtype)
 
 
 @UNSPECIALIZED
@@ -126,12 +135,12 @@ def differentiate_slots(query, key, value, offsets, ids, amounts, key_part, valu
                         cells, entries, rows, bins, queries, heads, query_step, limit, scale,
                         keep_scale, first_head, some_heads,
                         HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BINNED: tl.constexpr,
-                        QUERIES: tl.constexpr, ONE_BLOCK: tl.constexpr, ATOMIC: tl.constexpr,
-                        TILE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                        WIDE: tl.constexpr, QUERIES: tl.constexpr, ONE_BLOCK: tl.constexpr,
+                        ATOMIC: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """One chunk and one head of ``some_heads`` from ``first_head``.
 
     ``of_key`` and ``of_value`` are [entries, some_heads, HEAD_DIM], or with ATOMIC
-    [rows, some_heads, HEAD_DIM] of float32 zeros; ``of_query`` holds zeros unless ONE_BLOCK.
+    [rows + 1, some_heads, HEAD_DIM] of float32 zeros; ``of_query`` holds zeros unless ONE_BLOCK.
     """
     EXACT: tl.constexpr = key.dtype.element_ty == tl.float32
     program = tl.program_id(0)
@@ -143,75 +152,88 @@ def differentiate_slots(query, key, value, offsets, ids, amounts, key_part, valu
     factor = scale if EXACT else scale * LOG2_E
     slot = slot.to(tl.int64)
     d = tl.arange(0, DIM)
+    keys_of, values_of, ids, amounts, biases = chunk_of(
+        key, value, ids, amounts, bias, first, heads * HEAD_DIM, heads
+    )
+    if not ATOMIC:
+        of_key += first * (some_heads * HEAD_DIM)
+        of_value += first * (some_heads * HEAD_DIM)
+    if bias is not None:
+        of_bias += first * heads
     of_block = tl.zeros([QUERIES, DIM], tl.float32)
-    # narrow ones are summed over a tile's entries at the end, for which there are registers
-    PART_ROWS: tl.constexpr = TILE if DIM <= 32 else 1
-    of_key_part = tl.zeros([PART_ROWS, DIM], tl.float32)
-    of_value_part = tl.zeros([PART_ROWS, DIM], tl.float32)
-    if ONE_BLOCK:
+    of_key_part = tl.zeros([PARTS, DIM], tl.float32)
+    of_value_part = tl.zeros([PARTS, DIM], tl.float32)
+    # What does not change in a loop is kept in registers, as operands, whether they fit or not: the
+    # queries of narrow heads do. Others are loaded for each tile, and the compiler cannot know that
+    # it is the same block again where there is but one.
+    RESIDENT: tl.constexpr = ONE_BLOCK and DIM == 16 and not EXACT
+    blocks = tl.cdiv(queries, QUERIES)
+    if RESIDENT:
         block = load_block(
             query, gradient, log_sum_exp, delta, cell, 0, head, queries, heads, query_step,
             HEAD_DIM, DIM, QUERIES, EXACT,
         )  # fmt: skip
-    for start in tl.range(0, count, TILE, num_stages=STAGES):
+    of_keys, of_values = tl.zeros([TILE, DIM], tl.float32), tl.zeros([TILE, DIM], tl.float32)
+    of_biases = tl.zeros([TILE], tl.float32)
+    for step in tl.range(0, tl.cdiv(count, TILE) * blocks, num_stages=STAGES):
+        start, begin = step // blocks * TILE, step % blocks * QUERIES
         entry = start + tl.arange(0, TILE)
         inside = entry < count
-        row, amount, _unknown = load_entries(ids, amounts, first, start, count, rows, bins, TILE)
-        keys = load_tile(key, key_part, row, amount, head, heads, HEAD_DIM, DIM, BINNED)
-        values = load_tile(value, value_part, row, amount, head, heads, HEAD_DIM, DIM, BINNED)
+        row, amount, _unknown = load_entries(ids, amounts, start, count, rows, bins, TILE, WIDE)
+        keys = load_tile(keys_of, key_part, row, amount, head, heads, HEAD_DIM, DIM, BINNED)
+        values = load_tile(values_of, value_part, row, amount, head, heads, HEAD_DIM, DIM, BINNED)
         extra = 0.0
         if bias is not None:
-            extra = load_bias(bias, first, start, count, head, heads, EXACT, TILE)
-        of_keys, of_values = tl.zeros([TILE, DIM], tl.float32), tl.zeros([TILE, DIM], tl.float32)
-        of_biases = tl.zeros([TILE], tl.float32)
-        if ONE_BLOCK:
-            of_keys, of_values, of_biases, of_block = differentiate(
-                keys, values, block, (of_keys, of_values, of_biases, of_block), extra, inside,
-                seed, done + start, cell, head * queries, limit, factor, keep_scale, EXACT,
-                bias is not None,
+            extra = load_bias(biases, start, count, head, heads, EXACT, TILE)
+        if not RESIDENT:
+            block = load_block(
+                query, gradient, log_sum_exp, delta, cell, begin, head, queries, heads, query_step,
+                HEAD_DIM, DIM, QUERIES, EXACT,
             )  # fmt: skip
+        if ONE_BLOCK:
+            of_keys, of_values = tl.zeros_like(of_keys), tl.zeros_like(of_values)
+            of_biases = tl.zeros_like(of_biases)
         else:
-            for begin in range(0, queries, QUERIES):
-                block = load_block(
-                    query, gradient, log_sum_exp, delta, cell, begin, head, queries, heads,
-                    query_step, HEAD_DIM, DIM, QUERIES, EXACT,
-                )  # fmt: skip
-                of_keys, of_values, of_biases, of_block = differentiate(
-                    keys, values, block,
-                    (of_keys, of_values, of_biases, tl.zeros([QUERIES, DIM], tl.float32)),
-                    extra, inside, seed, done + start, cell, head * queries + begin, limit, factor,
-                    keep_scale, EXACT, bias is not None,
-                )  # fmt: skip
-                place, kept = query_places(
-                    slot, begin, head, queries, heads, HEAD_DIM, DIM, QUERIES
-                )
-                before = tl.load(of_query + place, mask=kept, other=0.0)
-                tl.store(of_query + place, before + scale * of_block, mask=kept)
-            tl.debug_barrier()  # the next tile adds to what other threads may have written
-        of_keys *= scale
-        if ATOMIC:
-            place = row[:, None] * (some_heads * HEAD_DIM)
-        else:
-            place = (first + entry)[:, None] * (some_heads * HEAD_DIM)
-        place += (head - first_head) * HEAD_DIM + d[None, :]
-        real = d[None, :] < HEAD_DIM
-        if ATOMIC:
-            kept = (row >= 0)[:, None] & real
-            tl.atomic_add(of_key + place, of_keys, mask=kept, sem="relaxed")
-            tl.atomic_add(of_value + place, of_values, mask=kept, sem="relaxed")
-        else:
-            kept = inside[:, None] & real
-            tl.store(of_key + place, of_keys.to(of_key.dtype.element_ty), mask=kept)
-            tl.store(of_value + place, of_values.to(of_value.dtype.element_ty), mask=kept)
-        if of_parts is not None:
-            of_key_part += sum_to(PART_ROWS, amount[:, None] * of_keys)
-            of_value_part += sum_to(PART_ROWS, amount[:, None] * of_values)
-        if bias is not None:
-            tl.store(of_bias + (first + entry) * heads + head, of_biases, mask=inside)
+            of_block = tl.zeros_like(of_block)
+        of_keys, of_values, of_biases, of_block = differentiate(
+            keys, values, block, (of_keys, of_values, of_biases, of_block), extra, inside, seed,
+            done + start, cell, head * queries + begin, limit, factor, keep_scale, EXACT,
+            bias is not None,
+        )  # fmt: skip
+        if not ONE_BLOCK:
+            place, kept = query_places(slot, begin, head, queries, heads, HEAD_DIM, DIM, QUERIES)
+            before = tl.load(of_query + place, mask=kept, other=0.0)
+            tl.store(of_query + place, before + scale * of_block, mask=kept)
+        if ONE_BLOCK or begin + QUERIES >= queries:
+            of_keys *= scale
+            real = d[None, :] < HEAD_DIM
+            if ATOMIC:  # a row beyond the last takes what belongs to none
+                to = tl.where(row < 0, rows, row)[:, None] * (some_heads * HEAD_DIM)
+                to += (head - first_head) * HEAD_DIM + d[None, :]
+                tl.atomic_add(of_key + to, of_keys, mask=real, sem="relaxed")
+                tl.atomic_add(of_value + to, of_values, mask=real, sem="relaxed")
+            else:
+                to = entry[:, None] * (some_heads * HEAD_DIM)
+                to += (head - first_head) * HEAD_DIM + d[None, :]
+                kept = inside[:, None] & real
+                tl.store(of_key + to, of_keys.to(of_key.dtype.element_ty), mask=kept)
+                tl.store(of_value + to, of_values.to(of_value.dtype.element_ty), mask=kept)
+            if of_parts is not None:
+                parts = part_matrix(amount, keys.dtype, BINNED, PARTS)
+                of_key_part = product(parts, of_keys.to(keys.dtype), of_key_part)
+                of_value_part = product(parts, of_values.to(keys.dtype), of_value_part)
+            if bias is not None:
+                tl.store(of_bias + entry * heads + head, of_biases, mask=inside)
+            if not ONE_BLOCK:
+                of_keys, of_values = tl.zeros_like(of_keys), tl.zeros_like(of_values)
+                of_biases = tl.zeros_like(of_biases)
+                tl.debug_barrier()  # the next tile adds to what other threads may have written
     if ONE_BLOCK:
         place, kept = query_places(slot, 0, head, queries, heads, HEAD_DIM, DIM, QUERIES)
         tl.store(of_query + place, scale * of_block, mask=kept)
     if of_parts is not None:
-        place = of_parts + (slot * 2 * heads + head) * HEAD_DIM + d
-        tl.store(place, tl.sum(of_key_part, 0), mask=d < HEAD_DIM)
-        tl.store(place + heads * HEAD_DIM, tl.sum(of_value_part, 0), mask=d < HEAD_DIM)
+        part = tl.arange(0, PARTS)[:, None]
+        place = ((slot * 2 * PARTS + part) * heads + head) * HEAD_DIM + d[None, :]
+        kept = (part >= 0) & (d[None, :] < HEAD_DIM)
+        tl.store(of_parts + place, of_key_part, mask=kept)
+        tl.store(of_parts + place + PARTS * heads * HEAD_DIM, of_value_part, mask=kept)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,8 +23,8 @@ from .ragged import ENTRIES_PER_PLACE, attend_slots, merge_slots
 from .ragged_backward import differentiate_slots
 from .segments import sum_pieces, sum_slots
 
-MOST_QUERIES = 64  # of a block
 ROW_BYTES = 2**30  # of gradients per entry that are kept for sorting: more takes more passes
+MOST_PARTS = 1024  # numbers of a head's parts whose gradients are summed in registers
 SUM, SUM_WIDTH = Configuration(32, 4, 1), 64
 
 
@@ -43,18 +43,20 @@ def forward(problem: RaggedAttention) -> tuple[Tensor, Tensor]:
     places = problem.entries // ENTRIES_PER_PLACE.value
     normalizers = launch.empty(places, heads, queries, 2)
     partials = launch.empty(places, heads, queries, problem.head_dim)
-    configuration = forward_configuration(problem.query.dtype, launch.dim)
+    most, configuration = forward_shape(problem.query.dtype, launch.dim)
+    block = min(most, launch.queries)
+    programs = heads * triton.cdiv(queries, block)  # per slot, per cell
     launch.run(
-        attend_slots, launch.slots * launch.programs_per_cell, configuration,
+        attend_slots, launch.slots * programs, configuration,
         *launch.inputs, output, log_sum_exp, normalizers, partials, launch.faults,
-        *launch.counts, *launch.drop, **launch.constants,
-        BINNED=problem.binned, TILE=configuration.tile, STAGES=configuration.stages,
+        *launch.counts, *launch.drop, **launch.constants, QUERIES=block,
+        TILE=configuration.tile, STAGES=configuration.stages,
     )  # fmt: skip
     launch.run(
-        merge_slots, cells * launch.programs_per_cell, configuration,
+        merge_slots, cells * programs, configuration,
         problem.offsets, output, log_sum_exp, normalizers, partials, launch.faults,
-        cells, problem.entries, queries, heads, launch.drop[-1], **launch.constants,
-        EXACT=problem.query.dtype == torch.float32,
+        cells, problem.entries, queries, heads, launch.drop[-1], **launch.dims,
+        QUERIES=block, EXACT=problem.query.dtype == torch.float32,
     )  # fmt: skip
     return output, log_sum_exp
 
@@ -88,22 +90,19 @@ def backward(
     launch = _Launch(problem)
     tables = _TableGradients(launch, problem, deterministic)
     entries, heads, dtype = problem.entries, problem.heads, problem.query.dtype
-    one_block = problem.queries <= launch.constants["QUERIES"]
+    most, configuration = backward_shape(dtype, launch.dim)
+    block = min(most, launch.queries)
+    one_block = problem.queries <= block
     allocate = launch.empty if one_block else launch.zeros
     of_query = allocate(launch.slots, *problem.query.shape[1:])
-    of_parts = of_bias = None
-    if problem.key_part is not None and not problem.binned:
-        of_parts = launch.empty(launch.slots, 2, heads, problem.head_dim)
-    if problem.bias is not None:
-        of_bias = launch.empty(entries, heads)
-    configuration = backward_configuration(dtype, launch.dim)
+    of_bias = None if problem.bias is None else launch.empty(entries, heads)
     for first_head, some_heads in tables.passes():
         launch.run(
             differentiate_slots, launch.slots * some_heads, configuration,
             *launch.inputs, gradient, delta, log_sum_exp,
-            of_query, *tables.destinations(some_heads), of_parts, of_bias, launch.faults,
+            of_query, *tables.destinations(some_heads), tables.of_parts, of_bias, launch.faults,
             *launch.counts, *launch.drop, first_head, some_heads, **launch.constants,
-            BINNED=problem.binned, ONE_BLOCK=one_block, ATOMIC=tables.atomic,
+            QUERIES=block, ONE_BLOCK=one_block, ATOMIC=tables.atomic, PARTS=tables.parts,
             TILE=configuration.tile, STAGES=configuration.stages,
         )  # fmt: skip
         tables.collect(first_head, some_heads)
@@ -112,41 +111,38 @@ def backward(
     else:
         query = torch.empty_like(problem.query)
         launch.sum_slots(of_query.flatten(1), problem.offsets, query.flatten(1), entries)
-    if of_parts is not None:
-        tables.key_part, tables.value_part = (of_parts[:, i].sum(0).to(dtype) for i in range(2))
-    return Gradients(
-        query, tables.key.to(dtype), tables.value.to(dtype), tables.key_part, tables.value_part,
-        of_bias,
-    )  # fmt: skip
+    return Gradients(query, *tables.tables(), *tables.of_key_and_value_part(), of_bias)
 
 
 class _TableGradients:
-    """Gradients of keys, values and bins: where kernels write them, and what is made of that.
+    """Gradients of keys, values and parts: where kernels write them, and what is made of that.
 
     Those of entries that have rows of their own are written in place, others are added up in
-    float32 by atomics. Where sums are to be deterministic, and for bins, where all entries would
-    meet in a few rows, each entry's gradients are kept in float32, sorted and summed; head by head
-    if they are many.
+    float32 by atomics, or, where sums are to be deterministic, kept for each entry, sorted and
+    summed; head by head if they are many. Gradients of parts are summed over each chunk in
+    registers; of more bins than fit there, they are sorted and summed too.
     """
 
     def __init__(self, launch: _Launch, problem: RaggedAttention, deterministic: bool) -> None:
         self.launch, self.problem = launch, problem
-        self.sorted = problem.binned or (problem.ids is not None and deterministic)
+        bins = len(problem.key_part) if problem.key_part is not None and problem.binned else 0
+        self.parts = padded(bins)
+        sort_bins = self.parts * launch.dim > MOST_PARTS
+        self.sorted = sort_bins or (problem.ids is not None and deterministic)
         self.atomic = problem.ids is not None and not self.sorted
+        rows, *row = problem.key.shape
         self.key, self.value = (
-            torch.zeros_like(table, dtype=torch.float32) if self.atomic else torch.empty_like(table)
-            for table in (problem.key, problem.value)
+            launch.zeros(rows + 1, *row) if self.atomic else torch.empty_like(problem.key)
+            for _ in range(2)
         )
-        self.key_part = self.value_part = None
-        if problem.binned:
-            self.key_part, self.value_part = (
-                torch.empty_like(part) for part in (problem.key_part, problem.value_part)
-            )
-        self.by_row = self.by_bin = None
+        self.by_row = self.by_bin = self.of_parts = None
         if self.sorted and problem.ids is not None:
-            self.by_row = sort_rows(problem.ids, len(problem.key))
-        if problem.binned:
-            self.by_bin = sort_rows(problem.amounts, len(problem.key_part))
+            self.by_row = sort_rows(problem.ids, rows)
+        if sort_bins:
+            self.by_bin = sort_rows(problem.amounts, bins)
+            self.key_part, self.value_part = (torch.empty_like(problem.key_part) for _ in range(2))
+        elif problem.key_part is not None:
+            self.of_parts = launch.empty(launch.slots, 2, self.parts, *row)
 
     def passes(self) -> list[tuple[int, int]]:
         """First head and number of heads of each launch."""
@@ -169,15 +165,32 @@ class _TableGradients:
         if not self.sorted:
             return
         column = first_head * self.problem.head_dim
-        for rows, table, part in zip(
-            self.rows, (self.key, self.value), (self.key_part, self.value_part), strict=True
-        ):
+        for rows, table in zip(self.rows, (self.key, self.value), strict=True):
             if self.by_row is None:
                 table[:, first_head : first_head + some_heads] = rows
             else:
                 self.launch.sum_rows(rows.flatten(1), *self.by_row, table.flatten(1), column)
-            if self.by_bin is not None:
+        if self.by_bin is not None:
+            for rows, part in zip(self.rows, (self.key_part, self.value_part), strict=True):
                 self.launch.sum_rows(rows.flatten(1), *self.by_bin, part.flatten(1), column)
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Gradients of keys and values."""
+        rows, dtype = len(self.problem.key), self.problem.key.dtype
+        return self.key[:rows].to(dtype), self.value[:rows].to(dtype)
+
+    def of_key_and_value_part(self) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the parts."""
+        part = self.problem.key_part
+        if part is None:
+            return None, None
+        if self.by_bin is not None:
+            return self.key_part, self.value_part
+        sums = (self.of_parts[:, i].sum(0) for i in range(2))  # [parts, h, d] each
+        key_part, value_part = (
+            total[: len(part)] if self.problem.binned else total.sum(0) for total in sums
+        )
+        return key_part.to(part.dtype), value_part.to(part.dtype)
 
 
 def sort_rows(row: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -202,8 +215,7 @@ class _Launch:
         self.faults = faults(self.device)
         self.slots = problem.cells + problem.entries // CHUNK.value
         self.dim = padded(problem.head_dim)
-        block = min(MOST_QUERIES, padded(problem.queries))
-        self.programs_per_cell = problem.heads * triton.cdiv(problem.queries, block)
+        self.queries = padded(problem.queries)
         amounts = problem.amounts
         if amounts is not None and amounts.dtype in (torch.float64, torch.bfloat16):
             amounts = amounts.float()
@@ -219,7 +231,9 @@ class _Launch:
             0 if len(problem.query) == 1 else 1,
         )  # fmt: skip
         self.drop = (limit - 2**32 * (limit >= 2**31), problem.scale, 1 / (1 - problem.dropout))
-        self.constants = {"HEAD_DIM": problem.head_dim, "DIM": self.dim, "QUERIES": block}
+        wide = (len(problem.key) + 1) * problem.heads * problem.head_dim >= 2**31
+        self.dims = {"HEAD_DIM": problem.head_dim, "DIM": self.dim}
+        self.constants = self.dims | {"BINNED": problem.binned, "WIDE": wide}
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -281,9 +295,21 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def forward_configuration(dtype: torch.dtype, dim: int) -> Configuration:
-    return Configuration(64, 4, 2)
+class Shape(NamedTuple):
+    """How large a program's tiles are."""
+
+    queries: int  # of a block, at most
+    configuration: Configuration
 
 
-def backward_configuration(dtype: torch.dtype, dim: int) -> Configuration:
-    return Configuration(64, 4, 2)
+def forward_shape(dtype: torch.dtype, dim: int) -> Shape:
+    """What spills no registers on any architecture; by type and width only, as it rounds."""
+    return Shape(64, Configuration(64, 4, 2))
+
+
+def backward_shape(dtype: torch.dtype, dim: int) -> Shape:
+    """The same for the backward."""
+    if dim == 16:
+        half = Shape(64, Configuration(64, 4, 2))
+        return half if dtype.itemsize == 2 else Shape(32, Configuration(32, 4, 1))
+    return Shape(32, Configuration(32, 8, 1))

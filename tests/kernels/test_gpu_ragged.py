@@ -28,19 +28,19 @@ SEED = 7 * 2**40 + 12_345  # both words of it matter
 KINDS: dict[str, dict[str, Any]] = {
     "entries": {},
     "queries_of_cells": {"shared": False},
-    "table": {"rows": 11},
-    "affine": {"rows": 11, "amounts": "affine"},
-    "binned": {"rows": 11, "amounts": 7},
-    "binned_entries": {"amounts": 7, "shared": False},
+    "table": {"rows": 5},
+    "affine": {"rows": 5, "amounts": "affine"},
+    "binned": {"rows": 5, "amounts": 3},
+    "binned_entries": {"amounts": 3, "shared": False},
     "bias": {"bias": True},
     "dropout": {"dropout": 0.3},
-    "many_queries": {"queries": 131, "lengths": [5, 0, 71]},
+    "many_queries": {"queries": 131, "lengths": [5, 0, 31]},
     "all_at_once": {
-        "queries": 67, "lengths": [71, 3], "shared": False, "rows": 11, "amounts": "affine",
+        "queries": 67, "lengths": [67, 3], "shared": False, "rows": 5, "amounts": "affine",
         "bias": True, "dropout": 0.3,
     },
     "all_binned": {
-        "queries": 67, "lengths": [71, 3], "rows": 11, "amounts": 7, "bias": True, "dropout": 0.3
+        "queries": 67, "lengths": [67, 3], "rows": 5, "amounts": 3, "bias": True, "dropout": 0.3
     },
 }  # fmt: skip
 
