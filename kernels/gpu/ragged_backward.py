@@ -136,7 +136,8 @@ def differentiate_slots(query, key, value, offsets, ids, amounts, key_part, valu
                         keep_scale, first_head, some_heads,
                         HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BINNED: tl.constexpr,
                         WIDE: tl.constexpr, QUERIES: tl.constexpr, ONE_BLOCK: tl.constexpr,
-                        ATOMIC: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                        ATOMIC: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
+                        STAGES: tl.constexpr):  # fmt: skip
     """One chunk and one head of ``some_heads`` from ``first_head``.
 
     ``of_key`` and ``of_value`` are [entries, some_heads, HEAD_DIM], or with ATOMIC
