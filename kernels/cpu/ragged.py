@@ -1,8 +1,12 @@
 """Ragged attention on a CPU: what `attention_ops` calls for the Numba backend.
 
 Half precision is converted to float32 here, and results back. Shared queries over tables, which
-is what CellPatch trains with, have a path of their own, six times as fast; see `ragged_tables`
-for what it cannot do. The rest, and cells that are lost there, `ragged_general` computes.
+is what CellPatch trains with, have a path of their own, four times as fast: `ragged_tables` says
+what it cannot do. The rest, and cells that are lost there, `ragged_general` computes.
+
+Measured on two cores, 512 cells of 1,000 genes with real frequencies, 64 queries, 2 heads of 16,
+million entries/s forward and backward: 11.7 and 4.6 over tables, 2.4 and 1.1 on the general path
+with dropout.
 """
 
 from __future__ import annotations
@@ -83,10 +87,9 @@ def _add(one: Tensor | None, other: Tensor | None) -> Any:
 
 def _convert(problem: RaggedAttention) -> RaggedAttention:
     """The same problem with float32 tensors and int64 ids."""
-    floating = ("query", "key", "value", "key_part", "value_part")
-    given = {name: getattr(problem, name) for name in floating}
+    given = {name: getattr(problem, name) for name in Gradients._fields}
     exact: dict[str, Any] = {
-        name: None if tensor is None else tensor.float() for name, tensor in given.items()
+        name: None if tensor is None else tensor.detach().float() for name, tensor in given.items()
     }
     return problem._replace(ids=None if problem.ids is None else problem.ids.long(), **exact)
 
