@@ -1,8 +1,9 @@
 """What the compiler makes of the GPU kernels: ``python bench/kernel_resources.py [--output DIR]``.
 
 Needs no GPU. Compiles the kernels of kernels/gpu/cells.py as they are launched, at the paper's
-sizes, for every architecture that configurations are shipped for, and reads registers, spills,
-memory and instructions from the machine code with the tools of Triton's own wheel.
+sizes, and those of ragged attention (`ragged_resources.py`), for every architecture that
+configurations are shipped for, and reads registers, spills, memory and instructions from the
+machine code with the tools of Triton's own wheel.
 
 A full product of variants would be some hundred kernels per architecture and type, most of them
 alike. `variants` compiles every choice of each parameter with every kernel, and those pairs that
@@ -42,6 +43,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench.ragged_resources import RaggedVariant, ragged_variants  # noqa: E402
+
 CONFIGURATIONS = ROOT / "kernels/gpu/configurations"
 ARCHITECTURES = (80, 90, 100)  # compute capabilities
 TYPES = {"float32": "fp16", "bfloat16": "bf16", "float16": "fp16"}  # of tables: of their terms
@@ -73,6 +76,14 @@ class Variant:
     binned: bool = False
     padded: bool = False
     mean: bool = False
+
+    @property
+    def exponentials(self) -> int:
+        """Per entry, of the main loop; 0 if it has none."""
+        from cellpatch_fast import CellPatchConfig
+
+        config = CellPatchConfig()
+        return 0 if self.split else config.patches * config.heads
 
     @property
     def choices(self) -> str:
@@ -193,13 +204,13 @@ def source(variant: Variant) -> Any:
     )
 
 
-def measure(variant: Variant) -> dict[str, Any]:
+def measure(variant: Variant | RaggedVariant) -> dict[str, Any]:
     """Compile one variant; what its machine code needs and does."""
     import triton
     from cellpatch_fast.kernels.gpu.configuration import Configuration, compiler_options
     from triton.backends.compiler import GPUTarget
 
-    kernel_source = source(variant)
+    kernel_source = source(variant) if isinstance(variant, Variant) else variant.source()
     started = processor_seconds()
     configuration = Configuration(variant.tile, variant.warps, variant.stages)
     options = compiler_options(variant.architecture, configuration)
@@ -218,6 +229,9 @@ def measure(variant: Variant) -> dict[str, Any]:
     return {
         **asdict(variant),
         "choices": variant.choices,
+        "tile": variant.tile,
+        "warps": variant.warps,
+        "stages": variant.stages,
         "registers": usage["REG"],
         "stack": usage["STACK"],
         "local": usage["LOCAL"],
@@ -227,12 +241,15 @@ def measure(variant: Variant) -> dict[str, Any]:
         "programs that fit": programs(variant, usage["REG"], shared, tensor_columns),
         "instructions": len(instructions),
         "matrix instructions": counts[MATRIX_INSTRUCTION[variant.architecture]],
+        "older matrix instructions": counts[MATRIX_INSTRUCTION[80]],
         **main_loop(variant, instructions, loops),
         "compile seconds": seconds,
     }
 
 
-def programs(variant: Variant, registers: int, shared: int, tensor_columns: int) -> int:
+def programs(
+    variant: Variant | RaggedVariant, registers: int, shared: int, tensor_columns: int
+) -> int:
     """Programs that a multiprocessor has room for."""
     return min(
         REGISTERS // (variant.warps * 32 * -(-registers // 8) * 8),
@@ -244,15 +261,12 @@ def programs(variant: Variant, registers: int, shared: int, tensor_columns: int)
 
 
 def main_loop(
-    variant: Variant, instructions: list[str], loops: list[tuple[int, int]]
+    variant: Variant | RaggedVariant, instructions: list[str], loops: list[tuple[int, int]]
 ) -> dict[str, float]:
-    """Clocks per entry of the smallest loop with an exponential per entry, head and patch."""
-    from cellpatch_fast import CellPatchConfig
-
-    config = CellPatchConfig()
-    expected = config.patches * config.heads * variant.tile // (32 * variant.warps)
+    """Clocks per entry of the smallest loop with all exponentials of a tile of entries."""
+    expected = variant.exponentials * variant.tile // (32 * variant.warps)
     found = []
-    for first, last in [] if variant.split else loops:
+    for first, last in loops if expected else []:
         exponentials = sum("MUFU.EX2" in text for text in instructions[first:last])
         if exponentials >= expected:
             found.append((last - first, first, last))
@@ -304,7 +318,7 @@ def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def measure_all(chosen: list[Variant]) -> Iterator[dict[str, Any]]:
+def measure_all(chosen: list[Variant | RaggedVariant]) -> Iterator[dict[str, Any]]:
     """`measure` of each, in as many processes as there are processors, with an empty cache."""
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not compiled
     workers = len(os.sched_getaffinity(0))
@@ -355,7 +369,10 @@ def main() -> None:
                         help="only each kernel once per architecture and type")  # fmt: skip
     parser.add_argument("--output", type=Path, help="folder for kernel-resources.md and .json")
     options = parser.parse_args()
-    chosen = variants(options.architecture, options.once)
+    chosen = [
+        *variants(options.architecture, options.once),
+        *ragged_variants(options.architecture, options.once),
+    ]
     rows = []
     for row in measure_all(chosen):
         rows.append(row)

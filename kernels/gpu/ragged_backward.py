@@ -216,9 +216,9 @@ def differentiate_slots(query, key, value, offsets, ids, amounts, key_part, valu
             else:
                 to = entry[:, None] * (some_heads * HEAD_DIM)
                 to += (head - first_head) * HEAD_DIM + d[None, :]
-                kept = inside[:, None] & real
-                tl.store(of_key + to, of_keys.to(of_key.dtype.element_ty), mask=kept)
-                tl.store(of_value + to, of_values.to(of_value.dtype.element_ty), mask=kept)
+                exists = inside[:, None] & real
+                tl.store(of_key + to, of_keys.to(of_key.dtype.element_ty), mask=exists)
+                tl.store(of_value + to, of_values.to(of_value.dtype.element_ty), mask=exists)
             if of_parts is not None:
                 parts = part_matrix(amount, keys.dtype, BINNED, PARTS)
                 of_key_part = product(parts, of_keys.to(keys.dtype), of_key_part)

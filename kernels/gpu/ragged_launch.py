@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -21,6 +21,7 @@ from .encoder import architecture, note_compilation, table_type
 from .faults import faults, raise_faults
 from .ragged import ENTRIES_PER_PLACE, attend_slots, merge_slots
 from .ragged_backward import differentiate_slots
+from .ragged_shapes import backward_shape, forward_shape, padded
 from .segments import sum_pieces, sum_slots
 
 ROW_BYTES = 2**30  # of gradients per entry that are kept for sorting: more takes more passes
@@ -90,7 +91,8 @@ def backward(
     launch = _Launch(problem)
     tables = _TableGradients(launch, problem, deterministic)
     entries, heads, dtype = problem.entries, problem.heads, problem.query.dtype
-    most, configuration = backward_shape(dtype, launch.dim)
+    composed = problem.ids is not None or problem.key_part is not None
+    most, configuration = backward_shape(dtype, launch.dim, composed)
     block = min(most, launch.queries)
     one_block = problem.queries <= block
     allocate = launch.empty if one_block else launch.zeros
@@ -288,28 +290,3 @@ class _Launch:
         note_compilation(key, time.perf_counter() - started)
         if not on_gpu:  # nothing is asynchronous there
             raise_faults(self.device)
-
-
-def padded(size: int) -> int:
-    """What a tile has of an axis: a power of two, at least the 16 of a matrix product."""
-    return max(16, triton.next_power_of_2(size))
-
-
-class Shape(NamedTuple):
-    """How large a program's tiles are."""
-
-    queries: int  # of a block, at most
-    configuration: Configuration
-
-
-def forward_shape(dtype: torch.dtype, dim: int) -> Shape:
-    """What spills no registers on any architecture; by type and width only, as it rounds."""
-    return Shape(64, Configuration(64, 4, 2))
-
-
-def backward_shape(dtype: torch.dtype, dim: int) -> Shape:
-    """The same for the backward."""
-    if dim == 16:
-        half = Shape(64, Configuration(64, 4, 2))
-        return half if dtype.itemsize == 2 else Shape(32, Configuration(32, 4, 1))
-    return Shape(32, Configuration(32, 8, 1))
