@@ -39,23 +39,12 @@ from cellpatch_fast.kernels import EncoderWeights, reference
 from bench.batches import Drawing, chosen_cases
 from bench.ceilings import Work, measure_ceilings, roofline
 from bench.command import TYPES, describe, parse
-from bench.measure import (
-    Call,
-    Checked,
-    Computes,
-    Effort,
-    Method,
-    Row,
-    Suite,
-    check,
-    measure_cases,
-)
+from bench.measure import Call, Computes, Effort, Method, Reference, Row, Suite, measure_cases
 from bench.peers import attention
 from bench.peers.original import PaddedPathFormer
 from bench.report import report, targets
 from cellpatch_fast import RaggedCells
 
-FLOAT32_ERROR = 1e-5
 GENES, TOY_GENES = 60_664, 997
 ENTRIES = 20_000_000  # of a batch
 CHECKED_LENGTHS, TOY_CHECKED_LENGTHS = (1, 17, 500, 1000, 4000, 20_000), (1, 70)
@@ -139,41 +128,19 @@ def original_methods(model: PaddedPathFormer, dtype: torch.dtype) -> Iterator[Me
         )
 
 
-class Reference:
-    """The float64 result for a small batch, and the error that a method may have against it."""
-
-    def __init__(self, weights: EncoderWeights, cells: RaggedCells) -> None:
-        self.weights, self.cells = weights, cells
-        self.exact = convert(weights, torch.float64)
-        self.known: dict[Any, tuple[Tensor, float]] = {}
-
-    def check(self, method: Method, dtype: torch.dtype) -> Checked:
-        if method.name == "padded original" and method.form == "float32":
-            dtype = torch.float32
-        key = method.computes, method.attends_to_padding, dtype
-        if key not in self.known:
-            self.known[key] = self._expect(*key)
-        return check(method, self.cells, *self.known[key])
-
-    def _expect(
-        self, computes: Computes, padding: bool, dtype: torch.dtype
-    ) -> tuple[Tensor, float]:
-        """Twice the error of PyTorch in the same type, but at most 1e-5 in float32."""
-        lengths = self.cells.lengths
-        pads = lengths.max() - lengths if padding else None
-
-        def compute(weights: EncoderWeights) -> Tensor:
-            inputs = self.cells.offsets, self.cells.genes, self.cells.values
-            if computes == "encoder":
-                return reference.encode(weights, *inputs, pads=pads).features.flatten(1)
-            crossed = reference.patch_cross_attention(weights, *inputs, pads=pads)
-            return crossed.attended.flatten(1)
-
-        expected = compute(self.exact)
-        if dtype == torch.float32:
-            return expected, FLOAT32_ERROR
-        difference = compute(convert(self.weights, dtype)).double() - expected
-        return expected, 2 * float((difference.norm(dim=1) / expected.norm(dim=1)).max())
+def expected(
+    weights: EncoderWeights,
+    cells: RaggedCells,
+    dtype: torch.dtype,
+    computes: Computes,
+    pads: Tensor | None,
+) -> Tensor:
+    """The reference's result in ``dtype``."""
+    inputs = cells.offsets, cells.genes, cells.values
+    weights = convert(weights, dtype)
+    if computes == "encoder":
+        return reference.encode(weights, *inputs, pads=pads).features
+    return reference.patch_cross_attention(weights, *inputs, pads=pads).attended
 
 
 def measure_all(
@@ -197,7 +164,8 @@ def measure_all(
         if not wide:
             methods += attention.methods(weights, dtype)
             methods += original_methods(model, dtype)
-        suites[wide] = Suite(methods, partial(Reference(of_suite, small).check, dtype=dtype))
+        right = Reference(partial(expected, of_suite, small), small)
+        suites[wide] = Suite(methods, partial(right.check, dtype=dtype))
     cases = chosen_cases(options.only, options.toy)
     return measure_cases(cases, drawing, lambda case: suites[case.wide], effort, options.until)
 

@@ -25,14 +25,8 @@ from cellpatch_fast import RaggedCells
 
 Results = Tensor | tuple[Tensor, ...]  # a step's are its output and gradients
 Call = Callable[[], Results]
-Computes = Literal[
-    "cross-attention",
-    "encoder",
-    "cross-attention, step",  # forward and backward
-    "encoder, step",
-    "ragged keys",
-    "ragged keys, step",
-]
+Computes = str  # "cross-attention", "encoder", ...; with ", step" forward and backward
+FLOAT32_ERROR = 1e-5
 
 
 class Method(NamedTuple):
@@ -113,6 +107,47 @@ def check(method: Method, cells: RaggedCells, expected: Results, bound: float) -
         return Checked(worst_error(method.prepare(cells)(), expected), bound)
     except Exception as failure:
         return Checked(None, bound, explain(failure))
+
+
+class Reference:
+    """The float64 results for a small batch, and the error that a method may have against them.
+
+    Parameters
+    ----------
+    compute
+        Takes a dtype, what to compute, and each cell's pads, which a method may attend to.
+    cells
+        The batch.
+    """
+
+    def __init__(
+        self, compute: Callable[[torch.dtype, Computes, Tensor | None], Results], cells: RaggedCells
+    ) -> None:
+        self.compute, self.cells = compute, cells
+        self.known: dict[tuple[Computes, bool, torch.dtype], tuple[Results, float]] = {}
+
+    def check(self, method: Method, dtype: torch.dtype) -> Checked:
+        if method.name == "padded original" and method.form == "float32":
+            dtype = torch.float32
+        key = method.computes, method.attends_to_padding, dtype
+        if key not in self.known:
+            self.known[key] = self._expect(*key)
+        return check(method, self.cells, *self.known[key])
+
+    def _expect(
+        self, computes: Computes, padding: bool, dtype: torch.dtype
+    ) -> tuple[Results, float]:
+        """Twice the error of PyTorch in the same type, but at most 1e-5 in float32.
+
+        A step is allowed both in float32: where scores reach ±100, PyTorch's gradients err by 1e-5.
+        """
+        lengths = self.cells.lengths
+        pads = lengths.max() - lengths if padding else None
+        expected = self.compute(torch.float64, computes, pads)
+        if dtype == torch.float32 and not computes.endswith(", step"):
+            return expected, FLOAT32_ERROR
+        twice = 2 * worst_error(self.compute(dtype, computes, pads), expected)
+        return expected, max(FLOAT32_ERROR, twice)
 
 
 def worst_error(found: Results, expected: Results) -> float:

@@ -14,6 +14,7 @@ from bench.batches import CASES, LONGEST
 ROOFLINE_SHARE, TIMES_BASELINE, TIMES_ORIGINAL = 0.5, 3.0, 100.0
 CELLS_PER_SECOND = 3e6  # of 1,000 genes, on an H200
 MEMORY_RATIO = 1.1
+Target = tuple[str, float, float | None, bool]  # name, aim, found, whether more is better
 MAIN_CASES = [case.name for case in CASES if case.main]
 
 
@@ -42,7 +43,7 @@ def ours(results: dict[str, Any], computes: str, case: str) -> Any:
 def ratio(results: dict[str, Any], computes: str, case: str) -> float | None:
     """Ours against the best of the others; against the original as it is for the encoder."""
     rows = [row for row in measured(results, computes, case) if not row["ours"]]
-    if computes == "encoder":
+    if computes.startswith("encoder"):
         rows = [row for row in rows if row["form"] == "float32"]
     own, other = ours(results, computes, case), best(rows)
     return own and other and own["genes_per_second"] / other["genes_per_second"]
@@ -67,15 +68,8 @@ def memory_ratio(results: dict[str, Any], case: str) -> float | None:
 
 def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Name, target, what was measured (None if it was not) and whether that is enough."""
-    on_gpu = "compute capability" in results["machine"] and not results["toy"]
-
-    def worst(of_case: Callable[[str], float | None], choose: Any) -> float | None:
-        found = [of_case(case) for case in MAIN_CASES]
-        known = [value for value in found if value is not None]
-        return choose(known) if len(known) == len(found) else None  # of every length or none
-
     thousand = ours(results, "encoder", "1,000")
-    entries: list[tuple[str, float, float | None, bool]] = [
+    entries: list[Target] = [
         (f"{computes}: share of the roofline, least of all lengths", ROOFLINE_SHARE, value, True)
         for computes in ("cross-attention", "encoder")
         for value in [worst(lambda case, c=computes: share(results, c, case), min)]  # type: ignore[misc]
@@ -112,6 +106,19 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
             False,
         ),
     ]
+    return judge(results, entries)
+
+
+def worst(of_case: Callable[[str], float | None], choose: Any) -> float | None:
+    """The least or largest of all lengths; None unless it is known of every one."""
+    found = [of_case(case) for case in MAIN_CASES]
+    known = [value for value in found if value is not None]
+    return choose(known) if len(known) == len(found) else None
+
+
+def judge(results: dict[str, Any], entries: list[Target]) -> list[dict[str, Any]]:
+    """Whether targets are met, where that was measured on a GPU."""
+    on_gpu = "compute capability" in results["machine"] and not results["toy"]
     return [
         {
             "name": name,
@@ -137,6 +144,16 @@ def number(value: float | None, digits: str = ".3g") -> str:
 
 def report(results: dict[str, Any]) -> str:
     """The results as Markdown."""
+    lines = heading(results)
+    for computes in ("cross-attention", "encoder"):
+        lines += by_case(results, computes)
+    for part in (memory, replays, errors, missing):
+        lines += part(results)
+    return "\n".join(lines)
+
+
+def heading(results: dict[str, Any]) -> list[str]:
+    """The machine, what was aimed for, and what the device can do."""
     machine = results["machine"]
     lines = [
         f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, "
@@ -164,16 +181,10 @@ def report(results: dict[str, Any]) -> str:
             ["roofline, by resource", "million genes/s"],
             [[k, f"{v / 1e6:,.1f}"] for k, v in results["roofline genes/s"].items()],
         )
-    for computes in ("cross-attention", "encoder"):
-        lines += by_case(results, computes)
-    lines += memory(results)
-    lines += replays(results)
-    lines += errors(results)
-    lines += missing(results)
-    return "\n".join(lines)
+    return lines
 
 
-def by_case(results: dict[str, Any], computes: str) -> list[str]:
+def by_case(results: dict[str, Any], computes: str, *, roofline: bool = True) -> list[str]:
     """Million genes/s (p20 to p80 are in the JSON) of every method, a column per case."""
     rows = measured(results, computes)
     cases = list(dict.fromkeys(row["case"] for row in rows))
@@ -185,15 +196,14 @@ def by_case(results: dict[str, Any], computes: str) -> list[str]:
         [", ".join(filter(None, method)), *(number(rates.get((*method, c)), ",.4g") for c in cases)]
         for method in methods
     ]
-    if computes == "encoder":
+    if computes.startswith("encoder"):
         own = [ours(results, computes, case) for case in cases]
         body += [["ours, cells/s", *(number(o and o["cells_per_second"], ",.0f") for o in own)]]
-    other = "the best baseline" if computes == "cross-attention" else "the original, float32"
+    if roofline:
+        shares = [number(share(results, computes, case), ".1%") for case in cases]
+        body += [["ours, share of the roofline", *shares]]
+    other = "the original, float32" if computes.startswith("encoder") else "the best baseline"
     body += [
-        [
-            "ours, share of the roofline",
-            *(number(share(results, computes, c), ".1%") for c in cases),
-        ],
         [f"ours, times {other}", *(number(ratio(results, computes, c), ".3g") for c in cases)],
     ]
     return table([f"{computes}, million genes/s", *cases], body)
