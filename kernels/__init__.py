@@ -6,11 +6,12 @@ Needs torch, and numba or triton for the fast backends; knows nothing of files, 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from . import attention_ops, ops, reference
+from . import attention_ops, differentiable, ops, reference
 from .attention import Attended, ragged_cross_attention, ragged_gather_cross_attention
 from .backends import Backend, resolve_backend
 from .checks import check_cells
@@ -44,6 +45,7 @@ def encode(
     pads: Tensor | None = None,
     attention: bool = False,
     mean: bool = False,
+    dropout: float = 0.0,
     backend: str | None = None,
 ) -> Encoded:
     """Encode ragged cells into patch features.
@@ -66,9 +68,12 @@ def encode(
         Also return attention weights.
     mean
         Average the features over the patches.
+    dropout
+        Probability of dropping an attention weight (training).
     backend
-        ``"reference"``, ``"numba"`` (CPU) or ``"triton"`` (CUDA); None chooses. The choice is the
-        reference wherever gradients are needed.
+        ``"reference"``, ``"numba"`` (CPU) or ``"triton"`` (CUDA); None chooses. Where gradients
+        are needed or weights dropped, these compute the cross-attention and PyTorch the rest;
+        attention weights and gradients of values come from the reference then.
 
     Returns
     -------
@@ -83,13 +88,20 @@ def encode(
         bins, offsets) are not waited for: what is wrong with them is raised by the next call or
         by `synchronize`, unless CELLPATCH_CHECK=1 is set.
     """
-    chosen = _choose(weights, values, backend)
+    training = dropout > 0 or _needs_gradient(weights, values)
+    chosen = _choose(weights, values, backend, differentiable=training, attention=attention)
     _check(chosen, weights, offsets, genes, values, pads)
-    if chosen == "reference":
-        with torch.autocast(genes.device.type, enabled=False):  # in the weights' own precision
-            return reference.encode(
-                weights, offsets, genes, values, pads=pads, attention=attention, mean=mean
-            )
+    if chosen == "reference" or training:
+        with _precision(chosen, genes.device.type):
+            if chosen == "reference":
+                return reference.encode(
+                    weights, offsets, genes, values,
+                    pads=pads, attention=attention, mean=mean, dropout=dropout,
+                )  # fmt: skip
+            return differentiable.encode(
+                weights, offsets, genes, values,
+                pads=pads, mean=mean, dropout=dropout, backend=chosen,
+            )  # fmt: skip
     tensors, structure = weights.flatten()
     features, *attentions = torch.ops.cellpatch.encode(
         tensors, structure, offsets, genes, values, pads, attention, mean, chosen,
@@ -117,7 +129,7 @@ def patch_attention(
     weights, offsets, genes, values, pads
         As of `encode`.
     backend
-        ``"reference"`` or ``"triton"``; None chooses.
+        ``"reference"``, ``"numba"`` or ``"triton"``; None chooses.
 
     Returns
     -------
@@ -131,16 +143,18 @@ def patch_attention(
     ValueError
         As `encode`.
     """
-    chosen = _choose(weights, values, backend)
-    if chosen == "numba":
-        if backend == "numba":
-            raise ValueError("the numba backend computes whole encoders only: use encode")
-        chosen = "reference"
+    training = _needs_gradient(weights, values)
+    chosen = _choose(weights, values, backend, differentiable=training)
     _check(chosen, weights, offsets, genes, values, pads)
     if chosen == "reference":
-        with torch.autocast(genes.device.type, enabled=False):
+        with _precision(chosen, genes.device.type):
             found = reference.patch_cross_attention(weights, offsets, genes, values, pads=pads)
         return found.attended, found.log_sum_exp
+    if chosen == "numba" or training:
+        with _precision(chosen, genes.device.type):
+            return differentiable.patch_attention(
+                weights, offsets, genes, values, pads=pads, dropout=0.0, backend=chosen
+            )
     tensors, structure = weights.flatten()
     attended, log_sum_exp = torch.ops.cellpatch.patch_attention(
         tensors, structure, offsets, genes, values, pads, _autocast_dtype(genes.device.type)
@@ -163,19 +177,41 @@ def synchronize(device: torch.device | str | int | None = None) -> None:
     raise_faults(torch.device("cuda", index or 0))
 
 
-def _choose(weights: EncoderWeights, values: Tensor, backend: str | None) -> Backend:
-    """The backend, which must be the reference where gradients are needed."""
+def _needs_gradient(weights: EncoderWeights, values: Tensor) -> bool:
     inputs = (*weights.tensors(), values)
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+
+
+def _choose(
+    weights: EncoderWeights,
+    values: Tensor,
+    backend: str | None,
+    *,
+    differentiable: bool,
+    attention: bool = False,
+) -> Backend:
+    """The backend, which must be the reference for what no other differentiable one can do."""
     chosen = resolve_backend(backend, values.device)
-    if needs_gradient and chosen != "reference":
-        if backend is not None:
-            raise ValueError(
-                f"the {backend} backend computes no gradients: encode under torch.no_grad(), or "
-                "use backend='reference'"
-            )
+    if chosen == "reference" or not differentiable:
+        return chosen
+    if attention:
+        beyond = "attention weights where gradients are needed"
+    elif values.requires_grad and torch.is_grad_enabled():
+        beyond = "gradients of values"
+    elif weights.patches.dtype == torch.float64:
+        beyond = "gradients in float64"
+    else:
+        return chosen
+    if backend is None:
         return "reference"
-    return chosen
+    raise ValueError(f"the {backend} backend computes no {beyond}: use backend='reference'")
+
+
+def _precision(backend: Backend, device_type: str) -> AbstractContextManager[object]:
+    """Where autocast decides: on a GPU's fast backend; others compute in the weights' dtype."""
+    if backend == "triton":
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _check(

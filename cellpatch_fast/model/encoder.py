@@ -3,9 +3,8 @@
 The module holds parameters and says what fits them; the computing is done by
 `cellpatch_fast.kernels`, which sees plain tensors. Three decisions live here:
 
-- Which backend runs. Where gradients are recorded or the model is in training mode, the
-  reference does, because it is differentiable and knows dropout; otherwise the fastest one for
-  the device.
+- Which backend runs: the fastest one for the device, in training too. Only float64, and
+  attention weights where gradients are recorded, are left to the reference.
 - The attention layers are `torch.nn.MultiheadAttention`, as containers only: their parameters
   have the names and the layout that every PyTorch user knows, their forward is never called.
 - What goes into a kernel is checked first: a kernel reads table rows at the addresses that gene
@@ -156,9 +155,8 @@ class CellPatch(StoredModel):
             Average the features over the patches.
         backend
             ``"reference"``, ``"numba"`` or ``"triton"``; None for the fastest that can do the
-            job. Only the reference can record gradients, drop attention weights or compute in
-            fp64; use ``torch.inference_mode()`` and ``model.eval()`` for the others. Triton's
-            tables have the parameters' dtype, or that of `torch.autocast` where it is on.
+            job. Only the reference computes in fp64. Triton's tables have the parameters' dtype,
+            or that of `torch.autocast` where it is on.
 
         Returns
         -------
@@ -219,7 +217,7 @@ class CellPatch(StoredModel):
             pads=pads,
             attention=attention,
             mean=mean,
-            dropout=self.config.attention_dropout if self.training else None,
+            dropout=self.config.attention_dropout if self.training else 0.0,
             backend=backend,
         )
 
@@ -302,7 +300,7 @@ def run_encoder(
     cells: RaggedCells,
     *,
     pads: Tensor | None,
-    dropout: float | None,
+    dropout: float,
     backend: str | None,
     attention: bool = False,
     mean: bool = False,
@@ -314,39 +312,19 @@ def run_encoder(
     pads
         Padding tokens that each cell attends to, [cells]; None for none.
     dropout
-        Probability of dropping an attention weight in training; None in evaluation.
+        Probability of dropping an attention weight: 0 in evaluation.
     attention, mean
         See `kernels.encode`.
     """
     arguments = (weights, cells.offsets, cells.genes, cells.values)
     dtype = weights.patches.dtype
-    if dropout is None and not records_gradients(weights, cells):
-        if backend is None and dtype == torch.float64:
-            backend = "reference"  # the others compute in float32
-        _check_cells(weights, cells, kernels.resolve_backend(backend, cells.device))
-        found = kernels.encode(
-            *arguments, pads=pads, attention=attention, mean=mean, backend=backend
-        )
-        return _cast(found, dtype)
-    if backend is not None and kernels.resolve_backend(backend, cells.device) != "reference":
-        reason = "records gradients" if dropout is None else "is in training mode"
-        raise ValueError(
-            f"the {backend} backend serves inference only, but the model {reason}: call it "
-            "under torch.inference_mode() after model.eval(), or leave backend unset"
-        )
-    _check_cells(weights, cells, "reference")
-    # in the parameters' own precision, also where the caller autocasts
-    with torch.autocast(cells.device.type, enabled=False):
-        return reference.encode(
-            *arguments, pads=pads, attention=attention, mean=mean, dropout=dropout or 0.0
-        )
-
-
-def records_gradients(weights: EncoderWeights, cells: RaggedCells) -> bool:
-    """Whether autograd would record an encoding of these cells."""
-    return torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (*weights.tensors(), cells.values)
+    if backend is None and dtype == torch.float64:
+        backend = "reference"  # the others compute in float32
+    _check_cells(weights, cells, kernels.resolve_backend(backend, cells.device))
+    found = kernels.encode(
+        *arguments, pads=pads, attention=attention, mean=mean, dropout=dropout, backend=backend
     )
+    return _cast(found, dtype)
 
 
 def _cast(encoded: Encoded, dtype: torch.dtype) -> Encoded:

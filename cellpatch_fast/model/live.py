@@ -23,7 +23,7 @@ from cellpatch_fast.cells import RaggedCells
 from cellpatch_fast.errors import InputError
 from cellpatch_fast.kernels import Encoded, EncoderWeights
 
-from .encoder import gather_weights, records_gradients, run_encoder
+from .encoder import gather_weights, run_encoder
 from .original import original_name
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -52,10 +52,10 @@ def accelerate(
     mask_padding
         The original attends to its padding (gene 0, value 0), which makes a cell's result
         depend on the longest cell of its batch. False: the same here. True: padding is left
-        out, as if each cell ran alone; in training mode the reference backend then runs, with
-        the dropout of the object's attention.
+        out, as if each cell ran alone; in training mode with the dropout of the object's
+        attention.
     backend
-        Backend for inference; None for the device's fastest.
+        None for the fastest that can do the job.
 
     Returns
     -------
@@ -116,14 +116,13 @@ class _Accelerated:
         weights = _live_weights(self, project_out)
         cells = RaggedCells.from_padded(gene_x, count_x.to(weights.patches.dtype), keep)
         pads = None if settings.mask_padding else (~keep).sum(1)
-        inference = not self.training and not records_gradients(weights, cells)
         encoded = run_encoder(
             weights,
             cells,
             pads=pads,
             attention=output_attentions,
-            dropout=_attention_dropout(self) if self.training else None,
-            backend=settings.backend if inference else None,
+            dropout=_attention_dropout(self) if self.training else 0.0,
+            backend=settings.backend,
         )
         if not output_attentions:
             return encoded.features
@@ -211,7 +210,7 @@ def _check_results(model: Any) -> None:
             module.training = True
     with torch.no_grad():
         ours = run_encoder(
-            weights, cells, pads=None, attention=False, dropout=None, backend="reference"
+            weights, cells, pads=None, attention=False, dropout=0.0, backend="reference"
         ).features
     if theirs.shape != ours.shape or not (
         (theirs - ours).norm() <= theirs.norm() * torch.finfo(dtype).eps ** 0.5
