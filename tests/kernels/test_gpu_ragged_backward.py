@@ -116,14 +116,14 @@ def test_sorted_sums(device: torch.device, kind: str) -> None:
 
 
 @modes
-@pytest.mark.parametrize("kind", ["queries_of_cells", "all_at_once", "all_binned"])
+@pytest.mark.parametrize("kind", ["table", "all_at_once"])
 def test_float16(device: torch.device, kind: str, deterministic: bool) -> None:
     check_backward(make_problem(device, dtype=torch.float16, **KINDS[kind]), deterministic)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
-    lengths=st.lists(st.sampled_from([0, 1, 2, 3, 31, 64, 67]), min_size=1, max_size=4),
+    lengths=st.lists(st.sampled_from([0, 1, 2, 3, 31, 64, 67]), min_size=1, max_size=3),
     queries=st.sampled_from([1, 2, 17, 61, 67]),
     heads=st.sampled_from([1, 3]),
     head_dim=st.sampled_from([2, 7, 8, 13, 19, 37]),
@@ -145,6 +145,14 @@ def test_cells_longer_than_a_chunk(device: torch.device, shared: bool) -> None:
         device, [7, 1031, 0], queries=5, heads=1, shared=shared, amounts="affine", dropout=0.2
     )
     check_backward(problem)
+
+
+@modes
+def test_more_bins_than_fit_in_registers(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    monkeypatch.setattr(launch, "MOST_PARTS", 0)
+    check_backward(make_problem(device, amounts=3, rows=5), deterministic)
 
 
 @pytest.mark.parametrize("scores", [40.0, 80.0])
@@ -172,7 +180,7 @@ def test_types_of_ids(device: torch.device, dtype: torch.dtype) -> None:
 @modes
 def test_all_entries_look_up_one_row(device: torch.device, deterministic: bool) -> None:
     """More entries than one program sums; the other rows' gradients are 0."""
-    problem = make_problem(device, [1031, 1020], queries=3, heads=1, rows=11, amounts="affine")
+    problem = make_problem(device, [1031, 5], queries=3, heads=1, rows=11, amounts="affine")
     assert problem.ids is not None
     problem.ids.fill_(7)
     found = check_backward(problem, deterministic)
@@ -182,7 +190,7 @@ def test_all_entries_look_up_one_row(device: torch.device, deterministic: bool) 
     assert found.key[7].count_nonzero() == found.key[7].numel()
 
 
-@pytest.mark.parametrize("kind", ["all_at_once", "all_binned"])
+@pytest.mark.parametrize("kind", ["affine", "binned"])
 def test_sorted_sums_are_the_same_every_time(device: torch.device, kind: str) -> None:
     problem = make_problem(device, **KINDS[kind])
     first = differentiate(problem, deterministic=True)
@@ -192,11 +200,12 @@ def test_sorted_sums_are_the_same_every_time(device: torch.device, kind: str) ->
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["all_at_once", "binned_entries"])
+@pytest.mark.parametrize("kind", ["affine", "binned"])
 def test_sorting_head_by_head_changes_nothing(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    problem = make_problem(device, **KINDS[kind] | {"heads": 3})
+    monkeypatch.setattr(launch, "MOST_PARTS", 0)
+    problem = make_problem(device, **KINDS[kind] | {"heads": 3, "lengths": [3, 5]})
     expected = differentiate(problem, deterministic=True)
     per_head = 8 * problem.entries * problem.head_dim
     for heads in (1, 2):
@@ -220,8 +229,8 @@ def test_cells_that_attend_to_nothing(device: torch.device) -> None:
 
 
 @modes
-@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]])
-@pytest.mark.parametrize("kind", ["entries", "queries_of_cells", "affine", "binned"])
+@pytest.mark.parametrize("lengths", [[], [0, 0]])
+@pytest.mark.parametrize("kind", ["queries_of_cells", "affine", "binned"])
 def test_batches_without_entries(
     device: torch.device, lengths: list[int], kind: str, deterministic: bool
 ) -> None:
