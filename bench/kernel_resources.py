@@ -369,7 +369,7 @@ def main() -> None:
                         help="only each kernel once per architecture and type")  # fmt: skip
     parser.add_argument("--output", type=Path, help="folder for kernel-resources.md and .json")
     options = parser.parse_args()
-    chosen = [
+    chosen: list[Variant | RaggedVariant] = [
         *variants(options.architecture, options.once),
         *ragged_variants(options.architecture, options.once),
     ]

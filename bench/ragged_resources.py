@@ -42,7 +42,7 @@ class RaggedVariant:
 
         dtype = getattr(torch, self.type)
         if self.kernel == DIFFERENTIATE:
-            return backward_shape(dtype, self.head_dim, self.gathered)
+            return backward_shape(dtype, self.head_dim, self.gathered, self.biased)
         return forward_shape(dtype, self.head_dim)
 
     @property
@@ -92,7 +92,7 @@ class RaggedVariant:
         if self.kernel in (ATTEND, DIFFERENTIATE):
             del pointers["rows"]  # there, a number
         absent = ("ids", "amounts", "key_part", "value_part", "of_parts", "bias", "of_bias", "seed")
-        constants = {
+        constants: dict[str, int | None] = {
             "HEAD_DIM": self.head_dim, "DIM": self.head_dim, "BINNED": self.binned, "WIDE": False,
             "QUERIES": self.block, "TILE": self.tile, "STAGES": self.stages, "PARTS": 16,
             "ONE_BLOCK": self.queries <= self.block, "ATOMIC": self.gathered and not self.sorted,

@@ -181,9 +181,9 @@ def differentiate_slots(query, key, value, offsets, ids, amounts, key_part, valu
     of_key_part = tl.zeros([PARTS, DIM], tl.float32)
     of_value_part = tl.zeros([PARTS, DIM], tl.float32)
     # What does not change in a loop is kept in registers, as operands, whether they fit or not: the
-    # queries of narrow heads do, where no random words need room. Others are loaded for each tile,
-    # and the compiler cannot know that it is the same block again where there is but one.
-    RESIDENT: tl.constexpr = ONE_BLOCK and DIM == 16 and not EXACT and seed is None
+    # queries of narrow heads do. Others are loaded for each tile, and the compiler cannot know that
+    # it is the same block again where there is but one.
+    RESIDENT: tl.constexpr = ONE_BLOCK and DIM == 16 and not EXACT
     blocks = tl.cdiv(queries, QUERIES)
     if RESIDENT:
         block = load_block(

@@ -92,7 +92,7 @@ def backward(
     tables = _TableGradients(launch, problem, deterministic)
     entries, heads, dtype = problem.entries, problem.heads, problem.query.dtype
     composed = problem.ids is not None or problem.key_part is not None
-    most, configuration = backward_shape(dtype, launch.dim, composed)
+    most, configuration = backward_shape(dtype, launch.dim, composed, problem.dropout > 0)
     block = min(most, launch.queries)
     one_block = problem.queries <= block
     allocate = launch.empty if one_block else launch.zeros
@@ -129,7 +129,7 @@ class _TableGradients:
         self.launch, self.problem = launch, problem
         bins = len(problem.key_part) if problem.key_part is not None and problem.binned else 0
         self.parts = padded(bins)
-        sort_bins = self.parts * launch.dim > MOST_PARTS
+        sort_bins = problem.binned and self.parts * launch.dim > MOST_PARTS
         self.sorted = sort_bins or (problem.ids is not None and deterministic)
         self.atomic = problem.ids is not None and not self.sorted
         rows, *row = problem.key.shape
@@ -141,6 +141,8 @@ class _TableGradients:
         if self.sorted and problem.ids is not None:
             self.by_row = sort_rows(problem.ids, rows)
         if sort_bins:
+            assert problem.amounts is not None
+            assert problem.key_part is not None
             self.by_bin = sort_rows(problem.amounts, bins)
             self.key_part, self.value_part = (torch.empty_like(problem.key_part) for _ in range(2))
         elif problem.key_part is not None:
@@ -188,6 +190,7 @@ class _TableGradients:
             return None, None
         if self.by_bin is not None:
             return self.key_part, self.value_part
+        assert self.of_parts is not None
         sums = (self.of_parts[:, i].sum(0) for i in range(2))  # [parts, h, d] each
         key_part, value_part = (
             total[: len(part)] if self.problem.binned else total.sum(0) for total in sums
@@ -227,7 +230,7 @@ class _Launch:
             : RaggedAttention._fields.index("scale")
         ]
         limit = min(threshold, 2**32) - 1  # as a signed number of the same 32 bits
-        bins = len(problem.key_part) if problem.binned else 0
+        bins = len(problem.key_part) if problem.key_part is not None and problem.binned else 0
         self.counts = (
             problem.cells, problem.entries, len(problem.key), bins, problem.queries, problem.heads,
             0 if len(problem.query) == 1 else 1,

@@ -40,11 +40,14 @@ def forward_shape(dtype: torch.dtype, dim: int) -> Shape:
     return Shape(64, Configuration(32, 8, 1)) if dim <= 64 else Shape(16, Configuration(32, 8, 1))
 
 
-def backward_shape(dtype: torch.dtype, dim: int, composed: bool) -> Shape:
-    """Of `differentiate_slots`; ``composed``: keys and values come from tables or have parts."""
+def backward_shape(dtype: torch.dtype, dim: int, composed: bool, dropped: bool) -> Shape:
+    """Of `differentiate_slots`.
+
+    ``composed``: keys and values come from tables or have parts; ``dropped``: some weights are.
+    """
     if dtype.itemsize == 2:
         if dim == 16:
-            return Shape(64, Configuration(64, 4, 2))
+            return Shape(32 if dropped else 64, Configuration(64, 4, 1 if dropped else 2))
         if dim <= 64 and not composed:
             return Shape(64, Configuration(64, 8, 1))
         return Shape(32, Configuration(32, 8, 1))

@@ -94,12 +94,12 @@ def make_problem(
 
 def on(problem: RaggedAttention, device: str, dtype: torch.dtype | None = None) -> RaggedAttention:
     """The same problem elsewhere; ``dtype`` is that of everything that is no integer."""
-    return RaggedAttention(
-        *(
-            x.to(device, dtype if x.is_floating_point() else None) if isinstance(x, Tensor) else x
-            for x in problem
-        )
-    )
+    moved = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+        for name, tensor in problem._asdict().items()
+        if isinstance(tensor, Tensor)
+    }
+    return problem._replace(**moved)
 
 
 def error(found: Tensor, exact: Tensor) -> float:

@@ -98,7 +98,8 @@ def check_backward(problem: RaggedAttention, deterministic: bool = False) -> Gra
 
 def same_bits(one: Gradients, other: Gradients) -> bool:
     return all(
-        a is None if b is None else torch.equal(a, b) for a, b in zip(one, other, strict=True)
+        a is b if a is None or b is None else torch.equal(a, b)
+        for a, b in zip(one, other, strict=True)
     )
 
 
@@ -158,6 +159,11 @@ def test_more_bins_than_fit_in_registers(
 @pytest.mark.parametrize("scores", [40.0, 80.0])
 def test_scores_of_hundreds(device: torch.device, scores: float) -> None:
     check_backward(make_problem(device, head_dim=16, scores=scores))
+
+
+@pytest.mark.parametrize("kind", ["entries", "affine"])
+def test_the_widest_heads(device: torch.device, kind: str) -> None:
+    check_backward(make_problem(device, **KINDS[kind] | {"head_dim": 127, "lengths": [3, 17]}))
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
