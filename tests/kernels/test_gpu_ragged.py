@@ -94,7 +94,7 @@ def make_problem(
 
 def on(problem: RaggedAttention, device: str, dtype: torch.dtype | None = None) -> RaggedAttention:
     """The same problem elsewhere; ``dtype`` is that of everything that is no integer."""
-    moved = {
+    moved: dict[str, Any] = {
         name: tensor.to(device, dtype if tensor.is_floating_point() else None)
         for name, tensor in problem._asdict().items()
         if isinstance(tensor, Tensor)
