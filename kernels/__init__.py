@@ -1,4 +1,4 @@
-"""Ragged patch attention: the public operations.
+"""Ragged attention: the public operations, and CellPatch's encoder made of them.
 
 Needs torch, and numba or triton for the fast backends; knows nothing of files, genes or AnnData.
 """
@@ -16,6 +16,7 @@ from .attention import Attended, ragged_cross_attention, ragged_gather_cross_att
 from .backends import Backend, resolve_backend
 from .checks import check_cells
 from .reference import Encoded
+from .self_attention import ragged_self_attention
 from .weights import BlockWeights, EncoderWeights
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "EncoderWeights",
     "attention_ops",
     "encode",
+    "needs_gradient",
     "ops",
     "patch_attention",
     "ragged_cross_attention",
     "ragged_gather_cross_attention",
+    "ragged_self_attention",
     "reference",
     "resolve_backend",
     "synchronize",
@@ -88,7 +91,7 @@ def encode(
         bins, offsets) are not waited for: what is wrong with them is raised by the next call or
         by `synchronize`, unless CELLPATCH_CHECK=1 is set.
     """
-    training = dropout > 0 or _needs_gradient(weights, values)
+    training = dropout > 0 or needs_gradient(weights, values)
     chosen = _choose(weights, values, backend, differentiable=training, attention=attention)
     _check(chosen, weights, offsets, genes, values, pads)
     if chosen == "reference" or training:
@@ -143,7 +146,7 @@ def patch_attention(
     ValueError
         As `encode`.
     """
-    training = _needs_gradient(weights, values)
+    training = needs_gradient(weights, values)
     chosen = _choose(weights, values, backend, differentiable=training)
     _check(chosen, weights, offsets, genes, values, pads)
     if chosen == "reference":
@@ -177,7 +180,8 @@ def synchronize(device: torch.device | str | int | None = None) -> None:
     raise_faults(torch.device("cuda", index or 0))
 
 
-def _needs_gradient(weights: EncoderWeights, values: Tensor) -> bool:
+def needs_gradient(weights: EncoderWeights, values: Tensor) -> bool:
+    """Whether autograd would record an encoding."""
     inputs = (*weights.tensors(), values)
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 

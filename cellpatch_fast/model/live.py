@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cellpatch_fast import kernels
 from cellpatch_fast.cells import RaggedCells
 from cellpatch_fast.errors import InputError
 from cellpatch_fast.kernels import Encoded, EncoderWeights
@@ -55,7 +56,8 @@ def accelerate(
         out, as if each cell ran alone; in training mode with the dropout of the object's
         attention.
     backend
-        None for the fastest that can do the job.
+        Backend for inference; None for the device's fastest. Where gradients are recorded, it is
+        the fastest that can do the job.
 
     Returns
     -------
@@ -116,13 +118,15 @@ class _Accelerated:
         weights = _live_weights(self, project_out)
         cells = RaggedCells.from_padded(gene_x, count_x.to(weights.patches.dtype), keep)
         pads = None if settings.mask_padding else (~keep).sum(1)
+        dropout = _attention_dropout(self) if self.training else 0.0
+        inference = dropout == 0 and not kernels.needs_gradient(weights, cells.values)
         encoded = run_encoder(
             weights,
             cells,
             pads=pads,
             attention=output_attentions,
-            dropout=_attention_dropout(self) if self.training else 0.0,
-            backend=settings.backend,
+            dropout=dropout,
+            backend=settings.backend if inference else None,
         )
         if not output_attentions:
             return encoded.features

@@ -13,7 +13,6 @@ from cellpatch_fast.kernels import (
     EncoderWeights,
     backends,
     encode,
-    patch_attention,
     reference,
     resolve_backend,
 )
@@ -208,56 +207,40 @@ def test_encode_runs_the_backend_it_was_told(
     assert chosen == ["numba", "reference", "numba", "triton"]
 
 
-def test_cross_attention_alone_is_the_reference_s_on_a_cpu(
-    random_weights: MakeWeights, random_cells: MakeCells
-) -> None:
-    weights, cells = random_weights(), random_cells([3, 0, 2])
-    given = weights, cells.offsets, cells.genes, cells.values
-    expected = reference.patch_cross_attention(*given)
-    attended, log_sum_exp = patch_attention(*given)
-    assert torch.equal(attended, expected.attended)
-    assert torch.equal(log_sum_exp, expected.log_sum_exp)
-    with pytest.raises(ValueError, match="numba backend computes whole encoders only: use encode"):
-        patch_attention(*given, backend="numba")
-
-
 # --- gradients ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("environment", [None, "numba", "triton"])
-@pytest.mark.parametrize("which", ["genes", "projection_weight", "values"])
-def test_gradients_need_the_reference(
+@pytest.mark.parametrize("needs", ["values", "float64", "attention"])
+def test_some_gradients_need_the_reference(
     random_weights: MakeWeights,
     random_cells: MakeCells,
     chosen: list[str],
     monkeypatch: pytest.MonkeyPatch,
-    which: str,
+    needs: str,
     environment: str | None,
 ) -> None:
+    """Which is chosen for them, unless another backend is named."""
     if environment is not None:
         monkeypatch.setenv("CELLPATCH_BACKEND", environment)
-    weights, cells = random_weights(), random_cells([3, 0, 2], bins=None)
-    leaf = cells.values if which == "values" else getattr(weights, which)
+    dtype = torch.float64 if needs == "float64" else torch.float32
+    weights, cells = random_weights(dtype=dtype), random_cells([3, 0, 2], bins=None)
+    options = {"attention": needs == "attention"}
+    leaf = cells.values if needs == "values" else weights.genes
     leaf.requires_grad_()
-    run(weights, cells).square().sum().backward()
+    run(weights, cells, **options).square().sum().backward()
     assert chosen == ["reference"]
     assert leaf.grad is not None
     assert leaf.grad.any()
-
-
-def test_fast_backends_refuse_gradients(
-    random_weights: MakeWeights,
-    random_cells: MakeCells,
-    chosen: list[str],
-    backend: str,
-    device: torch.device,
-) -> None:
-    weights, cells = move(random_weights(), device), random_cells([3, 0, 2]).to(device)
-    weights.genes.requires_grad_()
-    message = rf"{backend} backend computes no gradients.*torch.no_grad\(\)"
-    with pytest.raises(ValueError, match=message):
-        run(weights, cells, backend=backend)
-    assert not chosen
+    message = {
+        "values": "gradients of values",
+        "float64": "gradients in float64",
+        "attention": "attention weights where gradients are needed",
+    }
+    with pytest.raises(
+        ValueError, match=f"numba backend computes no {message[needs]}: use backend='reference'"
+    ):
+        run(weights, cells, backend="numba", **options)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

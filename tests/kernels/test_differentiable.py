@@ -36,29 +36,28 @@ def trained(weights: EncoderWeights) -> tuple[EncoderWeights, list[Tensor]]:
 def names_of(weights: EncoderWeights) -> list[str]:
     """What `EncoderWeights.flatten` puts where."""
     tensors, structure = weights.flatten()
-    numbers = [torch.tensor(number) for number in range(len(tensors))]
-    numbered = EncoderWeights.unflatten(numbers, structure)
-    named = {}
-    for block, tensors in [
-        ("", numbered),
-        *((f"block {b} ", w) for b, w in enumerate((numbered.cross, *numbered.self_blocks))),
-    ]:
-        for name, tensor in tensors._asdict().items():
-            if isinstance(tensor, Tensor):
-                named[int(tensor)] = f"{block}{name}"
-    return [named[number] for number in range(len(numbers))]
+    numbered = EncoderWeights.unflatten([torch.tensor(i) for i in range(len(tensors))], structure)
+    groups: dict[str, Any] = {"": numbered, "cross.": numbered.cross}
+    groups |= {f"self_blocks.{b}.": block for b, block in enumerate(numbered.self_blocks)}
+    names = {
+        int(tensor): f"{group}{name}"
+        for group, fields in groups.items()
+        for name, tensor in fields._asdict().items()
+        if isinstance(tensor, Tensor)
+    }
+    return [names[number] for number in range(len(tensors))]
 
 
 def gradients(
-    weights: EncoderWeights, cells: RaggedCells, target_seed: int = 0, **options: Any
-) -> dict[str, Tensor]:
+    weights: EncoderWeights, cells: RaggedCells, **options: Any
+) -> dict[str, Tensor | None]:
     """Of a loss in which every feature counts differently; in float64 for float64 weights."""
     given, leaves = trained(weights)
     values = cells.values
     if values.is_floating_point():
         values = values.to(weights.patches.dtype)
     features = encode(given, cells.offsets, cells.genes, values, **options).features
-    generator = torch.Generator().manual_seed(target_seed)
+    generator = torch.Generator().manual_seed(0)
     weight = torch.randn(features.shape, generator=generator).to(features)
     found = torch.autograd.grad((features * weight).sum(), leaves, allow_unused=True)
     return dict(zip(names_of(weights), (g if g is None else g.cpu() for g in found), strict=True))
@@ -67,16 +66,20 @@ def gradients(
 def assert_gradients(
     weights: EncoderWeights, cells: RaggedCells, backend: str, device: torch.device, **options: Any
 ) -> None:
-    """Within ten times float32's error of the definition in float64: a loss sums over cells."""
+    """As near those in float64 as 1e-5, or as twice what PyTorch in float32 has.
+
+    The latter where scores are in the hundreds: rounding a table moves them by more than 1e-5.
+    """
     there = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     found = gradients(move(weights, device), cells.to(device), backend=backend, **there)
     exact = gradients(convert(weights, torch.float64), cells, backend="reference", **options)
     plain = gradients(weights, cells, backend="reference", **options)
     for name, right in exact.items():
-        if right is None:
-            assert found[name] is None, name
+        one, other = found[name], plain[name]
+        if right is None or one is None or other is None:  # a weight that has no part in it
+            assert right is other is one, name
             continue
-        error, rough = ((g - right).norm() for g in (found[name].double(), plain[name].double()))
+        error, rough = ((g.double() - right).norm() for g in (one, other))
         assert error <= max(TOLERANCE * right.norm(), 2 * rough), name
 
 
@@ -162,22 +165,10 @@ def test_the_same_weights_are_dropped_on_every_backend(backend: str, device: tor
     assert errors_per_cell(features[[0, 2]], without[[0, 2]]).min() > 0.01
 
 
-def test_dropped_weights_do_not_change_the_mean(backend: str, device: torch.device) -> None:
-    weights, cells = move(make_weights(), device), make_cells([3, 5])
-    attend = lambda dropout: differentiable.patch_attention(  # noqa: E731
-        weights, *batch(cells.to(device)), pads=None, dropout=dropout, backend=backend
-    )[0]
-    with torch.no_grad():
-        expected = attend(0.0)
-        found = torch.stack([attend(0.3) for _ in range(40)])
-    deviation = found.std(0) / 40**0.5
-    assert ((found.mean(0) - expected).abs() <= 5 * deviation + 1e-6).all()
-
-
 def test_the_cross_attention_alone_has_gradients(backend: str, device: torch.device) -> None:
     """Those of the attended values and of the log-sum-exp, biases included."""
     weights, cells = make_weights(), make_cells([19, 1, 7])
-    results = []
+    results: list[list[Tensor | None]] = []
     for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
         at = torch.device("cpu") if name == "reference" else device
         given, leaves = trained(move(convert(weights, dtype), at))
@@ -194,6 +185,7 @@ def test_the_cross_attention_alone_has_gradients(backend: str, device: torch.dev
 def test_genes_that_no_cell_has_get_no_gradient(backend: str, device: torch.device) -> None:
     cells = make_cells([19, 23])
     found = gradients(move(make_weights(), device), cells.to(device), backend=backend)["genes"]
+    assert found is not None
     there = torch.zeros(len(found), dtype=torch.bool)
     there[cells.genes.long()] = True
     assert found[there].any(-1).all()

@@ -125,8 +125,6 @@ def test_compiled_is_equal(
     compiler: str,
 ) -> None:
     """Without graph breaks, and without compiling again for a batch of another size."""
-    if operation == "patch_attention" and backend == "numba":
-        pytest.skip("the numba backend computes whole encoders only")
     weights = move(random_weights(self_blocks=0), device)
 
     def features(offsets: Tensor, genes: Tensor, values: Tensor) -> Tensor:
@@ -136,12 +134,14 @@ def test_compiled_is_equal(
 
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(features, fullgraph=True, backend=counter, dynamic=True)
+    compilations = set()
     with torch.no_grad():
         for lengths in ([5, 0, 17], [3, 1, 2, 40]):
             cells = random_cells(lengths).to(device)
             batch = (cells.offsets, cells.genes, cells.values)
             assert torch.equal(compiled(*batch), features(*batch))
-    assert counter.frame_count == 1
+            compilations.add(counter.frame_count)
+    assert len(compilations) == 1
 
 
 class Encoder(nn.Module):

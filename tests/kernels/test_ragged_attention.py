@@ -28,7 +28,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator)
 
 
-def per_entry(shared: bool = True) -> dict[str, Tensor]:
+Given = dict[str, Any]  # arguments by name; all but a few are tensors
+
+
+def per_entry(shared: bool = True) -> Given:
     return {
         "query": normal(1 if shared else CELLS, QUERIES, HEADS, HEAD_DIM),
         "key": normal(ENTRIES, HEADS, HEAD_DIM),
@@ -37,7 +40,7 @@ def per_entry(shared: bool = True) -> dict[str, Tensor]:
     }
 
 
-def gathered() -> dict[str, Tensor]:
+def gathered() -> Given:
     return {
         "query": normal(1, QUERIES, HEADS, HEAD_DIM),
         "key_table": normal(ROWS, HEADS, HEAD_DIM),
@@ -51,7 +54,7 @@ def gathered() -> dict[str, Tensor]:
     }
 
 
-def on(device: torch.device, given: dict[str, Tensor], *gradients: str) -> dict[str, Tensor]:
+def on(device: torch.device, given: Given, *gradients: str) -> Given:
     """The arguments on a device, new leaves for those that shall have gradients."""
     there = {name: tensor.to(device) for name, tensor in given.items()}
     return {
@@ -68,7 +71,7 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 # --- what is computed --------------------------------------------------------------------------
 
 
-def by_definition(given: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def by_definition(given: Given) -> tuple[np.ndarray, np.ndarray]:
     """Loops in NumPy."""
     a = {name: tensor.double().numpy() for name, tensor in given.items()}
     offsets = OFFSETS.numpy()
@@ -149,7 +152,7 @@ PARTS = ("key_part", "value_part")
 TENSORS = ("query", "key_table", "value_table", *PARTS, "bias")
 
 
-def gradients_of(given: dict[str, Tensor], backend: str, **options: Any) -> dict[str, Tensor]:
+def gradients_of(given: Given, backend: str, **options: Any) -> dict[str, Tensor]:
     torch.manual_seed(17)
     leaves = {name: tensor for name, tensor in given.items() if tensor.requires_grad}
     found = ragged_gather_cross_attention(**given, backend=backend, **options)
@@ -327,7 +330,7 @@ def test_a_set_transformer_trains_the_same(backend: str, device: torch.device) -
     ragged.load_state_dict(plain.state_dict())
     ragged.backend = backend
     sets = [normal(n, 22) for n in (5, 1, 17)]
-    losses = []
+    losses: list[list[float]] = []
     for model in (plain, ragged):
         optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
         losses.append([])

@@ -192,14 +192,29 @@ def test_training_drops_attention_also_without_gradients(
     assert_close(without.train().encode(cells), expected, tolerance=1e-6)
 
 
-def test_fast_backend_refuses_to_train(model: CellPatch) -> None:
-    cells = random_cells()
-    with pytest.raises(ValueError, match=r"numba backend serves inference only.*gradients"):
-        model.encode(cells, backend="numba")
-    with pytest.raises(ValueError, match="training mode"), torch.inference_mode():
-        model.train().encode(cells, backend="numba")
-    model.eval().requires_grad_(False)
-    assert model.encode(cells, backend="numba").shape == (5, 7, 5)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_fast_backend_trains(vocabulary: GeneVocabulary, dropout: float) -> None:
+    """A few steps towards a target, and with the same gradients as the reference's."""
+    torch.manual_seed(3)
+    config = CellPatchConfig(**{**vars(SMALL), "attention_dropout": dropout})
+    model, cells = CellPatch(config, vocabulary).train(), random_cells()
+    gradients = []
+    for backend in ("numba", "reference"):
+        model.zero_grad()
+        model.encode(cells, backend=backend).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    if not dropout:
+        for one, right in zip(*gradients, strict=True):
+            assert_close(one, right, tolerance=1e-4)  # two float32 results
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        optimiser.zero_grad()
+        loss = (model.encode(cells) - 1).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("gradients", [True, False])
