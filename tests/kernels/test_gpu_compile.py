@@ -101,7 +101,7 @@ def test_exponentials_bound_the_loop_over_entries_in_16_bit_types(compiled: Rows
     assert all(8 <= row["exp clocks per entry"] < 8.5 for row in loops)
 
 
-@pytest.mark.parametrize(("kernel", "most"), [("attend_slots", 9.0), ("differentiate_slots", 13.0)])
+@pytest.mark.parametrize(("kernel", "most"), [("attend_slots", 9.5), ("differentiate_slots", 13.0)])
 def test_ragged_attention_of_cellpatch_s_size_issues_few_instructions(
     compiled: Rows, kernel: str, most: float
 ) -> None:

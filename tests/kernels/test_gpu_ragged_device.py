@@ -62,9 +62,12 @@ def test_a_cell_s_bits_do_not_depend_on_its_batch() -> None:
     lengths = [1031, 3, 20_000, 0, 700]
     problem = on_gpu(lengths, torch.bfloat16, rows=60_000, amounts=6, **PAPER)
     output, _ = launch.forward(problem)
+    assert problem.ids is not None
+    assert problem.amounts is not None
     for cell, length in enumerate(lengths):
         first = int(problem.offsets[cell])
-        ids, amounts = (tensor[first : first + length] for tensor in (problem.ids, problem.amounts))
+        ids = problem.ids[first : first + length]
+        amounts = problem.amounts[first : first + length]
         offsets = torch.tensor([0, length], device="cuda")
         alone, _ = launch.forward(problem._replace(offsets=offsets, ids=ids, amounts=amounts))
         assert torch.equal(alone[0], output[cell])
