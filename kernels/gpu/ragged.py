@@ -17,7 +17,7 @@ entry, head and query: 32 against 256 at CellPatch's size.
 What an entry costs at CellPatch's size (64 queries, 2 heads of 16, bf16; both heads together): 3
 bytes of its id and amount from device memory, 128 of its rows from L2; 4,096 multiply-adds on the
 matrix units and 128 exponentials, which take 4 and 8 clocks of a multiprocessor of architecture 80;
-to issue all instructions of the loop takes 17 there, 14 on 90 and 16 on 100, counted in the machine
+to issue all instructions of the loop takes 16 there, 15 on 90 and 18 on 100, counted in the machine
 code (``bench/kernel_resources.py``; not timed). The kernel of the fused encoder needs 5: it knows
 the range of scores beforehand, which any other caller's keys do not allow.
 

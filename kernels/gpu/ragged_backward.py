@@ -31,8 +31,9 @@ heads together):
 - 128 exponentials: 8 clocks of a multiprocessor.
 
 In clocks per entry, counted in the machine code of the loop (``bench/kernel_resources.py``), the
-instructions take 24 on architecture 80, 20 on 90 and 22 on 100, the matrix units 11 on 80: issuing
-them bounds the kernel. None of this was timed. Dropped weights double it: of the four words of a
+instructions take 23 on architecture 80, 19 on 90 and 21 on 100, the matrix units 11 on 80: issuing
+them bounds the kernel. None of this was timed. Dropped weights triple it, in two
+blocks of 32 queries: of the four words of a
 Philox call each serves one entry, so that a weight costs a quarter of its ten rounds.
 """
 
