@@ -128,7 +128,7 @@ def check_attention(problem: RaggedAttention, *, differentiable_amounts: bool) -
     width = [problem.heads, problem.head_dim]
     names = ("key", "value") if ids is None else ("key_table", "value_table")
     for name, tensor in zip(names, (key, problem.value), strict=True):
-        if tensor.ndim != 3 or list(tensor.shape[1:]) != width or len(tensor) != len(key):
+        if tensor.ndim != 3 or list(tensor.shape[1:]) != width or tensor.shape[0] != key.shape[0]:
             raise ValueError(
                 f"{name} must be [{rows}, heads, head_dim] with {width} heads and head_dim, as "
                 f"query has, and as many {rows} as its twin; found shape {list(tensor.shape)}"

@@ -30,13 +30,15 @@ class RaggedAttention(NamedTuple):
     scale: float  # of scores
     dropout: float  # probability that a weight is dropped
 
+    # shapes rather than len(): an operator traced with symbolic shapes would fix a length
+
     @property
     def cells(self) -> int:
-        return len(self.offsets) - 1
+        return self.offsets.shape[0] - 1
 
     @property
     def entries(self) -> int:
-        return len(self.key if self.ids is None else self.ids)
+        return (self.key if self.ids is None else self.ids).shape[0]
 
     @property
     def queries(self) -> int:

@@ -126,7 +126,7 @@ def batch(cells: RaggedCells) -> tuple[Tensor, Tensor, Tensor]:
 @given(
     lengths=st.lists(st.integers(0, 37), min_size=1, max_size=5),
     heads=st.sampled_from([1, 3]),
-    head_dim=st.sampled_from([2, 7, 11]),
+    head_dim=st.sampled_from([3, 7, 11]),
     patches=st.sampled_from([1, 17, 67]),
     bins=st.sampled_from([None, 5]),
 )
