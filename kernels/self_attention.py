@@ -67,7 +67,8 @@ def ragged_self_attention(
         Factor of ``query · key``; None for 1 / sqrt(head_dim).
     max_length
         Entries of the longest cell, or more. None reads it from the offsets, for which a GPU is
-        waited for; where torch.compile traces for CUDA, it must be given.
+        waited for; where torch.compile traces for CUDA, it must be given. A GPU is not asked
+        whether it is right, but one that is too small ends in a device-side assertion.
     backend
         ``"reference"``, ``"memory_efficient"`` (PyTorch's own, on CPU and CUDA), ``"varlen"``
         (PyTorch's FlashAttention) or ``"flash_attn"`` (the package), the last two for half
@@ -119,6 +120,8 @@ def ragged_self_attention(
         return query + key + value  # as empty, and differentiable
     if max_length is None:
         max_length = longest(offsets)
+    else:  # kernels would leave the rest of a longer cell as they found it
+        torch._assert_async(offsets.diff().max() <= max_length, "a cell is longer than max_length")
     return _on_cuda(chosen, query, key, value, offsets.int(), max_length, scale)
 
 

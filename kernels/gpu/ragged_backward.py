@@ -30,11 +30,11 @@ heads together):
 - Matrix units: 10,240 multiply-adds in five products, 1,024 for the parts.
 - 128 exponentials: 8 clocks of a multiprocessor.
 
-In clocks per entry, counted in the machine code of the loop (``bench/kernel_resources.py``), the
+In clocks per entry, counted in the machine code of the loop (``bench/ragged_resources.py``), the
 instructions take 23 on architecture 80, 19 on 90 and 21 on 100, the matrix units 11 on 80: issuing
-them bounds the kernel. None of this was timed. Dropped weights triple it, in two
-blocks of 32 queries: of the four words of a
-Philox call each serves one entry, so that a weight costs a quarter of its ten rounds.
+them bounds the kernel. None of this was timed. Dropped weights triple it, in two blocks of 32
+queries: each of the four words of a Philox call serves one entry, so that a weight costs a quarter
+of its ten rounds.
 """
 
 from __future__ import annotations
