@@ -1,4 +1,4 @@
-"""The public functions of ragged attention: what they compute, and what they refuse."""
+"""The public functions of ragged attention: what they compute, and of use to whom."""
 
 from __future__ import annotations
 
@@ -18,49 +18,21 @@ from cellpatch_fast.kernels import (
 from cellpatch_fast.kernels.ragged import RaggedAttention
 from torch import Tensor, nn
 
-LENGTHS = [5, 0, 19, 1]
-CELLS, ENTRIES, ROWS, QUERIES, HEADS, HEAD_DIM = len(LENGTHS), sum(LENGTHS), 11, 7, 3, 13
-OFFSETS = torch.tensor([0, *LENGTHS]).cumsum(0)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(hash((shape, seed)) % 2**31)
-    return torch.randn(*shape, generator=generator)
-
-
-Given = dict[str, Any]  # arguments by name; all but a few are tensors
-
-
-def per_entry(shared: bool = True) -> Given:
-    return {
-        "query": normal(1 if shared else CELLS, QUERIES, HEADS, HEAD_DIM),
-        "key": normal(ENTRIES, HEADS, HEAD_DIM),
-        "value": normal(ENTRIES, HEADS, HEAD_DIM, seed=1),
-        "offsets": OFFSETS,
-    }
-
-
-def gathered() -> Given:
-    return {
-        "query": normal(1, QUERIES, HEADS, HEAD_DIM),
-        "key_table": normal(ROWS, HEADS, HEAD_DIM),
-        "value_table": normal(ROWS, HEADS, HEAD_DIM, seed=1),
-        "ids": (normal(ENTRIES).abs() * 100).long() % ROWS,
-        "offsets": OFFSETS,
-        "amounts": normal(ENTRIES, seed=2).abs(),
-        "key_part": normal(HEADS, HEAD_DIM),
-        "value_part": normal(HEADS, HEAD_DIM, seed=1),
-        "bias": normal(ENTRIES, HEADS, seed=3),
-    }
-
-
-def on(device: torch.device, given: Given, *gradients: str) -> Given:
-    """The arguments on a device, new leaves for those that shall have gradients."""
-    there = {name: tensor.to(device) for name, tensor in given.items()}
-    return {
-        name: tensor.clone().requires_grad_() if name in gradients else tensor
-        for name, tensor in there.items()
-    }
+from .ragged import (
+    CELLS,
+    ENTRIES,
+    HEAD_DIM,
+    HEADS,
+    LENGTHS,
+    OFFSETS,
+    PARTS,
+    QUERIES,
+    Given,
+    gathered,
+    normal,
+    on,
+    per_entry,
+)
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
@@ -148,7 +120,6 @@ def test_bins_are_rows_of_the_parts(backend: str, device: torch.device) -> None:
     assert_near(found.output, expected.output)
 
 
-PARTS = ("key_part", "value_part")
 TENSORS = ("query", "key_table", "value_table", *PARTS, "bias")
 
 
@@ -342,84 +313,3 @@ def test_a_set_transformer_trains_the_same(backend: str, device: torch.device) -
             losses[-1].append(loss.item())
     assert losses[0][0] > losses[0][-1]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
-
-
-# --- what is refused ---------------------------------------------------------------------------
-
-WRONG: list[Any] = [
-    pytest.param({"query": normal(QUERIES, HEADS, HEAD_DIM)}, r"query must be \[1 or", id="query"),
-    pytest.param(
-        {"query": normal(3, QUERIES, HEADS, HEAD_DIM)}, "3 sets of queries, but.* 4 cells",
-        id="number_of_queries",
-    ),
-    pytest.param(
-        {"key_table": normal(ROWS, HEADS, 12)}, r"key_table must be.*\[3, 13\].*12", id="head_dim"
-    ),
-    pytest.param(
-        {"value_table": normal(10, HEADS, HEAD_DIM)}, r"value_table must be.*as many rows",
-        id="rows",
-    ),
-    pytest.param({"ids": normal(ENTRIES)}, "ids must be.*float32", id="ids"),
-    pytest.param({"ids": torch.full((ENTRIES,), ROWS)}, "ids run from 11 to 11, .*10", id="id"),
-    pytest.param({"ids": torch.full((ENTRIES,), -1)}, "ids run from -1", id="negative_id"),
-    pytest.param({"offsets": OFFSETS.float()}, "offsets must be int32 or int64", id="offsets"),
-    pytest.param({"offsets": OFFSETS + 1}, "from 0 to the number of entries, 25", id="beyond"),
-    pytest.param(
-        {"offsets": torch.tensor([0, 6, 5, 24, 25])}, "offsets must not decrease", id="decreasing"
-    ),
-    pytest.param({"amounts": normal(3)}, r"amounts must be \[entries\], here \[25\]", id="amounts"),
-    pytest.param({"value_part": None}, "belong together", id="half_of_the_parts"),
-    pytest.param({"key_part": normal(HEADS, 5)}, "key_part and value_part must both", id="part"),
-    pytest.param(
-        {name: normal(5, HEADS, HEAD_DIM) for name in PARTS}, "bin need uint8 amounts",
-        id="bins_of_floats",
-    ),
-    pytest.param(
-        {
-            **{name: normal(5, HEADS, HEAD_DIM) for name in PARTS},
-            "amounts": torch.full((ENTRIES,), 5, dtype=torch.uint8),
-        },
-        "largest amount is 5, but there are 5 bins", id="bin",
-    ),
-    pytest.param({"bias": normal(ENTRIES, 2)}, r"bias must be.*\[25, 3\]; found.*2", id="bias"),
-    pytest.param({"key_table": normal(ROWS, HEADS, HEAD_DIM).half()}, "one dtype", id="dtypes"),
-    pytest.param({"dropout": 1.0}, "dropout must be at least 0 and below 1", id="dropout"),
-    pytest.param({"backend": "cuda"}, "unknown backend 'cuda'", id="unknown_backend"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "message"), WRONG)
-def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
-    for backend in ("reference", "numba"):
-        with pytest.raises(ValueError, match=message):
-            ragged_gather_cross_attention(**{**gathered(), "backend": backend, **change})
-
-
-def test_integers_are_no_queries() -> None:
-    with pytest.raises(ValueError, match=r"query must be float16.*found torch.int64"):
-        ragged_cross_attention(**{name: tensor.long() for name, tensor in per_entry().items()})
-
-
-def test_wide_heads_need_the_reference(backend: str, device: torch.device) -> None:
-    given = on(device, {"query": normal(1, 2, 1, 129), "key": normal(3, 1, 129)})
-    given |= {"value": given["key"], "offsets": torch.tensor([0, 3], device=device)}
-    with pytest.raises(ValueError, match=r"head_dim of 1 to 128, found 129: use.*reference"):
-        ragged_cross_attention(**given, backend=backend)
-    assert ragged_cross_attention(**given, backend="reference").output.shape == (1, 2, 1, 129)
-
-
-def test_float64_is_the_reference_s(backend: str, device: torch.device) -> None:
-    given = {name: t.double() if t.is_floating_point() else t for name, t in per_entry().items()}
-    given = on(device, given)
-    assert ragged_cross_attention(**given).output.dtype == torch.float64
-    with pytest.raises(ValueError, match=f"{backend} backend computes in float32"):
-        ragged_cross_attention(**given, backend=backend)
-
-
-def test_amounts_have_gradients_only_from_the_reference() -> None:
-    given = on(torch.device("cpu"), gathered(), "amounts")
-    with pytest.raises(ValueError, match="amounts receive no gradient: use backend='reference'"):
-        ragged_gather_cross_attention(**given, backend="numba")
-    ragged_gather_cross_attention(**given, backend="reference").output.sum().backward()
-    assert given["amounts"].grad is not None
-    assert given["amounts"].grad.any()
