@@ -220,9 +220,9 @@ def _default(scale: float | None, query: Tensor) -> float:
 
 
 def _cast(problem: RaggedAttention) -> RaggedAttention:
-    """All floating inputs of the products in autocast's dtype, where it is on."""
+    """Inputs of the products in autocast's dtype, where it is on; it leaves float64 alone."""
     device_type = problem.query.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.is_autocast_enabled(device_type) or problem.query.dtype == torch.float64:
         return problem
     dtype = torch.get_autocast_dtype(device_type)
     names = ("query", "key", "value", "key_part", "value_part")

@@ -242,6 +242,14 @@ def test_autocast_chooses_the_type(device: torch.device, backend: str) -> None:
     assert given["key_table"].grad.dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    given = {n: t.double() if t.is_floating_point() else t for n, t in gathered().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ragged_gather_cross_attention(**given)
+    assert found.output.dtype == torch.float64
+    assert torch.equal(found.output, ragged_gather_cross_attention(**given).output)
+
+
 def test_examples_in_docstrings_run() -> None:
     found = doctest.testmod(attention, extraglobs={"torch": torch})
     assert found.attempted > 10
