@@ -116,18 +116,16 @@ class RaggedVariant:
 
 
 def ragged_variants(architectures: Iterable[int], once: bool = False) -> list[RaggedVariant]:
-    """What is compiled; ``once``: one half type of wide heads, which the other repeats."""
+    """What is compiled; ``once``: one half type, which the other repeats, and the widest heads."""
     found = []
     for architecture in architectures:
-        for name in TYPES:
+        for name in ("float32", "bfloat16") if once else TYPES:
             for kernel in (ATTEND, DIFFERENTIATE):
                 narrow = RaggedVariant(architecture, name, kernel)
-                found.append(narrow)
                 wide = replace(narrow, head_dim=64, queries=256, gathered=False)
-                if not once or name != "float16":
-                    found += [wide, replace(wide, head_dim=128)]
+                found += [narrow, replace(wide, head_dim=128)]
                 if not once:
-                    found += [replace(narrow, binned=True), replace(wide, sorted=True)]
+                    found += [wide, replace(narrow, binned=True), replace(wide, sorted=True)]
                 if name == "bfloat16":
                     found.append(replace(narrow, binned=True, biased=True, sorted=True))
         found += [RaggedVariant(architecture, "bfloat16", kernel) for kernel in SMALL]

@@ -60,7 +60,7 @@ def differentiable(given: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [CASES[1], CASES[3]])
 def test_opcheck(case: str, backend: str, device: torch.device) -> None:
     """Schema, registration, fake implementation, and tracing of both directions."""
     given = differentiable(arguments(case, backend, device))
@@ -72,8 +72,9 @@ def test_opcheck(case: str, backend: str, device: torch.device) -> None:
     assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, torch.float32) for case in CASES), (CASES[3], torch.float16)]
+)
 def test_fake_tensors_are_like_the_real_ones(
     case: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
@@ -145,8 +146,7 @@ def test_a_compiled_training_step_has_the_gradients_of_eager(
                 assert (one - right).norm() <= 1e-5 * right.norm() + 1e-7
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize(("gather", "dropout"), [(False, 0.0), (True, 0.25)])
 def test_compiled_attention_has_the_gradients_of_eager(
     backend: str, device: torch.device, gather: bool, dropout: float
 ) -> None:

@@ -51,12 +51,14 @@ def names(rows: Rows) -> list[str]:
 
 def test_every_kernel_compiles_for_every_architecture_and_type(compiled: Rows) -> None:
     found = {(row["architecture"], row["type"], row["kernel"]) for row in compiled}
-    expected = set(itertools.product(ARCHITECTURES, TYPES, KERNELS + RAGGED))
+    expected = set(itertools.product(ARCHITECTURES, TYPES, KERNELS))
+    # float16 is bfloat16's code but for the format
+    expected |= set(itertools.product(ARCHITECTURES, ("float32", "bfloat16"), RAGGED))
     assert found == expected | set(itertools.product(ARCHITECTURES, ["bfloat16"], SUMS))
     for name, kernel in itertools.product(("float32", "bfloat16"), RAGGED):
         of_kernel = [r for r in compiled if (r["type"], r["kernel"]) == (name, kernel)]
         widths = {(row["architecture"], row["head_dim"]) for row in of_kernel}
-        assert widths == set(itertools.product(ARCHITECTURES, (16, 64, 128)))
+        assert widths == set(itertools.product(ARCHITECTURES, (16, 128)))
 
 
 def test_nothing_spills_to_local_memory(compiled: Rows) -> None:
@@ -112,6 +114,6 @@ def test_ragged_attention_of_cellpatch_s_size_issues_few_instructions(
         if row["kernel"] == kernel and row["head_dim"] == 16 and row["type"] != "float32"
     ]
     rows = [row for row in rows if not row["biased"]]
-    assert len(rows) == 6
+    assert len(rows) == 3
     assert all(row["issue clocks per entry"] < most for row in rows)
     assert all(4 <= row["exp clocks per entry"] < 4.5 for row in rows)
