@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 SCRIPT = Path(__file__).parents[2] / "bench/kernel_resources.py"
 ARCHITECTURES = (80, 90, 100)
@@ -33,16 +34,24 @@ Rows = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """One row per kernel, see ``bench/kernel_resources.py``."""
-    folder = tmp_path_factory.mktemp("resources")
+    """One row per kernel, see ``bench/kernel_resources.py``; compiled by one worker for all."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernel-resources"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "kernel-resources.json").exists():
+            compile_all(folder)
+    kernels: Rows = json.loads((folder / "kernel-resources.json").read_text())["kernels"]
+    return kernels
+
+
+def compile_all(folder: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    folder.mkdir(exist_ok=True)
     run = subprocess.run(
         [sys.executable, str(SCRIPT), "--once", "--output", str(folder)],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    kernels: Rows = json.loads((folder / "kernel-resources.json").read_text())["kernels"]
-    return kernels
 
 
 def names(rows: Rows) -> list[str]:
