@@ -1,8 +1,8 @@
 """Registered PyTorch operators: ``torch.ops.cellpatch.encode`` and ``.patch_attention``.
 
 Registered, so that torch.compile and torch.export see one opaque node with known output shapes.
-The operators are functional and have no gradient yet: where gradients are needed, `kernels.encode`
-runs the reference, whose gradients are PyTorch's own.
+The operators are functional and serve inference: where gradients are needed, `kernels.encode` makes
+the encoder of operators that have them, see `differentiable`.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ def _encode_fake(
 
 def _refuse_backward(context: object, *gradients: object) -> None:
     raise RuntimeError(
-        "torch.ops.cellpatch.* have no gradient; kernels.encode and kernels.patch_attention run "
-        "the reference where gradients are needed"
+        "torch.ops.cellpatch.encode and .patch_attention have no gradient: call kernels.encode or "
+        "kernels.patch_attention, which have"
     )
 
 
