@@ -19,14 +19,16 @@ if TYPE_CHECKING:
     from .genes import GeneVocabulary
     from .loader import CellLoader
     from .masking import Masking
-    from .model import CellPatch, accelerate
+    from .model import CellPatch, CellPatchAnnotator, MaskedGeneModel, accelerate
 
 __all__ = [
     "CellLoader",
     "CellPatch",
+    "CellPatchAnnotator",
     "CellPatchConfig",
     "GeneVocabulary",
     "InputError",
+    "MaskedGeneModel",
     "Masking",
     "RaggedCells",
     "accelerate",
@@ -44,9 +46,11 @@ __version__ = version("cellpatch-fast")
 _DEFINED_IN = {
     "CellLoader": "loader",
     "CellPatch": "model",
+    "CellPatchAnnotator": "model",
     "CellPatchConfig": "config",
     "GeneVocabulary": "genes",
     "InputError": "errors",
+    "MaskedGeneModel": "model",
     "Masking": "masking",
     "RaggedCells": "cells",
     "accelerate": "model",

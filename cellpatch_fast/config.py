@@ -43,6 +43,11 @@ class CellPatchConfig:
         The original code attends to its padding. A model trained that way may be run with
         the padding of a fixed length L: a cell with n genes gets (L - n) times the weight of
         token (gene 0, value 0). None: no padding.
+    decoder_self_attention_blocks, decoder_dropout
+        Of the decoder (pretraining): self-attention blocks among the genes to predict, and dropout
+        before its last layer.
+    head_dropout
+        Dropout in the annotation head.
     target_sum, value_clip, value_rounding
         Library size after normalisation; largest value after log1p (None: no clipping); how
         values become integers. ``"truncate"`` is what the released code does, ``"none"``
@@ -60,6 +65,9 @@ class CellPatchConfig:
     value_bins: int = 6
     attention_dropout: float = 0.1
     padded_length: int | None = None
+    decoder_self_attention_blocks: int = 1
+    decoder_dropout: float = 0.1
+    head_dropout: float = 0.1
     target_sum: float = 1e4
     value_clip: float | None = 5.0
     value_rounding: ValueRounding = "round"
@@ -67,15 +75,17 @@ class CellPatchConfig:
     def __post_init__(self) -> None:
         for name in ("max_genes", "patches", "dim", "heads", "mlp_dim", "value_bins"):
             _require_integer(name, getattr(self, name), 1)
-        _require_integer("self_attention_blocks", self.self_attention_blocks, 0)
+        for name in ("self_attention_blocks", "decoder_self_attention_blocks"):
+            _require_integer(name, getattr(self, name), 0)
         if self.projection_dim is not None:
             _require_integer("projection_dim", self.projection_dim, 1)
         if self.padded_length is not None:
             _require_integer("padded_length", self.padded_length, 0)
         if self.dim % self.heads:
             raise ValueError(f"dim ({self.dim}) must be a multiple of heads ({self.heads})")
-        if not 0 <= self.attention_dropout < 1:
-            raise ValueError(f"attention_dropout must be in [0, 1): {self.attention_dropout}")
+        for name in ("attention_dropout", "decoder_dropout", "head_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1): {getattr(self, name)}")
         if self.value_embedding not in ("affine", "binned"):
             raise ValueError(f"value_embedding must be affine or binned: {self.value_embedding!r}")
         if self.value_rounding not in ("round", "truncate", "none"):

@@ -66,8 +66,10 @@ class CellLoader:
         `TokenStream`) stays open.
     vocabulary, config
         The model's. Token stores know how they were made and need none; if given, they must fit.
-    batch_size, max_entries, shuffle, block_size, buffer_size, seed, drop_last, rank, world_size
+    batch_size, max_entries, shuffle, block_size, buffer_size, seed, drop_last
         How an epoch is cut into batches and ordered, see `sampling.Sampling`.
+    rank, world_size, share_batches
+        Which part of it this process takes, see there.
     weights
         With ``shuffle``: how often each cell comes, relative to the others, float [cells]; or the
         name of a categorical column of obs, whose categories then come equally often.
@@ -95,6 +97,8 @@ class CellLoader:
         What the codes of each categorical column of ``obs`` mean.
     epoch
         Number of the next epoch; set it to repeat or to resume.
+    first_batch
+        Batches that the next epoch leaves out at its beginning, to resume; only this epoch.
 
     Raises
     ------
@@ -126,6 +130,7 @@ class CellLoader:
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        share_batches: bool = False,
         weights: np.ndarray | str | None = None,
         rows: np.ndarray | Sequence[tuple[int, int]] | None = None,
         obs: Sequence[str] = (),
@@ -140,11 +145,11 @@ class CellLoader:
     ) -> None:
         self.sampling = Sampling(
             *(batch_size, max_entries, shuffle, block_size, buffer_size),
-            *(seed, drop_last, rank, world_size),
+            *(seed, drop_last, rank, world_size, share_batches),
         )
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, found {threads}")
-        self.device, self.epoch = torch.device(device), 0
+        self.device, self.epoch, self.first_batch = torch.device(device), 0, 0
         self._threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
         self._memory_limit, self._masking = memory_limit, masking
         self._opened: list[Stream] = []
@@ -230,8 +235,8 @@ class CellLoader:
         return batches_per_epoch(self.sampling, len(self._chosen))
 
     def __iter__(self) -> Generator[CellBatch]:
-        number = self.epoch
-        self.epoch += 1
+        number, first_batch = self.epoch, self.first_batch
+        self.epoch, self.first_batch = number + 1, 0
         assembly = Assembly(
             self._sources,
             self._chosen,
@@ -242,7 +247,8 @@ class CellLoader:
         )
         epoch = Epoch(self.sampling, assembly.lengths, len(self._chosen), number, self._weights)
         size = min(WINDOW_BYTES, self._memory_limit // WINDOWS_IN_MEMORY)
-        windows = epoch.windows(min(WINDOW_ENTRIES, size // assembly.entry_bytes))
+        entries = min(WINDOW_ENTRIES, size // assembly.entry_bytes)
+        windows = epoch.windows(entries, first_batch)
         return self._until_closed(run(assembly, windows, self._threads, self._memory_limit))
 
     def _until_closed(self, batches: Generator[CellBatch]) -> Generator[CellBatch]:

@@ -14,6 +14,9 @@ and not on threads, memory or timing, and it can be tested as sets of numbers.
 - The ranks of a distributed run take consecutive, equal parts of the order (their sizes differ
   by one cell at most), before windows are cut. All cells of an epoch thus come exactly once,
   whatever the world size. `Sampling.drop_last` makes the parts equal multiples of the batch.
+- Or (`Sampling.share_batches`) the ranks take consecutive, equal parts of every batch. The batches
+  are then those of a single process, so that training takes the same course on any number of
+  devices; each rank reads the blocks that all of them need.
 
 A *window* is what the loader reads, decodes and holds as one piece; it consists of whole batches.
 """
@@ -56,6 +59,8 @@ class Sampling:
         where no batch is complete.
     rank, world_size
         Which part of each epoch this process takes.
+    share_batches
+        Whether that is a part of each batch, instead of some of the batches.
 
     Raises
     ------
@@ -72,6 +77,7 @@ class Sampling:
     drop_last: bool = False
     rank: int = 0
     world_size: int = 1
+    share_batches: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_entries", "block_size", "buffer_size", "world_size"):
@@ -194,13 +200,39 @@ class Epoch:
         self._first, self._last = _part(sampling, cells)
 
     def __len__(self) -> int:
-        """Cells of this rank."""
+        """Cells of this rank, or of all ranks where they share batches."""
         return self._last - self._first
 
-    def windows(self, window_entries: int) -> Iterator[Window]:
-        """The windows, in order; ``window_entries`` matters in file order only."""
+    def windows(self, window_entries: int, first_batch: int = 0) -> Iterator[Window]:
+        """The windows, in order, from a batch on.
+
+        Parameters
+        ----------
+        window_entries
+            About the entries of a window; matters in file order only.
+        first_batch
+            Batches to leave out at the beginning.
+        """
         windows = self._shuffled() if self._sampling.shuffle else self._in_order(window_entries)
-        yield from windows
+        for window in windows:
+            batches = len(window.cuts) - 1
+            if first_batch < batches:
+                yield self._shared(_from_batch(window, first_batch))
+            first_batch = max(0, first_batch - batches)
+
+    def _shared(self, window: Window) -> Window:
+        """This rank's part of every batch, where batches are shared."""
+        sampling = self._sampling
+        if not sampling.share_batches or sampling.world_size == 1:
+            return window
+        starts, sizes = window.cuts[:-1], np.diff(window.cuts)
+        firsts, lasts = (
+            starts + sizes * rank // sampling.world_size
+            for rank in (sampling.rank, sampling.rank + 1)
+        )
+        parts = [window.positions[i:j] for i, j in zip(firsts, lasts, strict=True)]
+        cuts = np.concatenate([[0], np.cumsum(lasts - firsts)])
+        return Window(np.concatenate(parts), cuts)
 
     def _in_order(self, window_entries: int) -> Iterator[Window]:
         """Batches in file order, as many per window as stay within ``window_entries``."""
@@ -227,7 +259,8 @@ class Epoch:
         size = -(-sampling.buffer_size // sampling.batch_size) * sampling.batch_size
         for number, start in enumerate(range(self._first, self._last, size)):
             positions = self._ordered(start, min(start + size, self._last))
-            positions = self._random(CELLS, sampling.rank, number).permutation(positions)
+            rank = 0 if sampling.share_batches else sampling.rank
+            positions = self._random(CELLS, rank, number).permutation(positions)
             offsets = np.concatenate([[0], np.cumsum(self._lengths(positions))])
             yield Window(positions, _cuts(offsets, sampling.batch_size, sampling.max_entries))
 
@@ -291,12 +324,19 @@ def batches_per_epoch(sampling: Sampling, cells: int) -> int:
 
 
 def _part(sampling: Sampling, cells: int) -> tuple[int, int]:
-    """The part of the order that this rank takes."""
+    """The part of the order that this rank takes, or takes its parts of batches from."""
     rank, ranks = sampling.rank, sampling.world_size
+    if sampling.share_batches:
+        rank, ranks = 0, 1
     if sampling.drop_last:
         part = cells // (ranks * sampling.batch_size) * sampling.batch_size
         return rank * part, (rank + 1) * part
     return cells * rank // ranks, cells * (rank + 1) // ranks
+
+
+def _from_batch(window: Window, first: int) -> Window:
+    """The window without its first batches."""
+    return Window(window.positions[window.cuts[first] :], window.cuts[first:] - window.cuts[first])
 
 
 def _cuts(offsets: np.ndarray, batch_size: int, max_entries: int | None) -> np.ndarray:

@@ -230,7 +230,7 @@ def test_two_processes_do_not_write_to_one_output(
     second = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     os.kill(first.process, signal.SIGCONT)
     assert second.returncode == 1
-    assert "another process is writing this store" in second.stderr
+    assert "another process is writing there" in second.stderr
     assert first.wait() == 0
 
 

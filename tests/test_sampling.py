@@ -18,9 +18,10 @@ def windows_of(
     number: int = 0,
     weights: np.ndarray | None = None,
     window_entries: int = 1 << 20,
+    first_batch: int = 0,
 ) -> list[Window]:
     epoch = Epoch(sampling, lambda positions: lengths[positions], len(lengths), number, weights)
-    return list(epoch.windows(window_entries))
+    return list(epoch.windows(window_entries, first_batch))
 
 
 def batches_of(windows: list[Window]) -> list[np.ndarray]:
@@ -139,6 +140,34 @@ def test_weights_hold_on_average() -> None:
             counts += np.bincount(batch, minlength=len(weights))
     # systematic sampling: a cell's count per epoch varies by less than one, s.d. at most 0.5
     np.testing.assert_allclose(counts / 400, weights * 35 / weights.sum(), atol=4 * 0.5 / 20)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    options=samplings,
+    cells=st.integers(1, 300),
+    world_size=st.integers(1, 5),
+    first_batch=st.integers(0, 12),
+    window_entries=st.integers(1, 3_000),
+)
+def test_ranks_that_share_batches_have_those_of_one_process(
+    options: dict[str, Any], cells: int, world_size: int, first_batch: int, window_entries: int
+) -> None:
+    """Also when an epoch is begun in its middle."""
+    lengths = np.random.default_rng(cells).integers(0, 50, cells)
+    whole = batches_of(windows_of(Sampling(**options), lengths))[first_batch:]
+    parts = []
+    for rank in range(world_size):
+        sampling = Sampling(**options, rank=rank, world_size=world_size, share_batches=True)
+        windows = windows_of(
+            sampling, lengths, window_entries=window_entries, first_batch=first_batch
+        )
+        parts.append(batches_of(windows))
+        assert len(parts[-1]) == max(0, batches_per_epoch(sampling, cells) - first_batch)
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert np.array_equal(batch, np.concatenate(shares))
+        sizes = [len(share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
 
 
 def test_file_order_is_file_order() -> None:

@@ -80,7 +80,7 @@ class PartialStore(ABC):
         self.store, self.work = self.partial / STORE, self.partial / WORK
         self.settings = json.loads(json.dumps(settings))
         self._prepared = False
-        self._lock: int | None = _locked(self.partial)
+        self._lock: int | None = locked(self.partial)
         try:
             if not overwrite and is_taken(output):
                 raise InputError(f"{output} exists: another process has just made it")
@@ -187,7 +187,7 @@ class PartialStore(ABC):
             raise InputError(
                 f"{self.partial} holds the unfinished work of a run with other settings. Repeat "
                 "that run to finish it, or start anew with --overwrite "
-                f"(overwrite=True).{_differences(before, now)}"
+                f"(overwrite=True).{differences(before, now)}"
             )
 
 
@@ -228,7 +228,7 @@ def finished_counts(output: Path, attribute: str, settings: Mapping[str, Any]) -
         before = facts["settings"] if facts else {}
         raise InputError(
             f"{output} exists and was made with other settings: choose another output, or "
-            f"replace it with --overwrite (overwrite=True).{_differences(before, settings)}"
+            f"replace it with --overwrite (overwrite=True).{differences(before, settings)}"
         )
     return dict(facts["counts"])
 
@@ -259,7 +259,7 @@ def tidy(output: Path) -> None:
     partial = partial_of(output)
     if partial.is_dir() and {path.name for path in partial.iterdir()} <= OURS - {STORE}:
         with contextlib.suppress(InputError):  # another process is at work there
-            lock = _locked(partial)
+            lock = locked(partial)
             _remove(partial)
             os.close(lock)
 
@@ -278,7 +278,7 @@ def to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The settings that differ, one per line, to end a message with."""
     keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
     return "".join(
@@ -297,7 +297,7 @@ def _remove(partial: Path) -> None:
     partial.rmdir()
 
 
-def _locked(partial: Path) -> int:
+def locked(partial: Path) -> int:
     """Make the folder and lock it; the system takes the lock back when the process ends."""
     while True:
         partial.mkdir(parents=True, exist_ok=True)
@@ -308,7 +308,7 @@ def _locked(partial: Path) -> int:
         except BlockingIOError as error:
             os.close(lock)
             raise InputError(
-                f"{partial}: another process is writing this store; wait until it is done"
+                f"{partial}: another process is writing there; wait until it is done"
             ) from error
         except OSError as error:
             logger.warning(

@@ -1,7 +1,18 @@
-"""The CellPatch encoder: the module, its directory on disk, and the original's models."""
+"""The CellPatch models: the modules, their directory on disk, and the original's models."""
 
+from .annotator import CellPatchAnnotator
+from .decoder import MaskedGeneModel
 from .encoder import CellPatch, Pool, pool
 from .live import accelerate, restore
 from .storage import fingerprint
 
-__all__ = ["CellPatch", "Pool", "accelerate", "fingerprint", "pool", "restore"]
+__all__ = [
+    "CellPatch",
+    "CellPatchAnnotator",
+    "MaskedGeneModel",
+    "Pool",
+    "accelerate",
+    "fingerprint",
+    "pool",
+    "restore",
+]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -84,14 +84,7 @@ class CellPatch(StoredModel):
     def reset_parameters(self) -> None:
         """Draw new random weights from PyTorch's global generator."""
         nn.init.normal_(self.patches)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):  # attention's output projections too
-                nn.init.xavier_uniform_(module.weight)
-            elif isinstance(module, nn.MultiheadAttention):
-                nn.init.xavier_uniform_(module.in_proj_weight)
-                nn.init.zeros_(module.in_proj_bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight)
+        draw_weights(self)
 
     @classmethod
     def from_original(
@@ -102,8 +95,8 @@ class CellPatch(StoredModel):
         vocabulary: str | os.PathLike[str] | GeneVocabulary,
         value_rounding: ValueRounding = "truncate",
         padded_length: int | None = None,
-    ) -> CellPatch:
-        """The encoder of a checkpoint of the original code.
+    ) -> Self:
+        """The encoder (or all of a `MaskedGeneModel`) of a checkpoint of the original code.
 
         Parameters
         ----------
@@ -121,9 +114,9 @@ class CellPatch(StoredModel):
 
         Returns
         -------
-        CellPatch
-            In evaluation mode. Decoder and annotation head are not part of an encoder: a log
-            line says how many of their tensors were left out.
+        Self
+            In evaluation mode. A log line says how many tensors were left out: decoder and
+            annotation head are not part of an encoder.
 
         Raises
         ------
@@ -189,6 +182,10 @@ class CellPatch(StoredModel):
 
     forward = encode
 
+    def encoder_state(self) -> dict[str, Tensor]:
+        """The state dict without what a subclass adds to the encoder."""
+        return {n: t for n, t in self.state_dict().items() if not n.startswith(self._own_parts)}
+
     def encoder_weights(self) -> EncoderWeights:
         """The parameters as the kernels take them: the same tensors, no copies."""
         return gather_weights(
@@ -237,6 +234,18 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.dim)
 
 
+def draw_weights(model: nn.Module) -> None:
+    """New random weights for the layers in ``model``: Xavier uniform, embeddings N(0, 1)."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):  # attention's output projections too
+            nn.init.xavier_uniform_(module.weight)
+        elif isinstance(module, nn.MultiheadAttention):
+            nn.init.xavier_uniform_(module.in_proj_weight)
+            nn.init.zeros_(module.in_proj_bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+
+
 def pool(features: Tensor, how: Pool) -> Tensor:
     """One vector per cell from its patch features [cells, patches, E].
 
@@ -264,34 +273,35 @@ def gather_weights(
     projected: bool,
 ) -> EncoderWeights:
     """The kernels' view of an encoder whose parameters are looked up by `CellPatch`'s names."""
-
-    def block(name: str) -> BlockWeights:
-        return BlockWeights(
-            in_weight=tensor(f"{name}.attention.in_proj_weight"),
-            in_bias=tensor(f"{name}.attention.in_proj_bias"),
-            out_weight=tensor(f"{name}.attention.out_proj.weight"),
-            out_bias=tensor(f"{name}.attention.out_proj.bias"),
-            attention_norm_weight=tensor(f"{name}.attention_norm.weight"),
-            attention_norm_bias=tensor(f"{name}.attention_norm.bias"),
-            up_weight=tensor(f"{name}.mlp.0.weight"),
-            up_bias=tensor(f"{name}.mlp.0.bias"),
-            down_weight=tensor(f"{name}.mlp.2.weight"),
-            down_bias=tensor(f"{name}.mlp.2.bias"),
-            mlp_norm_weight=tensor(f"{name}.mlp_norm.weight"),
-            mlp_norm_bias=tensor(f"{name}.mlp_norm.bias"),
-        )
-
     return EncoderWeights(
         heads=heads,
         genes=tensor("gene_embedding.weight"),
         patches=tensor("patches"),
-        cross=block("cross_block"),
-        self_blocks=tuple(block(f"self_blocks.{i}") for i in range(self_blocks)),
+        cross=block_weights(tensor, "cross_block"),
+        self_blocks=tuple(block_weights(tensor, f"self_blocks.{i}") for i in range(self_blocks)),
         value_weight=None if binned else tensor("value_embedding.weight")[:, 0],
         value_bias=None if binned else tensor("value_embedding.bias"),
         value_bins=tensor("value_embedding.weight") if binned else None,
         projection_weight=tensor("projection.weight") if projected else None,
         projection_bias=tensor("projection.bias") if projected else None,
+    )
+
+
+def block_weights(tensor: Callable[[str], Tensor], name: str) -> BlockWeights:
+    """The kernels' view of the `Block` called ``name``, its parameters looked up by ``tensor``."""
+    return BlockWeights(
+        in_weight=tensor(f"{name}.attention.in_proj_weight"),
+        in_bias=tensor(f"{name}.attention.in_proj_bias"),
+        out_weight=tensor(f"{name}.attention.out_proj.weight"),
+        out_bias=tensor(f"{name}.attention.out_proj.bias"),
+        attention_norm_weight=tensor(f"{name}.attention_norm.weight"),
+        attention_norm_bias=tensor(f"{name}.attention_norm.bias"),
+        up_weight=tensor(f"{name}.mlp.0.weight"),
+        up_bias=tensor(f"{name}.mlp.0.bias"),
+        down_weight=tensor(f"{name}.mlp.2.weight"),
+        down_bias=tensor(f"{name}.mlp.2.bias"),
+        mlp_norm_weight=tensor(f"{name}.mlp_norm.weight"),
+        mlp_norm_bias=tensor(f"{name}.mlp_norm.bias"),
     )
 
 

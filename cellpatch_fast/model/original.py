@@ -5,8 +5,9 @@ they are is told by the names of their parameters alone; their package is never 
 `original_name` is the one translation of names, for checkpoints here and for live objects in
 `live`.
 
-A checkpoint must hold every tensor of the encoder that its arguments describe, in the right
-shape, and nothing that is unknown. Decoder and annotation head are known, and left out.
+A checkpoint must hold every tensor of the model that its arguments describe, in the right shape,
+and nothing that is unknown. What is known and not part of the model is left out: decoder and
+annotation head of a plain encoder, say.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ logger = logging.getLogger(__name__)
 
 CellPatchT = TypeVar("CellPatchT", bound=CellPatch)
 
-# Parts of a checkpoint that the encoder does not have, by how their names start.
+# Parts of a checkpoint beside the encoder: how their names start there, and here.
 OTHER_PARTS = {
-    "decoder": "decoder_",
-    "annotation head": "lp_",
-    "value norm (not used by the released model)": "count2vector_norm.",
+    "decoder": ("decoder_", "decoder."),
+    "annotation head": ("lp_", "head."),
+    "value norm (not used by the released model)": ("count2vector_norm.", "value_norm."),
 }
 
 
@@ -51,6 +52,20 @@ def original_name(name: str) -> str:
     'self_extract_blocks_mlp_norm.1.bias'
     """
     for ours, theirs in (
+        (r"decoder\.expansion\.", "decoder_reverse_projection."),
+        (r"decoder\.cross_block\.attention(_norm)?\.", r"decoder_extract_blocks_attn\1."),
+        (r"decoder\.cross_block\.mlp(_norm)?\.", r"decoder_extract_blocks_mlp\1."),
+        (
+            r"decoder\.self_blocks\.(\d+)\.attention(_norm)?\.",
+            r"decoder_selfattn_blocks_attn\2.\1.",
+        ),
+        (r"decoder\.self_blocks\.(\d+)\.mlp(_norm)?\.", r"decoder_selfattn_blocks_mlp\2.\1."),
+        (r"decoder\.output\.", "decoder_projection."),
+        (r"head\.expansion\.", "lp_linear_probe_0."),
+        (r"head\.expansion_norm\.", "lp_norm."),
+        (r"head\.first\.", "lp_fc1."),
+        (r"head\.second\.", "lp_fc2."),
+        (r"head\.output\.", "lp_fc3."),
         (r"gene_embedding\.", "gene2vector."),
         (r"value_embedding\.", "count2vector."),
         (r"patches", "pathway_token"),
@@ -74,8 +89,9 @@ def import_checkpoint(
     vocabulary: str | os.PathLike[str] | GeneVocabulary,
     value_rounding: ValueRounding,
     padded_length: int | None,
+    **extras: Any,
 ) -> CellPatchT:
-    """See `CellPatch.from_original`."""
+    """See `CellPatch.from_original`; ``extras`` are further arguments of the constructor."""
     from cellpatch_fast.genes import GeneVocabulary
 
     checkpoint = Path(checkpoint)
@@ -83,36 +99,34 @@ def import_checkpoint(
     config = _read_config(args, state, value_rounding, padded_length)
     if not isinstance(vocabulary, GeneVocabulary):
         vocabulary = GeneVocabulary.from_original(Path(vocabulary))
-    model = empty(model_class, config, vocabulary, checkpoint)
+    model = empty(model_class, config, vocabulary, checkpoint, **extras)
 
-    encoder = {
-        name: tensor
-        for name, tensor in state.items()
-        if not name.startswith(tuple(OTHER_PARTS.values()))
+    own = {name: original_name(name) for name in model.state_dict()}
+    left_out = {
+        part: [name for name in state if name.startswith(theirs)]
+        for part, (theirs, ours) in OTHER_PARTS.items()
+        if not any(name.startswith(ours) for name in own)
     }
-    shapes = {original_name(name): list(t.shape) for name, t in model.state_dict().items()}
+    others = {name for names in left_out.values() for name in names}
+    found = {name: tensor for name, tensor in state.items() if name not in others}
+    shapes = {own[name]: list(t.shape) for name, t in model.state_dict().items()}
     shapes["pathway_token"].insert(0, 1)  # the original's patches are [1, p, D]
-    problems = misfits(shapes, encoder)
+    problems = misfits(shapes, found)
     if problems:
         raise InputError(
-            f"{checkpoint} does not hold the encoder that args describe (was it trained with "
-            f"other arguments?):{listed(problems)}"
+            f"{checkpoint} does not hold the model that args describe (was it trained with other "
+            f"arguments, or is it no {model_class.__name__}?):{listed(problems)}"
         )
-    encoder["pathway_token"] = encoder["pathway_token"][0]
+    found["pathway_token"] = found["pathway_token"][0]
     # clones, because tensors of a checkpoint may share memory
-    model.load_state_dict(
-        {name: encoder[original_name(name)].clone() for name in model.state_dict()}, assign=True
-    )
-    left_out = [
-        f"{number} of the {part}"
-        for part, prefix in OTHER_PARTS.items()
-        if (number := sum(name.startswith(prefix) for name in state))
-    ]
+    model.load_state_dict({name: found[own[name]].clone() for name in own}, assign=True)
     logger.warning(
-        "%s: loaded the %d tensors of the encoder; left out: %s",
+        "%s: loaded the %d tensors of the %s; left out: %s",
         checkpoint,
-        len(encoder),
-        ", ".join(left_out) or "none",
+        len(found),
+        model_class.__name__,
+        ", ".join(f"{len(names)} of the {part}" for part, names in left_out.items() if names)
+        or "none",
     )
     return model.eval()
 
@@ -185,7 +199,12 @@ def _read_config(
             f"{source}: log_transform is false, but only models of log-transformed values are "
             "supported"
         )
-    mlp = state.get("cross_extract_blocks_mlp.0.weight")  # no argument tells its width
+    # no argument tells these
+    mlp = state.get("cross_extract_blocks_mlp.0.weight")
+    decoder_blocks = CellPatchConfig.decoder_self_attention_blocks
+    if any(name.startswith("decoder_projection.") for name in state):
+        pattern = r"decoder_selfattn_blocks_attn\.\d+\.in_proj_weight"
+        decoder_blocks = sum(re.fullmatch(pattern, name) is not None for name in state)
     try:
         return CellPatchConfig(
             max_genes=args["max_gene_num"],
@@ -195,6 +214,7 @@ def _read_config(
             mlp_dim=CellPatchConfig.mlp_dim if mlp is None else len(mlp),
             self_attention_blocks=args["encoder_self_attn_depth"],
             projection_dim=args.get("encoder_projection_dim"),
+            decoder_self_attention_blocks=decoder_blocks,
             value_rounding=value_rounding,
             padded_length=padded_length,
         )

@@ -1,4 +1,8 @@
-"""The model directory: ``config.json``, ``model.safetensors`` and ``vocabulary.json``.
+"""The model directory: ``config.json``, ``model.safetensors``, ``vocabulary.json``.
+
+An annotator's has ``classes.json`` as well. Every model is an encoder with or without more (a
+decoder, an annotation head): the tensors of the encoder have the same names in all of them, so any
+directory can be loaded as a plain encoder.
 
 A directory is complete when it has its ``config.json``: everything is first written beside it,
 then moved in with ``config.json`` last, so a save that is killed or runs out of disk leaves
@@ -25,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -39,7 +43,9 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 VOCABULARY = "vocabulary.json"
+CLASSES = "classes.json"
 FILES = (CONFIG, WEIGHTS, VOCABULARY)
+PARTS = ("decoder.", "head.")  # how the names of tensors beyond the encoder's start
 
 ModelT = TypeVar("ModelT", bound="StoredModel")
 
@@ -52,11 +58,14 @@ class StoredModel(
 ):
     """A module that is saved in a model directory.
 
-    A subclass is constructed from a configuration and a vocabulary, and keeps both.
+    A subclass is constructed from a configuration and a vocabulary, and keeps both. One that needs
+    more says which file holds it (`_extra_files`) and reads it (`_read_extras`).
     """
 
     config: CellPatchConfig
     vocabulary: GeneVocabulary
+    _own_parts: tuple[str, ...] = ()  # those of `PARTS` that the model has
+    _extra_files: tuple[str, ...] = ()
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -177,12 +186,22 @@ class StoredModel(
                 f"{directory} is not a complete model directory: {', '.join(missing)} is missing. "
                 "Save the model again, or check the path"
             )
+        missing = [name for name in cls._extra_files if not (directory / name).is_file()]
+        if missing:
+            raise InputError(
+                f"{directory} holds a model, but no {cls.__name__}: {', '.join(missing)} is missing"
+            )
         from cellpatch_fast.genes import GeneVocabulary
 
         config = _read_config(directory / CONFIG)
         vocabulary = GeneVocabulary.load(directory / VOCABULARY)
-        state = _read_tensors(directory / WEIGHTS)
-        model = empty(cls, config, vocabulary, directory)
+        others = tuple(set(PARTS) - set(cls._own_parts))
+        state = {
+            name: tensor
+            for name, tensor in _read_tensors(directory / WEIGHTS).items()
+            if not name.startswith(others)
+        }
+        model = empty(cls, config, vocabulary, directory, **cls._read_extras(directory))
         problems = misfits({name: t.shape for name, t in model.state_dict().items()}, state)
         if problems:
             raise InputError(
@@ -192,24 +211,56 @@ class StoredModel(
         model.load_state_dict(state, assign=True)
         return model
 
+    @classmethod
+    def _read_extras(cls, directory: Path) -> dict[str, Any]:
+        """Further arguments of the constructor."""
+        return {}
+
+
+def local_directory(name: str | os.PathLike[str]) -> Path:
+    """A model directory on this machine: ``name`` itself, or a copy of that repository of the Hub.
+
+    Raises
+    ------
+    InputError
+        If there is neither.
+    """
+    return Path(name) if Path(name).exists() else _fetch(os.fspath(name))
+
+
+def parts_of(directory: Path) -> set[str]:
+    """Which of `PARTS` the model in a directory has; none where there is no readable model."""
+    try:
+        with safe_open(directory / WEIGHTS, framework="pt") as tensors:
+            names = list(tensors.keys())
+    except (OSError, SafetensorError):
+        return set()  # loading says what is wrong with it
+    return {part for part in PARTS if any(name.startswith(part) for name in names)}
+
 
 def fingerprint(model: StoredModel) -> str:
-    """SHA-256 over configuration, vocabulary and weights, in hexadecimal.
+    """SHA-256 over configuration, vocabulary and the encoder's weights, in hexadecimal.
 
-    Equal for equal models, wherever and whenever they were saved and loaded; any changed
-    setting, gene or bit of a weight changes it.
+    Equal for models that embed equally, wherever and whenever they were saved and loaded; any
+    changed setting, gene or bit of a weight of the encoder changes it.
     """
     digest = hashlib.sha256()
     digest.update(json.dumps(dataclasses.asdict(model.config), sort_keys=True).encode())
     digest.update(model.vocabulary.fingerprint.encode())
     for name, tensor in sorted(_state(model).items()):
+        if name.startswith(PARTS):
+            continue
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def empty(
-    model_class: type[ModelT], config: CellPatchConfig, vocabulary: GeneVocabulary, source: Path
+    model_class: type[ModelT],
+    config: CellPatchConfig,
+    vocabulary: GeneVocabulary,
+    source: Path,
+    **extras: Any,
 ) -> ModelT:
     """A model without memory for its weights, to be filled by ``load_state_dict(assign=True)``.
 
@@ -217,7 +268,7 @@ def empty(
     """
     try:
         with torch.device("meta"):
-            return model_class(config, vocabulary)
+            return model_class(config, vocabulary, **extras)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
 
@@ -256,6 +307,7 @@ def _move_files(staging: Path, directory: Path) -> None:
     """Move a complete model into ``directory``, which counts as complete by its config.json."""
     directory.mkdir(exist_ok=True)
     (directory / CONFIG).unlink(missing_ok=True)
+    (directory / CLASSES).unlink(missing_ok=True)  # of another model, maybe
     for file in sorted(staging.iterdir(), key=lambda file: file.name == CONFIG):  # it comes last
         os.replace(file, directory / file.name)
 
@@ -279,7 +331,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _fetch(name: str, **options: Any) -> Path:
     """Download a model directory from the Hugging Face Hub, all files of one revision."""
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES), **options))
+        return Path(snapshot_download(name, allow_patterns=[*FILES, CLASSES], **options))
     except HFValidationError as error:  # no repository can have such a name: it is a path
         raise InputError(f"there is no model directory {name}: check the path") from error
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:

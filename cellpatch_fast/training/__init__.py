@@ -1,1 +1,7 @@
-"""Pretraining, fine-tuning and what is said of their outcome."""
+"""Training: pretraining by masked gene modelling, and fine-tuning for cell type annotation."""
+
+from .loop import History
+from .pretraining import pretrain
+from .settings import FinetuningSettings, PretrainingSettings
+
+__all__ = ["FinetuningSettings", "History", "PretrainingSettings", "pretrain"]

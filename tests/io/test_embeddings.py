@@ -316,7 +316,7 @@ def test_damaged_unfinished_store(output: Path) -> None:
 def test_second_writer_is_refused(output: Path) -> None:
     with open_writer(output):
         for overwrite in (False, True):
-            with pytest.raises(InputError, match="another process is writing this store"):
+            with pytest.raises(InputError, match="another process is writing there"):
                 open_writer(output, overwrite)
     open_writer(output).close()
 

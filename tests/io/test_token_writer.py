@@ -303,7 +303,7 @@ def test_unfinished_embeddings_are_not_continued_as_tokens(output: Path) -> None
 def test_second_writer_is_refused(output: Path) -> None:
     with (
         open_writer(output, 3),
-        pytest.raises(InputError, match="another process is writing this store"),
+        pytest.raises(InputError, match="another process is writing there"),
     ):
         open_writer(output, 3, overwrite=True)
     open_writer(output, 3).close()

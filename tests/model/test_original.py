@@ -69,7 +69,7 @@ def test_what_is_left_out_is_reported(
         CellPatch.from_original(**files(pretrain))
     (record,) = caplog.records
     message = record.getMessage()
-    assert "best.pth: loaded the 42 tensors of the encoder" in message
+    assert "best.pth: loaded the 42 tensors of the CellPatch" in message
     assert "28 of the decoder" in message
     assert "2 of the value norm" in message
     assert len(pretrain.state) == 42 + 28 + 2
@@ -84,7 +84,7 @@ def test_every_tensor_that_does_not_fit_is_listed(pretrain: Any, files: Files) -
     with pytest.raises(InputError) as caught:
         CellPatch.from_original(**paths)
     first, *problems = str(caught.value).splitlines()
-    assert first.startswith(f"{paths['checkpoint']} does not hold the encoder that args describe")
+    assert first.startswith(f"{paths['checkpoint']} does not hold the model that args describe")
     assert sorted(problems) == [
         "  gene2vector.weight: has shape [599, 32], expected [600, 32]",
         "  pathway_token: missing",

@@ -1,0 +1,133 @@
+"""The processes of a training run: one per device, started by ``torchrun``, or just this one.
+
+Under ``torchrun`` each process finds its place in the environment; without it there is one process.
+The collective operations here are a few numbers per step; gradients are DistributedDataParallel's.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ..embedding import usable_device
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of a run. A context manager, which ends the group.
+
+    Parameters
+    ----------
+    rank, world_size
+        Number of this process, and how many there are.
+    device
+        Where it computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @classmethod
+    def join(
+        cls, device: torch.device | str | None = None, devices: int | None = None
+    ) -> Processes:
+        """Take this process's place in the run.
+
+        Parameters
+        ----------
+        device
+            Where to compute; None for the GPU of this process where there is one. With several
+            processes on GPUs, each takes its own.
+        devices
+            Number of processes that is expected; None for any.
+
+        Raises
+        ------
+        InputError
+            If there are other numbers of processes or devices than asked for.
+        """
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        if devices not in (None, world_size):
+            raise InputError(
+                f"{devices} devices were asked for, but this run has {world_size} processes: start "
+                f"it with cellpatch pretrain --devices {devices}, or with torchrun "
+                f"--nproc-per-node {devices}"
+            )
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        place = torch.device(device)
+        if place.type == "cuda" and world_size > 1:
+            place = torch.device("cuda", local_rank)
+        place = usable_device(place)
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+        if world_size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        return cls(rank, world_size, place)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes and reports."""
+        return self.rank == 0
+
+    def sum(self, values: np.ndarray | Sequence[float]) -> np.ndarray:
+        """float64: the sum of all processes' values, the same in each of them."""
+        total = torch.as_tensor(np.asarray(values, np.float64), device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.cpu().numpy()
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def started() -> bool:
+    """Whether this process is one of those that ``torchrun`` has started."""
+    return "WORLD_SIZE" in os.environ
+
+
+def launch(devices: int, arguments: Sequence[str]) -> int:
+    """Run ``cellpatch`` with these arguments in one process per device; returns the exit code.
+
+    Raises
+    ------
+    InputError
+        If there are fewer GPUs than that.
+    """
+    if (
+        torch.cuda.is_available()
+        and torch.cuda.device_count() < devices
+        and ("--device" not in arguments)
+    ):
+        raise InputError(
+            f"{devices} devices were asked for, but there are {torch.cuda.device_count()} GPUs: "
+            "ask for fewer, or for --device cpu"
+        )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(devices), "-m", "cellpatch_fast.cli", *arguments]
+    return subprocess.call(command)

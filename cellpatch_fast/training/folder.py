@@ -1,0 +1,261 @@
+"""The folder of a training run: what it was asked for, how it went, and where it stands.
+
+::
+
+    OUTPUT/
+        training.json      settings and versions; what makes another run another run
+        checkpoint.pt      weights, optimiser, place in the data: all that is needed to go on
+        steps.csv          one row per so many steps
+        epochs.csv         one row per epoch
+        tensorboard/       the same numbers, where TensorBoard is installed
+        config.json …      the model so far, see `model.storage`
+
+A checkpoint replaces the one before in one step, and knows how long the tables were when it was
+written: whatever a killed run wrote beyond is cut off when it goes on. A run with other settings
+does not go on; it is refused, with the difference named. Nothing in a checkpoint can hold code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import pickle
+import platform
+from collections.abc import Collection, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import InputError
+from ..io.partial import LOCK, differences, locked, replace_json, to_disk
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FORMAT_VERSION = 1
+SETTINGS, CHECKPOINT = "training.json", "checkpoint.pt"
+STEPS, EPOCHS = "steps.csv", "epochs.csv"
+FIELDS = {  # of a checkpoint
+    *("format_version", "kind", "model", "optimizer", "place", "best", "sizes", "finished"),
+}
+
+
+class RunFolder:
+    """A run's folder, held by one process. A context manager.
+
+    Parameters
+    ----------
+    path
+        The folder; made where missing.
+    kind
+        ``"pretraining"`` or ``"fine-tuning"``.
+    settings
+        All that the result depends on, JSON values by readable names.
+    columns
+        Names of the columns of `STEPS` and of `EPOCHS`.
+    free
+        Settings that a run may go on with when they have changed: how long it lasts, say.
+    overwrite
+        Begin anew where there is a run already.
+
+    Raises
+    ------
+    InputError
+        If the folder holds something else, a run with other settings, or a checkpoint that is
+        damaged or not one; or another process writes there.
+    OSError
+        If it cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        settings: Mapping[str, Any],
+        columns: Mapping[str, list[str]],
+        *,
+        free: Collection[str] = (),
+        overwrite: bool = False,
+    ) -> None:
+        self.path, self.kind = path, kind
+        self._settings = json.loads(json.dumps(settings))
+        self._columns = columns
+        self._tables: dict[str, IO[str]] = {}
+        self._board: SummaryWriter | None = None
+        require_run_folder(path)
+        self._lock = locked(path)
+        try:
+            self.checkpoint = None if overwrite else self._resume(free)
+            if self.checkpoint is None:
+                self._begin()
+            self._write_settings()
+            self._open_tables()
+        except BaseException:
+            self.close()
+            raise
+
+    def _resume(self, free: Collection[str]) -> dict[str, Any] | None:
+        """The last checkpoint of this very run."""
+        if not (self.path / SETTINGS).exists():
+            return None
+        found = read_settings(self.path)
+        before = {"kind": found["kind"]} | found["settings"]
+        now = {"kind": self.kind} | self._settings
+        if before | {name: now.get(name) for name in free} != now:
+            raise InputError(
+                f"{self.path} holds a run with other settings. Repeat those to go on with it, "
+                f"choose another --output, or begin anew with --overwrite (overwrite=True)."
+                f"{differences(before, now)}"
+            )
+        if not (self.path / CHECKPOINT).exists():
+            return None
+        return read_checkpoint(self.path / CHECKPOINT, self.kind)
+
+    def _begin(self) -> None:
+        for name in (CHECKPOINT, STEPS, EPOCHS):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _write_settings(self) -> None:
+        replace_json(
+            self.path / SETTINGS,
+            {
+                "kind": self.kind,
+                "settings": self._settings,
+                "versions": {
+                    "cellpatch-fast": version("cellpatch-fast"),
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                    "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                },
+            },
+        )
+
+    def _open_tables(self) -> None:
+        """Cut the tables to what the checkpoint knows of, and go on behind it."""
+        sizes = self.checkpoint["sizes"] if self.checkpoint else {}
+        for name, columns in self._columns.items():
+            table = (self.path / name).open("a", newline="", encoding="utf-8")
+            self._tables[name] = table
+            table.truncate(sizes.get(name, 0))
+            if not sizes.get(name):
+                csv.writer(table).writerow(columns)
+                table.flush()
+        with contextlib.suppress(ImportError):  # TensorBoard is optional
+            from torch.utils.tensorboard import SummaryWriter
+
+            step = self.checkpoint["place"]["step"] if self.checkpoint else 0
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+
+    def add_row(self, name: str, row: Mapping[str, Any]) -> None:
+        """Add a row to a table; what is None stays empty."""
+        writer = csv.DictWriter(self._tables[name], self._columns[name])
+        writer.writerow(row)
+        self._tables[name].flush()
+        if self._board is not None:
+            for column, value in row.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{Path(name).stem}/{column}", value, row["step"])
+
+    def save(self, checkpoint: Mapping[str, Any]) -> None:
+        """Replace the checkpoint, in one step; `FIELDS` without those that are known here."""
+        own = {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "sizes": {name: table.tell() for name, table in self._tables.items()},
+        }
+        path = self.path / CHECKPOINT
+        replacement = path.with_name(f"{CHECKPOINT}.new")
+        try:
+            torch.save({**own, **checkpoint}, replacement)
+            to_disk(replacement)
+            os.replace(replacement, path)
+        finally:
+            replacement.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let others write."""
+        for table in self._tables.values():
+            table.close()
+        if self._board is not None:
+            self._board.close()
+        os.close(self._lock)
+        (self.path / LOCK).unlink(missing_ok=True)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def require_run_folder(path: Path) -> None:
+    """Refuse a place where a run cannot be kept.
+
+    Raises
+    ------
+    InputError
+        If it is a file, or a folder that holds other things than a run.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file: choose a folder for the training run")
+    taken = path.is_dir() and any(file.name != LOCK for file in path.iterdir())
+    if taken and not (path / SETTINGS).exists():
+        raise InputError(f"{path} holds other things than a training run: choose another --output")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What ``training.json`` of a run holds: ``kind``, ``settings``, ``versions``.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read, or is none.
+    """
+    file = path / SETTINGS
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        raise InputError(f"{file} does not hold the settings of a training run")
+    return {"kind": None, "versions": {}, **found}
+
+
+def read_checkpoint(path: Path, kind: str) -> dict[str, Any]:
+    """A checkpoint, on the CPU.
+
+    Raises
+    ------
+    InputError
+        If it is damaged, holds code, or is no checkpoint of a run of this kind.
+    """
+    advice = "begin anew with --overwrite (overwrite=True), or restore the file"
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is not a checkpoint of tensors and numbers alone, and code in it is not run: "
+            f"{advice}"
+        ) from error
+    except Exception as error:  # of any type: the bytes of any file are taken as instructions
+        raise InputError(f"{path} is damaged ({error}): {advice}") from error
+    if not isinstance(found, dict) or found.keys() != FIELDS:
+        raise InputError(f"{path} is no checkpoint of a training run of cellpatch-fast: {advice}")
+    if found["format_version"] != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {found['format_version']}; this package reads "
+            f"{FORMAT_VERSION}: install the version named in {path.with_name(SETTINGS)}"
+        )
+    if found["kind"] != kind:
+        raise InputError(f"{path} is of {found['kind']}, not of {kind}: choose another --output")
+    return found

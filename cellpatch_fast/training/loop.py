@@ -1,0 +1,469 @@
+"""The training loop: what pretraining and fine-tuning share.
+
+A `Task` says what the loss of some cells is and how validation goes; `train` makes steps of it. The
+decisions:
+
+- **A batch is a step**, whatever the number of devices and parts it is computed in. The loss is the
+  mean over all that the batch predicts: each part contributes its *sum*, divided by the number of
+  the whole batch, so parts of different sizes weigh what they should.
+- **Random numbers are a function of (seed, step, rank)**: the generator is seeded before each step.
+  So a run that goes on needs no random state from before, nothing that happens between two steps
+  (validation, a picture) changes the next, and an interrupted run ends with the bits of an
+  uninterrupted one.
+- **Nothing is learnt from a loss that is not finite**: the step is not taken, and the error names
+  the step and the parameter.
+- **The model that is kept** is the one with the lowest validation loss, or the last one where there
+  is no validation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import InputError
+from ..loader import CellBatch, CellLoader
+from ..model.storage import StoredModel
+from ..progress import progress_bar
+from .distributed import Processes
+from .folder import EPOCHS, STEPS, RunFolder
+from .settings import TrainingSettings
+
+logger = logging.getLogger("cellpatch_fast")
+
+MOST_ROWS = 20_000  # of steps.csv, about: a longer run has a row for every so many steps
+STEP_COLUMNS = ["step", "epoch", "loss", "learning_rate", "gradient_norm", "cells_per_second"]
+TIMED_COLUMNS = {"cells_per_second", "seconds"}  # the only ones that differ from run to run
+
+
+class Task(ABC):
+    """What is trained, and on what.
+
+    Attributes
+    ----------
+    model
+        The model; its parameters with ``requires_grad`` are trained.
+    training, validation
+        Loaders of the cells; ``validation`` is None where there are none.
+    """
+
+    model: StoredModel
+    training: CellLoader
+    validation: CellLoader | None
+    measures: tuple[str, ...]  # beside the loss, of validation
+
+    def train(self) -> None:
+        """Put the model into training mode."""
+        self.model.train()
+
+    @abstractmethod
+    def targets(self, batch: CellBatch) -> int:
+        """Number of predictions of a batch, over which its loss is the mean."""
+
+    @abstractmethod
+    def parts(self, batch: CellBatch, number: int) -> Iterator[Any]:
+        """A batch in ``number`` parts, arguments of `loss`."""
+
+    @abstractmethod
+    def loss(self, part: Any) -> Tensor:
+        """Sum of the losses of a part's predictions."""
+
+    @abstractmethod
+    def tally(self, batch: CellBatch) -> np.ndarray:
+        """float64 sums over a validation batch, which are added over batches and processes."""
+
+    @abstractmethod
+    def summarise(self, sums: np.ndarray) -> dict[str, float]:
+        """``loss`` and `measures` from sums of `tally`."""
+
+
+@dataclass
+class Place:
+    """Where a run stands.
+
+    Parameters
+    ----------
+    epoch, batch
+        The next batch, within its epoch.
+    step
+        Steps that were made.
+    loss_sum, targets
+        Of the epoch so far: sum of losses, and number of predictions.
+    stale
+        Epochs since the best one.
+    seconds
+        That training took so far.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    targets: float = 0.0
+    stale: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run came to.
+
+    Parameters
+    ----------
+    epochs, steps
+        That were made, by earlier runs in the same folder too.
+    best_epoch, best
+        The epoch, from 1, whose model was kept, and its row of ``epochs.csv``.
+    stopped_early
+        Whether it ended because nothing improved any more.
+    """
+
+    epochs: int
+    steps: int
+    best_epoch: int
+    best: dict[str, float]
+    stopped_early: bool
+
+
+class _Losses(nn.Module):
+    """A task's loss as the forward of a module, as DistributedDataParallel and compile need it."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.model = task.model
+        self._loss = task.loss
+
+    def forward(self, part: Any) -> Tensor:
+        return self._loss(part)
+
+
+class Trainer:
+    """Trains a task and keeps its folder up to date.
+
+    Parameters
+    ----------
+    task, settings
+        What to train, and how.
+    processes
+        This process and its device.
+    folder
+        The run's folder in the leading process; None in the others.
+    checkpoint
+        Of this run, to go on from; None to begin.
+    checkpoint_minutes
+        A checkpoint is written after each epoch, and whenever so much time has passed.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        settings: TrainingSettings,
+        processes: Processes,
+        folder: RunFolder | None,
+        checkpoint: dict[str, Any] | None,
+        *,
+        checkpoint_minutes: float = 10.0,
+    ) -> None:
+        self.task, self.settings, self.processes, self.folder = task, settings, processes, folder
+        self.place = Place()
+        self.best: dict[str, float] = {}
+        self._checkpoint_seconds = 60 * checkpoint_minutes
+        trained = [p for p in task.model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.Adam(
+            trained,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self._losses: Any = _Losses(task)
+        if settings.compile:
+            self._losses.compile(dynamic=True)
+        self._replica: nn.Module = self._losses
+        if processes.world_size > 1:
+            self._replica = DistributedDataParallel(self._losses)
+        self._steps_per_epoch = len(task.training)
+        self._log_steps = -(-self._steps_per_epoch * settings.epochs // MOST_ROWS)
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where a checkpoint was written."""
+        try:
+            self.task.model.load_state_dict(checkpoint["model"])
+            self._optimizer.load_state_dict(checkpoint["optimizer"])
+            self.place = Place(**checkpoint["place"])
+            self.best = dict(checkpoint["best"])
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"the checkpoint of this run does not fit its model ({error}): begin anew with "
+                "--overwrite (overwrite=True)"
+            ) from error
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.place.epoch >= self.settings.epochs or self._stale
+
+    @property
+    def _stale(self) -> bool:
+        patience = self.settings.patience
+        return patience is not None and self.place.stale >= patience
+
+    def run(self, progress: bool | None = None) -> History:
+        """Train until the last epoch, or until nothing improves.
+
+        Raises
+        ------
+        InputError
+            If a loss is not finite, or no cell has anything to learn from.
+        """
+        cells = self._cells_per_epoch
+        first = self.place.epoch * cells + self.place.batch * self.settings.batch_size
+        if not self.processes.leads:
+            progress = False
+        with (
+            progress_bar(self.settings.epochs * cells, "training", progress, done=first) as bar,
+            _deterministic(self.settings.deterministic),
+        ):
+            while not self.finished:
+                self._train_epoch(bar)
+                self._end_epoch()
+        return History(
+            epochs=self.place.epoch,
+            steps=self.place.step,
+            best_epoch=int(self.best.get("epoch", 0)),
+            best={name: value for name, value in self.best.items() if name != "epoch"},
+            stopped_early=self.place.epoch < self.settings.epochs,
+        )
+
+    @property
+    def _cells_per_epoch(self) -> int:
+        return self._steps_per_epoch * self.settings.batch_size
+
+    def _train_epoch(self, bar: Any) -> None:
+        """The rest of the epoch that the run stands in."""
+        place, loader = self.place, self.task.training
+        loader.epoch, loader.first_batch = place.epoch, place.batch
+        self.task.train()
+        recent = _Recent()
+        saved = time.perf_counter()
+        with contextlib.closing(iter(loader)) as batches:
+            for batch in batches:
+                loss, norm = self._step(batch)
+                place.batch += 1
+                place.step += 1
+                cells = min(self.settings.batch_size, len(batch.rows) * self.processes.world_size)
+                recent.add(loss, cells)
+                bar.set_postfix(epoch=place.epoch + 1, loss=f"{loss:.4f}", refresh=False)
+                bar.update(cells)
+                if place.step % self._log_steps == 0 and self.folder is not None:
+                    self.folder.add_row(STEPS, self._row(recent, norm))
+                    recent = _Recent()
+                if time.perf_counter() - saved >= self._checkpoint_seconds:
+                    place.seconds += time.perf_counter() - saved
+                    self._save()
+                    saved = time.perf_counter()
+        place.seconds += time.perf_counter() - saved
+
+    def _row(self, recent: _Recent, norm: float) -> dict[str, Any]:
+        place = self.place
+        return {
+            "step": place.step,
+            "epoch": place.epoch + 1,
+            "loss": recent.loss,
+            "learning_rate": self._optimizer.param_groups[0]["lr"],
+            "gradient_norm": norm,
+            "cells_per_second": recent.speed,
+        }
+
+    def _step(self, batch: CellBatch) -> tuple[float, float]:
+        """One step of the optimiser; returns the batch's loss and its gradient's norm."""
+        settings, place, task = self.settings, self.place, self.task
+        torch.manual_seed(step_seed(settings.seed, place.step, self.processes.rank))
+        total = float(self.processes.sum([task.targets(batch)])[0])
+        self._optimizer.zero_grad()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        for part, synchronise in _with_last(task.parts(batch, settings.accumulate)):
+            with self._synchronised(synchronise):
+                with self._autocast():
+                    loss = self._replica(part)
+                # DistributedDataParallel takes the mean over processes, but sums are wanted
+                (loss * (self.processes.world_size / max(total, 1))).backward()
+            loss_sum += loss.detach()
+        total_loss = float(self.processes.sum([float(loss_sum)])[0])
+        mean = total_loss / max(total, 1)
+        norm = float(
+            nn.utils.clip_grad_norm_(
+                [p for group in self._optimizer.param_groups for p in group["params"]],
+                settings.gradient_clip or math.inf,
+            )
+        )
+        if not (math.isfinite(mean) and math.isfinite(norm)):
+            raise InputError(self._not_finite(mean))
+        steps = self._steps_per_epoch * settings.epochs
+        for group in self._optimizer.param_groups:
+            group["lr"] = settings.rate(place.step, steps)
+        self._optimizer.step()
+        place.loss_sum += total_loss
+        place.targets += total
+        return mean, norm
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.settings.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.processes.device.type, torch.bfloat16)
+
+    def _synchronised(self, now: bool) -> AbstractContextManager[Any]:
+        """Gradients are summed over processes with the last part of a batch."""
+        if now or not isinstance(self._replica, DistributedDataParallel):
+            return nullcontext()
+        return self._replica.no_sync()
+
+    def _not_finite(self, loss: float) -> str:
+        """What to say of a loss or gradient that is not finite."""
+        for name, parameter in self.task.model.named_parameters():
+            if not parameter.isfinite().all():
+                what = f"the parameter {name} is not finite"
+                break
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                what = f"the gradient of {name} is not finite"
+                break
+        else:
+            what = "all parameters and gradients are finite"
+        return (
+            f"the loss is {loss} at step {self.place.step + 1} (epoch {self.place.epoch + 1}): "
+            f"{what}. The step was not taken. A lower learning rate or a smaller gradient clip "
+            "often helps; the last checkpoint is as it was"
+        )
+
+    def _end_epoch(self) -> None:
+        """Validate, keep the best model, and write what is to be known of the epoch."""
+        place = self.place
+        if not place.targets:
+            raise InputError(
+                "no cell has anything to learn from: all are empty, or have too few known genes"
+            )
+        found = self._validate()
+        place.epoch += 1
+        row = {
+            "epoch": place.epoch,
+            "step": place.step,
+            "training_loss": place.loss_sum / place.targets,
+            **{f"validation_{name}": found.get(name) for name in ("loss", *self.task.measures)},
+            "learning_rate": self._optimizer.param_groups[0]["lr"],
+            "seconds": place.seconds,
+        }
+        improved = not found or found["loss"] < self.best.get("validation_loss", math.inf)
+        place.stale = 0 if improved else place.stale + 1
+        if improved:
+            self.best = {
+                name: float(value)
+                for name, value in row.items()
+                if value is not None and name not in TIMED_COLUMNS
+            }
+        place.batch, place.loss_sum, place.targets = 0, 0.0, 0.0
+        if self.folder is not None:
+            self.folder.add_row(EPOCHS, row)
+            if improved:
+                self.task.model.save_pretrained(self.folder.path)
+        self._save()
+        if self.processes.leads:
+            logger.info("%s", describe_epoch(row))
+
+    def _validate(self) -> dict[str, float]:
+        """How the model does on the validation cells; nothing where there are none."""
+        loader = self.task.validation
+        if loader is None:
+            return {}
+        loader.epoch = 0  # the same masks each time
+        self.task.model.eval()
+        sums: np.ndarray | float = 0.0
+        with contextlib.closing(iter(loader)) as batches, torch.inference_mode():
+            for batch in batches:
+                sums = sums + self.task.tally(batch)
+        return self.task.summarise(self.processes.sum(np.atleast_1d(sums)))
+
+    def _save(self) -> None:
+        if self.folder is not None:
+            self.folder.save(
+                {
+                    "model": self.task.model.state_dict(),
+                    "optimizer": self._optimizer.state_dict(),
+                    "place": dataclasses.asdict(self.place),
+                    "best": self.best,
+                    "finished": self.finished,
+                }
+            )
+
+
+class _Recent:
+    """Mean loss and speed of the steps since the last row."""
+
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+        self._cells, self._start = 0, time.perf_counter()
+
+    def add(self, loss: float, cells: int) -> None:
+        self._losses.append(loss)
+        self._cells += cells
+
+    @property
+    def loss(self) -> float:
+        return float(np.mean(self._losses))
+
+    @property
+    def speed(self) -> float:
+        return self._cells / (time.perf_counter() - self._start)
+
+
+def ranges_of(number: int, parts: int) -> list[tuple[int, int]]:
+    """``number`` things in equal parts, as ranges; parts may be empty."""
+    return [(number * i // parts, number * (i + 1) // parts) for i in range(parts)]
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of PyTorch's generators for a step, another one for every step and process."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def describe_epoch(row: dict[str, Any]) -> str:
+    """A row of ``epochs.csv`` in words."""
+    shown = {
+        name: value
+        for name, value in row.items()
+        if value is not None and name not in ("epoch", "step", "learning_rate", "seconds")
+    }
+    numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
+    return f"epoch {row['epoch']}: {numbers} ({row['seconds']:,.0f} s)"
+
+
+def _with_last(items: Iterator[Any]) -> Generator[tuple[Any, bool]]:
+    """Each item, and whether it is the last."""
+    before = next(items)
+    for item in items:
+        yield before, False
+        before = item
+    yield before, True
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,234 @@
+"""Pretraining by masked gene modelling: hide genes of a cell, and learn to tell their values.
+
+`masking` says what is hidden; the encoder sees the rest, the decoder predicts the hidden values and
+the 0 of some genes that are not expressed. The loss is the mean squared error over these alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cells import RaggedCells
+from ..config import CellPatchConfig
+from ..errors import InputError
+from ..loader import CellBatch, CellLoader
+from ..model import CellPatch, MaskedGeneModel, fingerprint
+from ..model.storage import local_directory, parts_of
+from .data import describe, new_genes, opened, report, split_blocks
+from .distributed import Processes
+from .loop import History, Task, ranges_of
+from .running import Running, run_task, seeded
+from .settings import PretrainingSettings
+
+if TYPE_CHECKING:
+    from ..detect import Expected
+    from ..genes import GeneVocabulary
+
+
+def pretrain(
+    data: Any,
+    output: str | Path,
+    *,
+    model: CellPatch | str | Path | None = None,
+    config: CellPatchConfig | None = None,
+    vocabulary: GeneVocabulary | None = None,
+    settings: PretrainingSettings | None = None,
+    add_genes: bool = False,
+    layer: str | None = None,
+    use_raw: bool = False,
+    gene_column: str | None = None,
+    input: Expected = "auto",  # noqa: A002  (the name users know)
+    device: torch.device | str | None = None,
+    devices: int | None = None,
+    threads: int | None = None,
+    checkpoint_minutes: float = 10.0,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> History:
+    """Pretrain a CellPatch model by masked gene modelling.
+
+    Parameters
+    ----------
+    data
+        AnnData files, AnnData objects, 10x output or token stores: one, or a list.
+    output
+        Folder of the run: a model directory (`MaskedGeneModel.from_pretrained`; `CellPatch`'s takes
+        the encoder alone), ``steps.csv``, ``epochs.csv``, ``training.json`` and the checkpoint. The
+        same call goes on with a run that was interrupted, and ends with the same bits.
+    model
+        What to start from: a model or its directory. None for a new one.
+    config, vocabulary
+        Of a new model; by default the paper's, and the bundled human genes.
+    settings
+        How to train; the paper's numbers by default.
+    add_genes
+        Give genes that the vocabulary lacks a token of their own, instead of leaving them out.
+    layer, use_raw, gene_column, input
+        How the inputs are read, see `tl.embed`.
+    device
+        Where to compute; None for the GPU where there is one.
+    devices
+        Processes that are expected, of a run that ``torchrun`` has started; each takes a part of
+        every batch. None for any.
+    threads
+        That read ahead, see `CellLoader`.
+    checkpoint_minutes
+        Time between checkpoints within an epoch; one is written after every epoch in any case.
+    overwrite
+        Begin anew where ``output`` holds a run already.
+    progress
+        Show a progress bar; None for only on a terminal.
+
+    Returns
+    -------
+    History
+        Epochs, steps, and the validation's results for the model that was kept.
+
+    Raises
+    ------
+    InputError
+        If an input, a setting or the folder cannot be used; or a loss is not finite.
+    OSError
+        If the folder cannot be written. What is done is kept.
+
+    Examples
+    --------
+    >>> cellpatch_fast.training.pretrain("atlas.h5ad", "pretrained")  # doctest: +SKIP
+    >>> model = cellpatch_fast.CellPatch.from_pretrained("pretrained")  # doctest: +SKIP
+    """
+    settings = settings or PretrainingSettings()
+    options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
+    options |= {"gene_column": gene_column, "input": input}
+    with Processes.join(device, devices) as processes, seeded(settings.seed, processes):
+        started = _initial(model, config, vocabulary)
+        identity: dict[str, Any] = {"model": None if model is None else fingerprint(started)}
+        if add_genes:
+            with opened(data, started.vocabulary, started.config, options) as streams:
+                started.vocabulary = started.vocabulary.add(
+                    new_genes(streams), started.config.max_genes
+                )
+        with opened(data, started.vocabulary, started.config, options) as streams:
+            report(streams, processes)
+            cells = sum(stream.n_cells for stream in streams)
+            training, validation = split_blocks(cells, settings)
+            common: dict[str, Any] = {
+                "batch_size": settings.batch_size,
+                "seed": settings.seed,
+                "rank": processes.rank,
+                "world_size": processes.world_size,
+                "share_batches": True,
+                "masking": settings.masking,
+                "device": processes.device,
+                "threads": threads,
+            }
+            task = MaskedGenes(
+                started.to(processes.device).float(),
+                CellLoader(streams, rows=training, shuffle=True, drop_last=True, **common),
+                CellLoader(streams, rows=validation, **common) if len(validation) else None,
+                settings,
+            )
+            identity |= {
+                "data": describe(streams),
+                **{name: value for name, value in options.items() if value},
+                "vocabulary": started.vocabulary.fingerprint,
+                "config": started.config.to_dict(),
+            }
+            running = Running(Path(output), overwrite, checkpoint_minutes, progress)
+            return run_task(task, "pretraining", settings, identity, processes, running)
+
+
+class _Part(NamedTuple):
+    cells: RaggedCells  # what the encoder sees
+    targets: RaggedCells  # the genes to predict, and their values
+
+
+class MaskedGenes(Task):
+    """Masked gene modelling."""
+
+    measures = ("pearson",)
+
+    def __init__(
+        self,
+        model: MaskedGeneModel,
+        training: CellLoader,
+        validation: CellLoader | None,
+        settings: PretrainingSettings,
+    ) -> None:
+        self.model: MaskedGeneModel = model
+        self.training, self.validation = training, validation
+        self._settings = settings
+
+    def targets(self, batch: CellBatch) -> int:
+        return _targets(batch).entries
+
+    def parts(self, batch: CellBatch, number: int) -> Iterator[_Part]:
+        targets = _targets(batch)
+        if number == 1:
+            yield _Part(batch.cells, targets)
+            return
+        for start, stop in ranges_of(len(targets), number):
+            yield _Part(batch.cells.slice(start, stop), targets.slice(start, stop))
+
+    def loss(self, part: _Part) -> Tensor:
+        return (self._predict(part) - part.targets.values.float()).square().sum()
+
+    def tally(self, batch: CellBatch) -> np.ndarray:
+        """Number, squared error, and sums of predictions x, values y, x², y² and x·y."""
+        part = _Part(batch.cells, _targets(batch))
+        x, y = self._predict(part).double(), part.targets.values.double()
+        sums = [(x - y).square(), x, y, x * x, y * y, x * y]
+        return np.array([len(x), *torch.stack(sums).sum(1).tolist()])
+
+    def summarise(self, sums: np.ndarray) -> dict[str, float]:
+        number, error, x, y, xx, yy, xy = sums
+        if not number:
+            raise InputError(
+                "the validation cells have no genes to predict: choose a larger validation share"
+            )
+        spread = np.sqrt((number * xx - x * x) * (number * yy - y * y))
+        correlation = (number * xy - x * y) / spread if spread > 0 else 0.0
+        return {"loss": float(error / number), "pearson": float(correlation)}
+
+    def _predict(self, part: _Part) -> Tensor:
+        return self.model.predict(
+            part.cells,
+            part.targets,
+            max_length=self._settings.max_decoder,
+            backend=self._settings.backend,
+        )
+
+
+def _targets(batch: CellBatch) -> RaggedCells:
+    assert batch.targets is not None  # the loader masks
+    return batch.targets
+
+
+def _initial(
+    model: CellPatch | str | Path | None,
+    config: CellPatchConfig | None,
+    vocabulary: GeneVocabulary | None,
+) -> MaskedGeneModel:
+    """The model that training starts from, its own copy."""
+    if model is None:
+        from ..genes import GeneVocabulary
+
+        return MaskedGeneModel(config or CellPatchConfig(), vocabulary or GeneVocabulary.human())
+    if config is not None or vocabulary is not None:
+        raise InputError(
+            "a model has its own configuration and vocabulary: give a model to start from, or "
+            "config and vocabulary for a new one"
+        )
+    if isinstance(model, str | Path):
+        directory = local_directory(model)
+        decodes = "decoder." in parts_of(directory)
+        model = (MaskedGeneModel if decodes else CellPatch).from_pretrained(directory)
+    if isinstance(model, MaskedGeneModel):
+        return copy.deepcopy(model)
+    return MaskedGeneModel.from_encoder(model)

@@ -1,0 +1,111 @@
+"""From a task to a finished run: its folder, its processes, and where it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .distributed import Processes
+from .folder import CHECKPOINT, EPOCHS, STEPS, RunFolder, read_checkpoint
+from .loop import STEP_COLUMNS, History, Task, Trainer
+from .settings import TrainingSettings
+
+logger = logging.getLogger("cellpatch_fast")
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a run is done; changes nothing of its result.
+
+    Parameters
+    ----------
+    output
+        The run's folder.
+    overwrite
+        Begin anew where there is a run already.
+    checkpoint_minutes
+        Time between checkpoints within an epoch.
+    progress
+        Show a progress bar; None for only on a terminal.
+    """
+
+    output: Path
+    overwrite: bool = False
+    checkpoint_minutes: float = 10.0
+    progress: bool | None = None
+
+
+@contextlib.contextmanager
+def seeded(seed: int, processes: Processes) -> Iterator[None]:
+    """PyTorch's generators start from ``seed``, and are what they were afterwards."""
+    device = processes.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def run_task(
+    task: Task,
+    kind: str,
+    settings: TrainingSettings,
+    identity: Mapping[str, Any],
+    processes: Processes,
+    running: Running,
+) -> History:
+    """Train a task in its folder, from the beginning or from where an earlier run was interrupted.
+
+    Parameters
+    ----------
+    task, settings, processes, running
+        What to train, and how.
+    kind
+        ``"pretraining"`` or ``"fine-tuning"``.
+    identity
+        All that the result depends on besides ``settings``, JSON values.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be used, or training fails.
+    """
+    validated = [f"validation_{name}" for name in ("loss", *task.measures)]
+    columns = {
+        STEPS: STEP_COLUMNS,
+        EPOCHS: ["epoch", "step", "training_loss", *validated, "learning_rate", "seconds"],
+    }
+    # without a schedule that ends, a run may be made longer, or shorter
+    free = ("epochs",) if settings.schedule == "constant" else ()
+    with contextlib.ExitStack() as stack:
+        folder = checkpoint = None
+        if processes.leads:
+            folder = stack.enter_context(
+                RunFolder(
+                    running.output,
+                    kind,
+                    {**identity, **settings.to_dict()},
+                    columns,
+                    free=free,
+                    overwrite=running.overwrite,
+                )
+            )
+            checkpoint = folder.checkpoint
+        processes.wait()  # until the leading process has cleared away what is begun anew
+        if not processes.leads and (running.output / CHECKPOINT).exists():
+            checkpoint = read_checkpoint(running.output / CHECKPOINT, kind)
+        trainer = Trainer(
+            *(task, settings, processes, folder, checkpoint),
+            checkpoint_minutes=running.checkpoint_minutes,
+        )
+        if processes.leads and trainer.finished:
+            logger.info("%s is finished already: nothing to do", running.output)
+        elif processes.leads and trainer.place.step:
+            logger.info("%s: goes on after step %d", running.output, trainer.place.step)
+        history = trainer.run(running.progress)
+        processes.wait()  # until what was written can be read
+    return history

@@ -1,0 +1,185 @@
+"""How a model is trained: the paper's numbers as defaults, checked before any work is done.
+
+Settings hold what the result depends on. What it does not depend on (devices, threads, how often a
+checkpoint is written) is an argument of the functions that train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+from ..errors import InputError
+from ..masking import Masking
+
+Schedule = Literal["constant", "cosine"]
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What pretraining and fine-tuning have in common.
+
+    Parameters
+    ----------
+    epochs
+        Times that every training cell is seen.
+    batch_size
+        Cells per step of the optimiser, whatever the number of devices.
+    accumulate
+        Parts that a batch is computed in, one after the other: each takes that much less memory.
+        Gradients are summed, so it changes the result by rounding only (and by which weights
+        dropout drops).
+    learning_rate, weight_decay
+        Of Adam, whose weight decay is added to the gradient.
+    gradient_clip
+        Largest norm of the gradient; None for no limit.
+    schedule
+        ``"constant"``, or ``"cosine"``: down to 0 at the last step.
+    warmup_steps
+        Steps in which the learning rate rises to its value.
+    precision
+        Of the products: ``"bfloat16"`` runs them under `torch.autocast`; weights stay float32.
+    compile
+        Have `torch.compile` make one program of a step.
+    validation
+        Share of cells kept apart to tell how well the model does on cells that it has not seen; 0
+        for none.
+    patience
+        Stop after so many epochs without improvement on the validation cells; None never stops.
+    seed
+        Of weights, order, masks and dropout.
+    deterministic
+        Equal bits on every run on the same hardware, also on a GPU (slower there).
+    backend
+        ``"reference"``, ``"numba"`` or ``"triton"``; None for the fastest.
+    """
+
+    epochs: int = 50
+    batch_size: int = 512
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    weight_decay: float = 5e-5
+    gradient_clip: float | None = 5.0
+    schedule: Schedule = "constant"
+    warmup_steps: int = 0
+    precision: Precision = "float32"
+    compile: bool = False
+    validation: float = 0.05
+    patience: int | None = None
+    seed: int = 0
+    deterministic: bool = False
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("weight_decay", "warmup_steps", "seed"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("learning_rate", 0 < self.learning_rate < math.inf, "positive")
+        self._require("gradient_clip", (self.gradient_clip or 1) > 0, "positive")
+        self._require("patience", self.patience is None or self.patience >= 1, "at least 1")
+        self._require("validation", 0 <= self.validation < 1, "at least 0 and below 1")
+        self._require("schedule", self.schedule in get_args(Schedule), "constant or cosine")
+        self._require("precision", self.precision in get_args(Precision), "float32 or bfloat16")
+        if self.patience is not None and not self.validation:
+            raise InputError("patience needs validation cells: choose a validation share above 0")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise InputError(f"{name} must be {expected}, found {getattr(self, name)!r}")
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step, of 0 to ``steps`` - 1."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; fields that are missing have their defaults.
+
+        Raises
+        ------
+        InputError
+            If there are unknown fields, or values that make no sense.
+        """
+        unknown = fields.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise InputError(f"unknown training settings: {', '.join(sorted(unknown))}")
+        try:
+            return cls(**fields)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"training settings: {error}") from error
+
+
+@dataclass(frozen=True)
+class PretrainingSettings(TrainingSettings):
+    """Settings of masked gene modelling.
+
+    Parameters
+    ----------
+    hidden, zeros, max_encoder, max_decoder
+        As of `cellpatch_fast.Masking`.
+    """
+
+    hidden: float = Masking.hidden
+    zeros: float = Masking.zeros
+    max_encoder: int = Masking.max_encoder
+    max_decoder: int = Masking.max_decoder
+
+    @property
+    def masking(self) -> Masking:
+        return Masking(self.hidden, self.zeros, self.max_encoder, self.max_decoder)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            _ = self.masking
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class FinetuningSettings(TrainingSettings):
+    """Settings of cell type annotation.
+
+    Parameters
+    ----------
+    test
+        Share of cells that take no part in training at all and tell how good its result is.
+    freeze_encoder
+        Train the head alone.
+    balance
+        Show cells of all classes equally often.
+    min_cells
+        Classes with fewer cells are left out.
+    """
+
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 5e-4
+    validation: float = 0.1
+    patience: int | None = 10
+    test: float = 0.1
+    freeze_encoder: bool = False
+    balance: bool = False
+    min_cells: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("test", 0 <= self.test < 1, "at least 0 and below 1")
+        self._require("min_cells", self.min_cells >= 1, "at least 1")
+        if self.validation + self.test >= 1:
+            raise InputError(
+                f"validation ({self.validation}) and test ({self.test}) leave no cells to train on"
+            )
