@@ -30,8 +30,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cellpatch_fast.kernels import EncoderWeights, attention_ops, encode
+from cellpatch_fast.kernels.entry_attention import ragged_self_attention
 from cellpatch_fast.kernels.ragged import RaggedAttention
-from cellpatch_fast.kernels.self_attention import ragged_self_attention
 
 from bench.cells import GENES, draw_cells
 from bench.cpu import median, processor, timed, with_values

@@ -1,4 +1,4 @@
-"""Ragged attention: the public operations, and CellPatch's encoder made of them.
+"""Ragged attention: the public operations, and CellPatch's encoder and decoder made of them.
 
 Needs torch, and numba or triton for the fast backends; knows nothing of files, genes or AnnData.
 """
@@ -11,25 +11,28 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from . import attention_ops, differentiable, ops, reference
+from . import attention_ops, decoder, differentiable, ops, reference
 from .attention import Attended, ragged_cross_attention, ragged_gather_cross_attention
 from .backends import Backend, resolve_backend
-from .checks import check_cells
+from .checks import check_cells, check_prompts
+from .entry_attention import ragged_attention, ragged_self_attention
 from .reference import Encoded
-from .self_attention import ragged_self_attention
-from .weights import BlockWeights, EncoderWeights
+from .weights import BlockWeights, DecoderWeights, EncoderWeights
 
 __all__ = [
     "Attended",
     "Backend",
     "BlockWeights",
+    "DecoderWeights",
     "Encoded",
     "EncoderWeights",
     "attention_ops",
+    "decode",
     "encode",
     "needs_gradient",
     "ops",
     "patch_attention",
+    "ragged_attention",
     "ragged_cross_attention",
     "ragged_gather_cross_attention",
     "ragged_self_attention",
@@ -114,6 +117,68 @@ def encode(
         return Encoded(features)
     cross, pad, *blocks = attentions
     return Encoded(features, cross, pad, tuple(blocks))
+
+
+def decode(
+    weights: DecoderWeights,
+    features: Tensor,
+    offsets: Tensor,
+    genes: Tensor,
+    *,
+    dropout: float = 0.0,
+    max_length: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Predict the values of prompted genes from a cell's patch features.
+
+    A prompt attends to its cell's patches, then to its cell's prompts; no prompt sees another
+    cell's. Differentiable in the weights and the features.
+
+    Parameters
+    ----------
+    weights
+        The decoder's weights, of one floating dtype, which is computed in; under `torch.autocast`
+        on CUDA the fast path's products are computed in its dtype.
+    features
+        Patch features [cells, patches, E], of the same dtype: what `encode` returns.
+    offsets
+        int32 or int64 [cells + 1]; cell ``c`` owns the prompts ``offsets[c] : offsets[c + 1]``. A
+        cell may have none.
+    genes
+        Gene tokens to predict [entries], below ``len(weights.genes)``: uint16, uint32, int32 or
+        int64.
+    dropout
+        Probability of dropping an element of what the last product takes (training). Weights of
+        the decoder's attention are never dropped, other than the encoder's: the fused kernels
+        that compute it have no dropout that would be the same on all of them.
+    max_length
+        Prompts of the cell that has most, or more. None reads it from the offsets, for which a GPU
+        is waited for; where torch.compile traces for CUDA, it must be given.
+    backend
+        ``"reference"``, or ``"numba"`` (CPU) or ``"triton"`` (CUDA) for the fast path of that
+        device; None chooses.
+
+    Returns
+    -------
+    Tensor
+        Predicted values [entries], in the order of the prompts; float32, but float64 for weights
+        of float64, and the weights' dtype for the reference. On a CPU a cell's have the same bits
+        in any batch, but for the reference.
+
+    Raises
+    ------
+    ValueError
+        If shapes, dtypes, devices, offsets, tokens, ``dropout`` or the backend do not fit. On a GPU
+        contents of offsets and tokens are looked at only where CELLPATCH_CHECK=1 is set.
+    """
+    chosen = resolve_backend(backend, features.device)
+    check_prompts(weights, features, offsets, genes, dropout, max_length)
+    with _precision(chosen, features.device.type):
+        if chosen == "reference":
+            return reference.decode(weights, features, offsets, genes, dropout)
+        return decoder.decode(
+            weights, features, offsets, genes, dropout=dropout, max_length=max_length
+        )
 
 
 def patch_attention(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .ragged import RaggedAttention
-from .weights import EncoderWeights
+from .weights import DecoderWeights, EncoderWeights
 
 OFFSET_DTYPES = (torch.int32, torch.int64)
 GENE_DTYPES = (torch.uint16, torch.uint32, torch.int32, torch.int64)
@@ -77,17 +77,63 @@ def check_cells(
         raise ValueError("pads must hold one number, not negative, for each cell")
     if len(genes) == 0:
         return
-    lowest, highest = integer_range(genes)
-    if lowest < 0 or highest >= len(weights.genes):
-        raise ValueError(
-            f"gene tokens run from {lowest} to {highest}, but the model has tokens 0 to "
-            f"{len(weights.genes) - 1}"
-        )
+    _check_tokens(genes, weights.genes)
     if weights.value_bins is not None and (largest := integer_range(values)[1]) >= len(
         weights.value_bins
     ):
         raise ValueError(
             f"the largest value is {largest}, but there are {len(weights.value_bins)} value bins"
+        )
+
+
+def check_prompts(
+    weights: DecoderWeights,
+    features: Tensor,
+    offsets: Tensor,
+    genes: Tensor,
+    dropout: float,
+    max_length: int | None,
+) -> None:
+    """Refuse prompts, or features, that the decoder cannot take.
+
+    Contents are looked at on the CPU, and on a GPU where CELLPATCH_CHECK=1 asks for it.
+
+    Raises
+    ------
+    ValueError
+        Naming what does not fit.
+    """
+    check_offsets(offsets)
+    cells, width = len(offsets) - 1, weights.input_dim
+    if features.ndim != 3 or len(features) != cells or features.shape[2] != width:
+        raise ValueError(
+            f"features must be [cells, patches, {width}] of {cells} cells, as offsets has; found "
+            f"shape {list(features.shape)}"
+        )
+    if genes.ndim != 1 or genes.dtype not in GENE_DTYPES:
+        raise ValueError(
+            f"genes must be [entries], {listed(GENE_DTYPES)}; found shape {list(genes.shape)}, "
+            f"{genes.dtype}"
+        )
+    for name, tensor in (("features", features), ("offsets", offsets), ("genes", genes)):
+        if tensor.device != weights.genes.device:
+            raise ValueError(
+                f"{name} are on {tensor.device}, but the weights are on {weights.genes.device}"
+            )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, found {dropout}")
+    if looks_at_contents(features.device):
+        check_span(offsets, len(genes), max_length)
+        if len(genes):
+            _check_tokens(genes, weights.genes)
+
+
+def _check_tokens(genes: Tensor, table: Tensor) -> None:
+    lowest, highest = integer_range(genes)
+    if lowest < 0 or highest >= len(table):
+        raise ValueError(
+            f"gene tokens run from {lowest} to {highest}, but the model has tokens 0 to "
+            f"{len(table) - 1}"
         )
 
 
@@ -252,6 +298,24 @@ def check_offsets_contents(offsets: Tensor, entries: int) -> None:
         )
     if bool((offsets[1:] < offsets[:-1]).any()):
         raise ValueError("offsets must not decrease")
+
+
+def check_span(offsets: Tensor, entries: int, max_length: int | None) -> None:
+    """Refuse offsets, or the length of a longest cell, that do not fit the entries.
+
+    Raises
+    ------
+    ValueError
+        Naming what does not fit.
+    """
+    check_offsets_contents(offsets, entries)
+    if max_length is not None and max_length < (found := longest(offsets)):
+        raise ValueError(f"max_length is {max_length}, but a cell has {found} entries")
+
+
+def longest(offsets: Tensor) -> int:
+    """Entries of the longest cell; 0 without cells."""
+    return int(offsets.diff().max()) if len(offsets) > 1 else 0
 
 
 def listed(dtypes: tuple[torch.dtype, ...]) -> str:

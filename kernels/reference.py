@@ -1,4 +1,4 @@
-"""The encoder in plain PyTorch: the definition, and the oracle of every test.
+"""Encoder and decoder in plain PyTorch: the definition, and the oracle of every test.
 
 Nothing here is clever. The cross-attention gathers one row per entry, takes a softmax over
 each cell's entries by segment operations, and sums; everything is differentiable, runs on any
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ragged import RaggedAttention
-from .weights import BlockWeights, EncoderWeights
+from .weights import BlockWeights, DecoderWeights, EncoderWeights
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -98,15 +98,42 @@ def finish(weights: EncoderWeights, attended: Tensor, *, dropout: float = 0.0) -
 
     ``attended`` [cells, patches, D] is what `patch_cross_attention` returns.
     """
-    x = _finish_block(weights.cross, weights.patches, attended)  # [c, p, D]
+    x = finish_block(weights.cross, weights.patches, attended)  # [c, p, D]
     self_attention = []
     for block in weights.self_blocks:
         attended, attention_weights = _self_attention(block, x, weights.heads, dropout)
-        x = _finish_block(block, x, attended)
+        x = finish_block(block, x, attended)
         self_attention.append(attention_weights)
     if weights.projection_weight is not None:
         x = F.linear(x, weights.projection_weight, weights.projection_bias)
     return Encoded(x, self_attention=tuple(self_attention))
+
+
+def decode(
+    weights: DecoderWeights, features: Tensor, offsets: Tensor, genes: Tensor, dropout: float = 0.0
+) -> Tensor:
+    """Predicted values [entries] of ragged prompts, from patch features [cells, patches, E].
+
+    Everything floating is of one dtype, which is computed in. ``dropout`` is the probability of
+    dropping an element of what the last product takes.
+    """
+    x = F.embedding(genes.long(), weights.genes)  # [n, D]
+    context = features.flatten(0, 1)  # [c · p, E]: what the prompts attend to first
+    spans = torch.arange(len(offsets), device=offsets.device) * features.shape[1]  # [c + 1]
+    if weights.expansion_weight is not None:
+        context = F.linear(context, weights.expansion_weight, weights.expansion_bias)
+    for block in (weights.cross, *weights.self_blocks):
+        query, key, value = (
+            F.linear(rows, weight, bias).unflatten(-1, (weights.heads, -1))
+            for rows, weight, bias in zip(
+                (x, context, context), block.in_weight.chunk(3), block.in_bias.chunk(3), strict=True
+            )
+        )
+        attended = entry_attention(query, key, value, offsets, spans, query.shape[-1] ** -0.5)
+        x = finish_block(block, x, attended.flatten(1))
+        context, spans = x, offsets  # then they attend to each other
+    x = F.dropout(x, dropout)
+    return F.linear(x, weights.output_weight, weights.output_bias).squeeze(-1)
 
 
 def patch_cross_attention(
@@ -260,14 +287,21 @@ def _philox(counter: list[Tensor], seed: int) -> list[Tensor]:
     return counter
 
 
-def ragged_self_attention(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, scale: float
+def entry_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    scale: float,
 ) -> Tensor:
-    """The entries of each cell attend to each other: [entries, heads, head_dim], as the inputs."""
-    attended = [(query + key + value)[:0]]  # of no cells: still differentiable
-    for start, stop in itertools.pairwise(offsets.tolist()):
-        queries, keys, values = (x[start:stop].transpose(0, 1) for x in (query, key, value))
-        weights = torch.softmax(scale * queries @ keys.mT, -1)  # [h, n, n]
+    """Queries attend to the keys of their own cell: [queries, heads, head_dim], 0 without keys."""
+    attended = [query[:0] + (key + value)[:0]]  # of no cells: still differentiable
+    spans = (itertools.pairwise(offsets.tolist()) for offsets in (query_offsets, key_offsets))
+    for (start, stop), (first, last) in zip(*spans, strict=True):
+        queries = query[start:stop].transpose(0, 1)  # [h, n, d]
+        keys, values = (x[first:last].transpose(0, 1) for x in (key, value))
+        weights = torch.softmax(scale * queries @ keys.mT, -1)  # [h, n, keys]
         attended.append((weights @ values).transpose(0, 1))
     return torch.cat(attended)
 
@@ -342,7 +376,7 @@ def _self_attention(
     return attended.transpose(1, 2).flatten(2), attention
 
 
-def _finish_block(block: BlockWeights, x: Tensor, attended: Tensor) -> Tensor:
+def finish_block(block: BlockWeights, x: Tensor, attended: Tensor) -> Tensor:
     """Output projection, residual, norm, MLP, residual, norm."""
     width = (x.shape[-1],)
     attended = F.linear(attended, block.out_weight, block.out_bias)

@@ -1,7 +1,8 @@
-"""The encoder's weights as plain tensors: what every backend computes from.
+"""The model's weights as plain tensors: what every backend computes from.
 
 Kernels know nothing of modules or checkpoints. A model (ours, or the original's) hands its
-parameters over as an `EncoderWeights`; gradients flow through where a backend supports them.
+parameters over as `EncoderWeights` and `DecoderWeights`; gradients flow through where a backend
+supports them.
 """
 
 from __future__ import annotations
@@ -94,3 +95,26 @@ _OPTIONAL = (
     "projection_weight",
     "projection_bias",
 )
+
+
+class DecoderWeights(NamedTuple):
+    """Everything the decoder needs: it predicts values of genes from a cell's patch features.
+
+    ``expansion_weight`` and ``expansion_bias`` undo the encoder's projection to the width E; they
+    are None where it does not project.
+    """
+
+    heads: int
+    genes: Tensor  # [g, D]: the encoder's
+    expansion_weight: Tensor | None  # [D, E]
+    expansion_bias: Tensor | None  # [D]
+    cross: BlockWeights
+    self_blocks: tuple[BlockWeights, ...]
+    output_weight: Tensor  # [1, D]
+    output_bias: Tensor  # [1]
+
+    @property
+    def input_dim(self) -> int:
+        """Width E of the patch features it takes."""
+        expansion = self.expansion_weight
+        return self.genes.shape[1] if expansion is None else expansion.shape[1]

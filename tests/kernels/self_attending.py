@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from cellpatch_fast.kernels.self_attention import ragged_self_attention
+from cellpatch_fast.kernels.entry_attention import ragged_self_attention
 from torch import Tensor
 
 TOLERANCE = 1e-5

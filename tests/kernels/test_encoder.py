@@ -88,9 +88,9 @@ def test_empty_cells_stay_in_their_place(
     features = run(weights, cells, attention=attention).features
     exact = as_type(weights, torch.float64)
     nothing = torch.zeros(1, 13, 10, dtype=torch.float64)
-    x = reference._finish_block(exact.cross, exact.patches, nothing)
+    x = reference.finish_block(exact.cross, exact.patches, nothing)
     attended, _ = reference._self_attention(exact.self_blocks[0], x, 2, 0.0)
-    x = reference._finish_block(exact.self_blocks[0], x, attended)
+    x = reference.finish_block(exact.self_blocks[0], x, attended)
     assert exact.projection_weight is not None
     assert exact.projection_bias is not None
     x = x @ exact.projection_weight.T + exact.projection_bias

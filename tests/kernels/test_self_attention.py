@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cellpatch_fast.kernels.self_attention import ragged_self_attention
+from cellpatch_fast.kernels.entry_attention import ragged_self_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

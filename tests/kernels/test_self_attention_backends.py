@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import doctest
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cellpatch_fast.kernels import reference, self_attention
-from cellpatch_fast.kernels.self_attention import ragged_self_attention
+from cellpatch_fast.kernels import entry_attention, reference
+from cellpatch_fast.kernels.entry_attention import ragged_attention, ragged_self_attention
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,14 +34,14 @@ from .self_attending import (
 @pytest.mark.parametrize("lengths", [LENGTHS, [0]])
 def test_opcheck(lengths: list[int]) -> None:
     query, key, value, offsets = draw(lengths)
-    forward = torch.ops.cellpatch.ragged_self_attention
-    given = (query, key, value, offsets, None, 0.3)
+    forward = torch.ops.cellpatch.entry_attention
+    given = (query, key, value, offsets, offsets.clone(), None, None, 0.3)
     results = torch.library.opcheck(forward.default, given)
     assert set(results.values()) == {"SUCCESS"}
     with torch.no_grad():
         output, log_sum_exp = forward(*given)
     results = torch.library.opcheck(
-        torch.ops.cellpatch.ragged_self_attention_backward.default,
+        torch.ops.cellpatch.entry_attention_backward.default,
         (
             torch.ones_like(output),
             *(x.detach() for x in given[:3]),
@@ -110,8 +111,9 @@ def test_autocast_leaves_float64_alone() -> None:
     assert torch.equal(found, ragged_self_attention(*inputs))
 
 
-def test_the_example() -> None:
-    test = doctest.DocTestFinder().find(ragged_self_attention, globs=vars(self_attention))[0]
+@pytest.mark.parametrize("function", [ragged_self_attention, ragged_attention])
+def test_the_example(function: Callable[..., Tensor]) -> None:
+    test = doctest.DocTestFinder().find(function, globs=vars(entry_attention))[0]
     assert test.examples
     assert doctest.DocTestRunner().run(test).failed == 0
 
@@ -123,7 +125,7 @@ def test_the_environment_can_choose_the_reference(monkeypatch: pytest.MonkeyPatc
     def refuse(*arguments: object) -> None:
         raise AssertionError("called")
 
-    monkeypatch.setattr(reference, "ragged_self_attention", refuse)
+    monkeypatch.setattr(reference, "entry_attention", refuse)
     ragged_self_attention(*draw())
     monkeypatch.setenv("CELLPATCH_BACKEND", "reference")
     with pytest.raises(AssertionError, match="called"):
@@ -150,12 +152,12 @@ def test_what_is_traced_for_a_gpu(
     head_dim: int,
 ) -> None:
     """The kernels of CUDA take what they are given, as far as shapes and types tell."""
-    monkeypatch.setattr(self_attention, "FLASH_ATTN_INSTALLED", installed)
+    monkeypatch.setattr(entry_attention, "FLASH_ATTN_INSTALLED", installed)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with FakeTensorMode():
         leaves = [torch.empty(25, HEADS, head_dim, dtype=dtype, device="cuda") for _ in range(3)]
         inputs = Inputs._make([*leaves, torch.empty(5, dtype=torch.int64, device="cuda")])
-        assert self_attention._choose(inputs.query, None) == chosen
+        assert entry_attention._choose(inputs.query, None) == chosen
         if chosen == "reference":
             return
         output = ragged_self_attention(*inputs, scale=scale, max_length=19)
@@ -164,12 +166,12 @@ def test_what_is_traced_for_a_gpu(
 
 
 def test_flash_attn_is_preferred_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_attention, "FLASH_ATTN_INSTALLED", True)
+    monkeypatch.setattr(entry_attention, "FLASH_ATTN_INSTALLED", True)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with FakeTensorMode():
         query, wide = (torch.empty(5, 3, d, device="cuda").bfloat16() for d in (7, 257))
-    assert self_attention._choose(query, None) == "flash_attn"
-    assert self_attention._choose(wide, None) == "memory_efficient"
+    assert entry_attention._choose(query, None) == "flash_attn"
+    assert entry_attention._choose(wide, None) == "memory_efficient"
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -231,7 +233,7 @@ def test_what_kernels_of_cuda_refuse(
     head_dim: int,
     message: str,
 ) -> None:
-    monkeypatch.setattr(self_attention, "FLASH_ATTN_INSTALLED", False)
+    monkeypatch.setattr(entry_attention, "FLASH_ATTN_INSTALLED", False)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with FakeTensorMode():
         leaves = [torch.empty(5, 3, head_dim, dtype=dtype, device="cuda") for _ in range(3)]
@@ -245,7 +247,7 @@ def test_what_kernels_of_cuda_refuse(
 
 @pytest.fixture(params=["memory_efficient", "varlen", "flash_attn"])
 def on_cuda(request: pytest.FixtureRequest) -> str:
-    if request.param == "flash_attn" and not self_attention.FLASH_ATTN_INSTALLED:
+    if request.param == "flash_attn" and not entry_attention.FLASH_ATTN_INSTALLED:
         pytest.skip("flash-attn is not installed")
     return request.param
 

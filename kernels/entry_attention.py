@@ -1,7 +1,9 @@
-"""Ragged self-attention: the entries of a cell attend to each other, and to no other cell's.
+"""Attention of a cell's entries: to each other, or to entries of another kind of the same cell.
 
-CellPatch's decoder uses it: the genes to predict of one cell are 1,000 prompts at most. Others have
-built good kernels for this, so none is written here. One function hides which of them computes:
+CellPatch's decoder uses both: the genes to predict of one cell, 1,000 prompts at most, attend to
+the cell's patches and then to each other. Queries and keys have offsets of their own; where both
+have the same, it is self-attention. Others have built good kernels for this, so none is written
+here. One function hides which of them computes:
 
 - flash-attn, where it is installed, else the FlashAttention inside PyTorch
   (`torch.nn.attention.varlen`), for half precision on CUDA;
@@ -25,22 +27,109 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .checks import ATTENTION_DTYPES, check_offsets, listed, looks_at_contents
-from .self_attention_ops import attend, check_contents, longest
+from .checks import ATTENTION_DTYPES, check_offsets, listed, longest, looks_at_contents
+from .entry_attention_ops import attend, check_contents
 
-SelfAttentionBackend = Literal["reference", "memory_efficient", "varlen", "flash_attn"]
+EntryAttentionBackend = Literal["reference", "memory_efficient", "varlen", "flash_attn"]
 
 FLASH_ATTN_INSTALLED = importlib.util.find_spec("flash_attn") is not None
 OLDEST_GPU = (8, 0)  # compute capability that FlashAttention needs
 LARGEST_HEAD_DIM = 256  # of FlashAttention
 ALIGNMENT = 8  # head_dim of CUDA's kernels is a multiple of it
+
+
+def ragged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    *,
+    scale: float | None = None,
+    max_query_length: int | None = None,
+    max_key_length: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Queries attend to the keys of their own cell, forward and backward.
+
+    Parameters
+    ----------
+    query
+        [queries, heads, head_dim], one of float16, bfloat16, float32, float64. `torch.autocast`
+        casts all but float64.
+    key, value
+        [keys, heads, head_dim], of the dtype of ``query``.
+    query_offsets, key_offsets
+        int32 or int64 [cells + 1]; cell ``c`` owns the queries ``query_offsets[c] :
+        query_offsets[c + 1]``, and the keys likewise. A cell may have no queries, or no keys: then
+        its queries attend to nothing, which is 0.
+    scale
+        Factor of ``query · key``; None for 1 / sqrt(head_dim).
+    max_query_length, max_key_length
+        Queries (keys) of the cell that has most, or more. None reads it from the offsets, for
+        which a GPU is waited for; where torch.compile traces for CUDA, it must be given. A GPU is
+        not asked whether it is right, but one that is too small ends in a device-side assertion.
+    backend
+        ``"reference"``, ``"memory_efficient"`` (PyTorch's own, on CPU and CUDA), ``"varlen"``
+        (PyTorch's FlashAttention) or ``"flash_attn"`` (the package), the last two for half
+        precision on CUDA. None chooses the fastest that can compute; CELLPATCH_BACKEND=reference
+        makes that the reference.
+
+    Returns
+    -------
+    Tensor
+        [queries, heads, head_dim], of the dtype of ``query``, or autocast's.
+
+    Raises
+    ------
+    ValueError
+        If shapes, dtypes, devices, offsets, lengths or the backend do not fit. On a GPU the
+        contents of offsets are looked at only where CELLPATCH_CHECK=1 is set.
+
+    Notes
+    -----
+    A cell's result on the CPU is the same, bit for bit, whatever batch it is in, and so are its
+    gradients. On CUDA, gradients are deterministic under
+    ``torch.use_deterministic_algorithms(True)``.
+
+    Examples
+    --------
+    Entries of a cell ask what its patches know. Here 3, no and 2 entries, and 4 patches of a cell:
+
+    >>> entries, patches = torch.randn(5, 2, 16), torch.randn(3 * 4, 2, 16)
+    >>> offsets, every_4 = torch.tensor([0, 3, 3, 5]), torch.tensor([0, 4, 8, 12])
+    >>> ragged_attention(entries, patches, patches, offsets, every_4).shape
+    torch.Size([5, 2, 16])
+    """
+    query, key, value = _cast(query, key, value)
+    _check(query, key, value, query_offsets, key_offsets)
+    chosen = _choose(query, backend)
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1])
+    lengths = max_query_length, max_key_length
+    if chosen == "memory_efficient" and query.device.type == "cpu":  # checks contents itself
+        return attend(query, key, value, query_offsets, key_offsets, *lengths, scale)
+    if looks_at_contents(query.device):
+        check_contents(query, key, query_offsets, key_offsets, *lengths)
+    if chosen == "reference":
+        with torch.autocast(query.device.type, enabled=False):
+            return reference.entry_attention(query, key, value, query_offsets, key_offsets, scale)
+    if len(query) == 0 or len(key) == 0:
+        return _nothing(query, key, value)
+    spans = _Span.of(query_offsets, max_query_length, "query")
+    if key_offsets is query_offsets and max_key_length == max_query_length:
+        return _on_cuda(chosen, query, key, value, spans, spans, scale)
+    keys = _Span.of(key_offsets, max_key_length, "key")
+    alone = _without_keys(len(query), query_offsets, key_offsets)  # kernels differ in these
+    output = _on_cuda(chosen, query.masked_fill(alone, 0), key, value, spans, keys, scale)
+    return output.masked_fill(alone, 0)
 
 
 def ragged_self_attention(
@@ -58,22 +147,14 @@ def ragged_self_attention(
     Parameters
     ----------
     query, key, value
-        [entries, heads, head_dim], one of float16, bfloat16, float32, float64. `torch.autocast`
-        casts all but float64.
+        [entries, heads, head_dim], as of `ragged_attention`.
     offsets
         int32 or int64 [cells + 1]; cell ``c`` owns the entries ``offsets[c] : offsets[c + 1]``. A
         cell may be empty.
-    scale
-        Factor of ``query · key``; None for 1 / sqrt(head_dim).
+    scale, backend
+        As of `ragged_attention`.
     max_length
-        Entries of the longest cell, or more. None reads it from the offsets, for which a GPU is
-        waited for; where torch.compile traces for CUDA, it must be given. A GPU is not asked
-        whether it is right, but one that is too small ends in a device-side assertion.
-    backend
-        ``"reference"``, ``"memory_efficient"`` (PyTorch's own, on CPU and CUDA), ``"varlen"``
-        (PyTorch's FlashAttention) or ``"flash_attn"`` (the package), the last two for half
-        precision on CUDA. None chooses the fastest that can compute; CELLPATCH_BACKEND=reference
-        makes that the reference.
+        Entries of the longest cell, or more; see ``max_query_length`` of `ragged_attention`.
 
     Returns
     -------
@@ -83,14 +164,7 @@ def ragged_self_attention(
     Raises
     ------
     ValueError
-        If shapes, dtypes, devices, offsets, ``max_length`` or the backend do not fit. On a GPU the
-        contents of offsets are looked at only where CELLPATCH_CHECK=1 is set.
-
-    Notes
-    -----
-    A cell's result on the CPU is the same, bit for bit, whatever batch it is in, and so are its
-    gradients. On CUDA, gradients are deterministic under
-    ``torch.use_deterministic_algorithms(True)``.
+        As `ragged_attention`.
 
     Examples
     --------
@@ -104,25 +178,45 @@ def ragged_self_attention(
     >>> mixed.shape
     torch.Size([5, 32])
     """
-    query, key, value = _cast(query, key, value)
-    _check(query, key, value, offsets)
-    chosen = _choose(query, backend)
-    if scale is None:
-        scale = 1 / math.sqrt(query.shape[-1])
-    if chosen == "memory_efficient" and query.device.type == "cpu":
-        return attend(query, key, value, offsets, max_length, scale)  # checks contents itself
-    if looks_at_contents(query.device):
-        check_contents(query, offsets, max_length)
-    if chosen == "reference":
-        with torch.autocast(query.device.type, enabled=False):
-            return reference.ragged_self_attention(query, key, value, offsets, scale)
-    if len(query) == 0:
-        return query + key + value  # as empty, and differentiable
-    if max_length is None:
-        max_length = longest(offsets)
-    else:  # kernels would leave the rest of a longer cell as they found it
-        torch._assert_async(offsets.diff().max() <= max_length, "a cell is longer than max_length")
-    return _on_cuda(chosen, query, key, value, offsets.int(), max_length, scale)
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape[:1] != query.shape[:1]:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, but query has {list(query.shape)}: they "
+                "must be alike"
+            )
+    return ragged_attention(
+        query, key, value, offsets, offsets,
+        scale=scale, max_query_length=max_length, max_key_length=max_length, backend=backend,
+    )  # fmt: skip
+
+
+def _nothing(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Zeros like the queries, in which all three have a part, as autograd wants it."""
+    return torch.where(query.new_zeros((), dtype=torch.bool), query, key.sum() + value.sum())
+
+
+def _without_keys(queries: int, query_offsets: Tensor, key_offsets: Tensor) -> Tensor:
+    """Which queries are of cells that have no keys: bool [queries, 1, 1]."""
+    row = torch.arange(queries, device=query_offsets.device, dtype=query_offsets.dtype)
+    ends = query_offsets.narrow(0, 1, len(query_offsets) - 1)
+    cell = torch.searchsorted(ends, row, right=True)  # [n]
+    return (key_offsets.diff() == 0).index_select(0, cell).view(-1, 1, 1)
+
+
+class _Span(NamedTuple):
+    """Where the queries, or keys, of each cell are, as CUDA's kernels want it."""
+
+    offsets: Tensor  # int32 [c + 1]
+    longest: int
+
+    @classmethod
+    def of(cls, offsets: Tensor, max_length: int | None, name: str) -> _Span:
+        if max_length is None:
+            max_length = longest(offsets)
+        else:  # kernels would leave the rest of a longer cell as they found it
+            fits = offsets.diff().max() <= max_length
+            torch._assert_async(fits, f"a cell is longer than max_{name}_length")
+        return cls(offsets.int(), max_length)
 
 
 def _on_cuda(
@@ -130,8 +224,8 @@ def _on_cuda(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    offsets: Tensor,
-    max_length: int,
+    queries: _Span,
+    keys: _Span,
     scale: float,
 ) -> Tensor:
     """One of the kernels of CUDA, with head_dim as they need it."""
@@ -140,13 +234,14 @@ def _on_cuda(
     if padding:  # zeros add nothing to scores
         query, key, value = (F.pad(x, (0, padding)) for x in (query, key, value))
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    spans = queries.offsets, keys.offsets, queries.longest, keys.longest
     if backend == "memory_efficient":
-        output = attend(query, key, value, offsets, max_length, scale)
+        output = attend(query, key, value, *spans, scale)
     elif backend == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
         output = flash_attn_varlen_func(
-            query, key, value, offsets, offsets, max_length, max_length,
+            query, key, value, *spans,
             softmax_scale=scale, deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
     else:
@@ -156,7 +251,7 @@ def _on_cuda(
         missing = scale * math.sqrt(query.shape[-1])
         if not math.isclose(missing, 1.0):
             query = query * missing
-        attended = varlen_attn(query, key, value, offsets, offsets, max_length, max_length)
+        attended = varlen_attn(query, key, value, *spans)
         assert isinstance(attended, Tensor)  # and no log-sum-exp, which was not asked for
         output = attended
     return output.narrow(-1, 0, head_dim)
@@ -175,7 +270,9 @@ def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Te
     return cast(query), cast(key), cast(value)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor) -> None:
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, query_offsets: Tensor, key_offsets: Tensor
+) -> None:
     """Refuse shapes, dtypes and devices that do not fit. Looks at no element."""
     if query.ndim != 3:
         raise ValueError(
@@ -186,18 +283,25 @@ def _check(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor) -> None:
     if 0 in query.shape[1:]:
         raise ValueError(f"query has no heads or no head_dim: its shape is {list(query.shape)}")
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape != query.shape:
+        if tensor.ndim != 3 or tensor.shape[1:] != query.shape[1:] or len(tensor) != len(key):
             raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, but query has {list(query.shape)}: they "
-                "must be alike"
+                f"{name} has shape {list(tensor.shape)}, but query has {list(query.shape)}: heads "
+                "and head_dim must be alike, and keys as many as values"
             )
         if tensor.dtype != query.dtype:
             raise ValueError(
                 f"{name} is {tensor.dtype}, but query is {query.dtype}: they need one dtype "
                 "(torch.autocast converts them)"
             )
-    check_offsets(offsets)
-    for name, tensor in (("key", key), ("value", value), ("offsets", offsets)):
+    check_offsets(query_offsets)
+    check_offsets(key_offsets)
+    if len(query_offsets) != len(key_offsets):
+        raise ValueError(
+            f"query_offsets are those of {len(query_offsets) - 1} cells, but key_offsets of "
+            f"{len(key_offsets) - 1}"
+        )
+    offsets = (("query_offsets", query_offsets), ("key_offsets", key_offsets))
+    for name, tensor in (("key", key), ("value", value), *offsets):
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}, but query is on {query.device}")
 
@@ -211,10 +315,10 @@ def _choose(query: Tensor, backend: str | None) -> str:
         if flash is None:
             return "flash_attn" if FLASH_ATTN_INSTALLED else "varlen"
         return "memory_efficient" if _without_efficient(query) is None else "reference"
-    if backend not in get_args(SelfAttentionBackend):
+    if backend not in get_args(EntryAttentionBackend):
         raise ValueError(
-            f"unknown backend {backend!r} of self-attention: choose from "
-            f"{', '.join(get_args(SelfAttentionBackend))}"
+            f"unknown backend {backend!r} of attention: choose from "
+            f"{', '.join(get_args(EntryAttentionBackend))}"
         )
     reason = None
     if backend in ("flash_attn", "varlen"):
