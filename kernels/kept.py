@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .weights import EncoderWeights
 
@@ -27,6 +29,7 @@ class Kept(Generic[TablesT]):
 
     A change of a weight is noticed by the tensor's address and version, which every in-place
     operation of PyTorch counts up (writing through ``.data`` does not: call `forget` after that).
+    Fused optimisers do not either; what they leave out is made up for at the end of this file.
     The weights are held on to, so an address cannot be given to another tensor meanwhile.
 
     On a GPU, tables are made on the current stream; another stream waits for that. Nothing is kept
@@ -91,3 +94,18 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     else:
         version = tensor._version
     return tensor.device, tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _count_fused_step(optimizer: Optimizer, *_: Any) -> None:
+    """Count up the versions of what a fused optimiser has just changed, which it does not itself.
+
+    Else a model that is evaluated between steps would be so with the tables of its first weights.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    torch.autograd.graph.increment_version(weight)
+
+
+register_optimizer_step_post_hook(_count_fused_step)

@@ -254,3 +254,17 @@ def test_many_callers_with_many_weights(
     sys.setswitchinterval(before)
     for failure in failures:
         raise failure
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+def test_steps_of_fused_optimizers_are_noticed(
+    on_device: MakeWeights, assert_current: Callable[..., Tensor], optimizer: Callable[..., Any]
+) -> None:
+    """They change weights without counting it."""
+    weights = on_device(genes=11)
+    parameter = nn.Parameter(weights.genes)  # shares its memory
+    weights = weights._replace(genes=parameter)
+    before = assert_current(weights)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer([parameter], lr=0.1, fused=True).step()
+    assert not torch.equal(assert_current(weights), before)
