@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .errors import InputError
 from .kernels import resolve_backend, synchronize
 from .loader import CellLoader
-from .model import CellPatch
+from .model import CellPatch, CellPatchAnnotator, pool
 from .streams import Stream, open_stream
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from .cells import RaggedCells
     from .detect import Expected
     from .model.encoder import Pool
 
@@ -40,12 +42,15 @@ class EmbeddedCells:
         float32 [cells, width].
     rows, entries, unknown_entries
         int64 [cells], see `loader.CellBatch`.
+    probabilities
+        float32 [cells, classes], where they were asked for.
     """
 
     features: np.ndarray
     rows: np.ndarray
     entries: np.ndarray
     unknown_entries: np.ndarray
+    probabilities: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,7 +59,9 @@ class EmbeddedCells:
         """The cells ``start : stop``."""
         part = slice(start, stop)
         return EmbeddedCells(
-            self.features[part], self.rows[part], self.entries[part], self.unknown_entries[part]
+            *(self.features[part], self.rows[part], self.entries[part]),
+            self.unknown_entries[part],
+            None if self.probabilities is None else self.probabilities[part],
         )
 
 
@@ -73,6 +80,8 @@ class Embedder:
     backend, device
         See `kernels.encode` and ``torch.device``; None for the fastest backend and for the
         device that the model is on.
+    annotate
+        Also tell the probabilities of the classes, which needs a `CellPatchAnnotator`.
 
     Raises
     ------
@@ -88,6 +97,7 @@ class Embedder:
         batch_size: int | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
+        annotate: bool = False,
     ) -> None:
         if pooling not in ("flatten", "mean"):
             raise InputError(f"unknown pooling {pooling!r}: choose flatten or mean")
@@ -95,10 +105,16 @@ class Embedder:
             raise InputError(f"the batch size must be at least 1, found {batch_size}")
         target = None if device is None else usable_device(device)
         if not isinstance(model, CellPatch):
-            model = CellPatch.from_pretrained(model)
+            model = (CellPatchAnnotator if annotate else CellPatch).from_pretrained(model)
+        if annotate and not isinstance(model, CellPatchAnnotator):
+            raise InputError(
+                f"a {type(model).__name__} tells no classes: fine-tune it first (cellpatch "
+                "finetune, cellpatch_fast.training.finetune)"
+            )
         if target is not None and not _same(target, model.patches.device):
             model = copy.deepcopy(model).to(target)  # the caller's stays where it is
         self.model = model
+        self.annotator = model if annotate and isinstance(model, CellPatchAnnotator) else None
         self.pooling = pooling
         try:
             self.backend = resolve_backend(backend, self.device)
@@ -159,13 +175,22 @@ class Embedder:
         with contextlib.closing(iter(loader)) as batches, _evaluating(self.model):
             for batch in batches:
                 with torch.inference_mode(), _memory_errors():
-                    features = self.model.encode(
-                        batch.cells, mean=self.pooling == "mean", backend=self.backend
-                    )
+                    features, probabilities = self._compute(batch.cells)
                     rows = features.flatten(1).float().cpu().numpy()
                     if self.device.type == "cuda" and self.backend == "triton":
                         synchronize(self.device)
-                yield EmbeddedCells(rows, batch.rows, batch.entries, batch.unknown_entries)
+                yield EmbeddedCells(
+                    rows, batch.rows, batch.entries, batch.unknown_entries, probabilities
+                )
+
+    def _compute(self, cells: RaggedCells) -> tuple[Tensor, np.ndarray | None]:
+        """Pooled features, and probabilities of an annotator."""
+        mean = self.pooling == "mean"
+        if self.annotator is None:
+            return self.model.encode(cells, mean=mean, backend=self.backend), None
+        features = self.annotator.encode(cells, backend=self.backend)
+        probabilities = self.annotator.probabilities(features).cpu().numpy()
+        return pool(features, self.pooling), probabilities
 
 
 def usable_device(device: torch.device | str) -> torch.device:

@@ -1,7 +1,18 @@
 """Training: pretraining by masked gene modelling, and fine-tuning for cell type annotation."""
 
+from .evaluation import Evaluation, evaluate
+from .finetuning import Finetuned, finetune
 from .loop import History
 from .pretraining import pretrain
 from .settings import FinetuningSettings, PretrainingSettings
 
-__all__ = ["FinetuningSettings", "History", "PretrainingSettings", "pretrain"]
+__all__ = [
+    "Evaluation",
+    "Finetuned",
+    "FinetuningSettings",
+    "History",
+    "PretrainingSettings",
+    "evaluate",
+    "finetune",
+    "pretrain",
+]
