@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellpatch_fast.errors import InputError, InputWarning
+from cellpatch_fast.files import write_whole
 from cellpatch_fast.gene_names import (
     first_names,
     human_genes,
@@ -270,15 +270,9 @@ class GeneVocabulary:
 
     def save(self, path: str | Path) -> None:
         """Write ``vocabulary.json``, one gene a line; a crash leaves the old file or the new."""
-        path = Path(path)
         head = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION})[:-1]
         genes = ",\n".join(map(json.dumps, self._rows()))
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-        try:
-            unfinished.write_text(f'{head}, "genes": [\n{genes}\n]}}\n', encoding="ascii")
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(path, f'{head}, "genes": [\n{genes}\n]}}\n')
 
     def match(self, names: Sequence[str]) -> GeneMatch:
         """Find the token of every name; the rules are at the head of this file."""

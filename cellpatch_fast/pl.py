@@ -6,16 +6,20 @@ more of them a number stands in each class, and numbers stand in the cells of a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from .errors import InputError
-from .figures import finish, new_figure
+from .figures import GREY, OKABE_ITO, finish, new_figure
+from .scatter import Palette, column_of, draw_numbers, umap_of
 
 if TYPE_CHECKING:
     import pandas as pd
+    from anndata import AnnData
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
@@ -24,6 +28,60 @@ if TYPE_CHECKING:
 
 POINTS = 72  # per inch
 FONT = 9.0  # points
+
+
+def training_curves(
+    run: str | Path,
+    *,
+    ax: Axes | None = None,
+    save: str | Path | None = None,
+    show: bool = False,
+) -> Figure:
+    """Draw how a training run went: losses, and how good the model was on validation cells.
+
+    Also of a run that is still going on. A dotted line marks the best epoch, whose model is kept:
+    the one with the lowest validation loss.
+
+    Parameters
+    ----------
+    run
+        The run's folder, with ``steps.csv`` and ``epochs.csv``.
+    ax
+        Draw the losses here, and nothing else; None for a figure of their own.
+    save
+        A path that ends in .png or .svg, or one without a suffix, for both.
+    show
+        Open it in a window, or in the notebook.
+
+    Raises
+    ------
+    InputError
+        If there is no such run, or it has not made a step yet.
+    """
+    steps = _read_table(Path(run) / "steps.csv", ["step", "loss"])
+    epochs = _read_table(Path(run) / "epochs.csv", ["epoch", "step", "training_loss"])
+    epochs = epochs.dropna(axis="columns", how="all")  # no validation: no numbers
+    if steps.empty:
+        raise InputError(f"{run} has no step to draw yet: wait until steps.csv has a row")
+    metrics = [name for name in epochs if name.startswith("validation_")]
+    metrics = [name for name in metrics if name != "validation_loss"]
+    if ax is not None:
+        _draw_losses(ax, steps, epochs)
+        figure = cast("Figure", ax.get_figure(root=True))  # axes have one
+        return finish(figure, save, show)
+    panels = 2 if metrics else 1
+    figure = new_figure(5 * panels + 0.5, 3.6, show)
+    left, *right = figure.subplots(1, panels, squeeze=False)[0]
+    _draw_losses(left, steps, epochs)
+    for axes in right:
+        for name, color, marker in zip(
+            metrics, cycle(OKABE_ITO[2::3]), cycle("s^vP"), strict=False
+        ):
+            label = name.removeprefix("validation_").replace("_", " ").replace(" f1", " F1")
+            axes.plot(epochs["step"], epochs[name], color=color, marker=marker, label=label)
+        _mark_best(axes, epochs)
+        _label_curves(axes, "on validation cells")
+    return finish(figure, save, show)
 
 
 def confusion_matrix(
@@ -96,6 +154,120 @@ def confusion_matrix(
     figure.colorbar(image, cax=place, ticks=(0, 0.5, 1)).set_label("share of the true class")
     figure.suptitle(title or "", fontsize=11)
     return finish(figure, save, show)
+
+
+def embedding(
+    adata: AnnData,
+    *,
+    color: str | Sequence[str],
+    key: str = "X_cellpatch",
+    seed: int = 0,
+    save: str | Path | None = None,
+    show: bool = False,
+) -> Figure:
+    """Draw the cells in two dimensions (UMAP), coloured by columns of ``obs``, a panel each.
+
+    A class has the same colour in every panel: of truth and prediction, say. Rare classes are
+    drawn over common ones, "unknown" and missing labels are grey. Among more than 8 classes
+    colours alone do not tell, so numbers do. Numeric columns have a scale of colours.
+
+    Parameters
+    ----------
+    adata
+        With ``obsm[key]``, from `cellpatch_fast.tl.embed`. It is not changed. ``obsm["X_umap"]``
+        is taken if it comes from the same embedding (``scanpy.pp.neighbors(use_rep=key)``), and
+        computed from 15 neighbours of each cell otherwise.
+    color
+        One column of ``adata.obs``, or several.
+    key
+        The embedding.
+    seed
+        Of UMAP.
+    save
+        A path that ends in .png or .svg, or one without a suffix, for both.
+    show
+        Open it in a window, or in the notebook.
+
+    Raises
+    ------
+    InputError
+        If the embedding or a column is missing, there are too few cells, or the embedding holds
+        numbers that are not finite.
+    """
+    names = [color] if isinstance(color, str) else list(dict.fromkeys(color))
+    if not names:
+        raise InputError("color is empty: name a column of adata.obs")
+    if missing := [name for name in names if name not in adata.obs]:
+        raise InputError(
+            f"color: adata.obs lacks {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(map(repr, adata.obs)) or 'no column'}"
+        )
+    points = umap_of(adata, key, seed)  # [c, 2]
+    columns = {name: column_of(adata.obs[name]) for name in names}
+    palette = Palette([column for column in columns.values() if column.dtype == object])
+    across = min(len(names), 3)
+    down = -(-len(names) // across)
+    side = 4.0 if len(palette) <= 20 else 6.0  # inches
+    legend_columns = -(-len(palette) // int(4.5 * side * down))
+    figure = new_figure(side * across + palette.width * legend_columns, side * down, show)
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for axes, (name, column) in zip(panels, columns.items(), strict=False):
+        axes.set_title(name, fontsize=11)
+        if column.dtype == object:
+            palette.draw(axes, points, column)
+        else:
+            draw_numbers(axes, points, column)
+    for axes in panels:
+        axes.set_axis_off()
+    if len(palette):
+        palette.add_legend(figure, legend_columns)
+    return finish(figure, save, show)
+
+
+def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
+    """The complete rows of a run's table."""
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(path)
+        numbers = table.astype(float)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no table of a training run: {error}") from error
+    if missing := [name for name in columns if name not in table]:
+        raise InputError(f"{path} is no table of a training run: it lacks {', '.join(missing)}")
+    return numbers.dropna(subset=columns)
+
+
+def _draw_losses(axes: Axes, steps: pd.DataFrame, epochs: pd.DataFrame) -> None:
+    """Every step, smoothed over a fiftieth of the run, and the mean of every epoch."""
+    smooth = steps["loss"].rolling(max(1, len(steps) // 50), center=True, min_periods=1).mean()
+    axes.plot(steps["step"], steps["loss"], color=GREY, linewidth=0.5, label="step")
+    axes.plot(steps["step"], smooth, color="#555555", linewidth=1, label="steps, smoothed")
+    for name, color, marker in (
+        ("training_loss", OKABE_ITO[0], "o"),
+        ("validation_loss", OKABE_ITO[3], "D"),
+    ):
+        if name in epochs:
+            label = name.removesuffix("_loss") + " cells, by epoch"
+            axes.plot(epochs["step"], epochs[name], color=color, marker=marker, label=label)
+    _mark_best(axes, epochs)
+    _label_curves(axes, "loss")
+
+
+def _mark_best(axes: Axes, epochs: pd.DataFrame) -> None:
+    if "validation_loss" in epochs:
+        best = epochs.loc[epochs["validation_loss"].idxmin()]
+        label = f"best epoch: {best['epoch']:.0f}"
+        axes.axvline(best["step"], color="black", linestyle=":", linewidth=1, label=label)
+
+
+def _label_curves(axes: Axes, y_label: str) -> None:
+    axes.set_xlabel("step")
+    axes.set_ylabel(y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    for line in axes.lines:
+        line.set_markersize(3.5)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _width(names: list[str], font: float) -> float:

@@ -226,15 +226,15 @@ def _confusion(
 ) -> pd.DataFrame:
     import pandas as pd
 
-    unknown = [len(names)] if (predicted == len(names)).any() else []
-    labels = [*present, *unknown]
+    labels = [*present, len(names)]  # "unknown" comes last
     counts = _import_metrics().confusion_matrix(truth, predicted, labels=labels)  # [truth, guess]
-    named = [*names, UNKNOWN]
-    return pd.DataFrame(
-        counts[: len(present)],  # no cell is truly "unknown"
-        index=pd.Index([named[code] for code in present], name="truth"),
-        columns=pd.Index([named[code] for code in labels], name="predicted"),
+    named = [names[code] for code in present]
+    table = pd.DataFrame(
+        counts[:-1],  # no cell is truly "unknown"
+        index=pd.Index(named, name="truth"),
+        columns=pd.Index([*named, UNKNOWN], name="predicted"),
     )
+    return table if table[UNKNOWN].any() else table.drop(columns=UNKNOWN)
 
 
 def _checked_classes(classes: Sequence[str]) -> list[str]:

@@ -1,0 +1,376 @@
+"""Plots are really drawn: what is in them, that nothing is cut off, and what is left behind."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Callable
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import image, pyplot
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from cellpatch_fast import InputError, pl
+from cellpatch_fast.figures import GREY, OKABE_ITO, render
+from cellpatch_fast.training.evaluation import evaluate
+
+LONG = "CD8+/CD45RA+ Naive Cytotoxic"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_to_pyplot() -> object:
+    """No plot may stay in pyplot's list of open figures."""
+    before = pyplot.get_fignums()
+    yield
+    assert pyplot.get_fignums() == before
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def panels(figure: Figure) -> list[Any]:
+    """The figure's axes; matplotlib's own types promise less than they hold."""
+    return list(figure.axes)
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """Of the PNG that is saved, [height, width, 3]."""
+    return np.asarray(image.imread(io.BytesIO(render(figure, "png"))))[..., :3]
+
+
+def assert_nothing_is_cut_off(figure: Figure) -> None:
+    """There is something, and it does not reach the image's border."""
+    ink = np.any(pixels(figure) < 0.99, axis=2)
+    assert ink.mean() > 0.005
+    assert not ink[[0, -1]].any()
+    assert not ink[:, [0, -1]].any()
+
+
+# --- training curves -----------------------------------------------------------------------------
+
+WriteRun = Callable[..., Path]
+
+
+@pytest.fixture
+def write_run(tmp_path: Path) -> WriteRun:
+    """``write_run(metric...)``: the tables of a run of 7 epochs of 13 steps; epoch 5 is best."""
+
+    def write(*metrics: str, epochs: int = 7, validation: bool = True) -> Path:
+        steps = np.arange(1, 92)
+        table = pd.DataFrame({"step": steps, "epoch": (steps + 12) // 13, "loss": 3 / steps})
+        table.to_csv(tmp_path / "steps.csv", index=False)
+        epoch = np.arange(1, epochs + 1)
+        table = pd.DataFrame({"epoch": epoch, "step": 13 * epoch, "training_loss": 1 / epoch})
+        table["validation_loss"] = (epoch - 5.0) ** 2 if validation else None
+        for name in metrics:
+            table[f"validation_{name}"] = epoch / 8 if validation else None
+        table.to_csv(tmp_path / "epochs.csv", index=False)
+        return tmp_path
+
+    return write
+
+
+def test_training_curves_show_losses_metrics_and_the_best_epoch(write_run: WriteRun) -> None:
+    figure = pl.training_curves(write_run("accuracy", "macro_f1"))
+    losses, scores = panels(figure)
+    lines = {str(line.get_label()): line for line in losses.lines}
+    assert list(lines) == [
+        *("step", "steps, smoothed"),
+        *("training cells, by epoch", "validation cells, by epoch", "best epoch: 5"),
+    ]
+    assert lines["step"].get_ydata() == pytest.approx(3 / np.arange(1, 92))
+    assert lines["validation cells, by epoch"].get_xdata()[-1] == 91
+    assert lines["best epoch: 5"].get_xdata()[0] == 65
+    assert [line.get_label() for line in scores.lines] == ["accuracy", "macro F1", "best epoch: 5"]
+    assert_nothing_is_cut_off(figure)
+
+
+def test_training_curves_without_validation_have_one_panel(write_run: WriteRun) -> None:
+    (axes,) = panels(pl.training_curves(write_run("pearson", validation=False)))
+    assert [line.get_label() for line in axes.lines][2:] == ["training cells, by epoch"]
+
+
+def test_training_curves_of_a_run_in_its_first_epoch(write_run: WriteRun) -> None:
+    (axes,) = panels(pl.training_curves(write_run("pearson", epochs=0)))
+    assert [line.get_label() for line in axes.lines] == ["step", "steps, smoothed"]
+
+
+def test_a_row_that_is_being_written_is_not_drawn(write_run: WriteRun) -> None:
+    run = write_run()
+    with (run / "steps.csv").open("a") as table:
+        table.write("92,8")
+    assert len(panels(pl.training_curves(run))[0].lines[0].get_xdata()) == 91
+
+
+def test_training_curves_draw_losses_into_axes_of_the_user(write_run: WriteRun) -> None:
+    mine = Figure()
+    _, right = mine.subplots(1, 2)
+    assert pl.training_curves(write_run("pearson"), ax=right) is mine
+    assert [len(axes.lines) for axes in panels(mine)] == [0, 5]
+
+
+def test_training_curves_of_what_is_no_run(tmp_path: Path, write_run: WriteRun) -> None:
+    with pytest.raises(InputError, match=r"nowhere.steps\.csv is no table of a training run: .*No"):
+        pl.training_curves(tmp_path / "nowhere")
+    run = write_run()
+    (run / "epochs.csv").write_text("epoch,step\n1,2\n")
+    with pytest.raises(InputError, match=r"epochs\.csv .*lacks training_loss"):
+        pl.training_curves(run)
+    write_run()
+    (run / "steps.csv").write_text("step,loss\n1,thesis\n")
+    with pytest.raises(InputError, match=r"steps\.csv is no table .*thesis"):
+        pl.training_curves(run)
+    (run / "steps.csv").write_text("step,loss\n")
+    with pytest.raises(InputError, match="no step to draw yet"):
+        pl.training_curves(run)
+
+
+# --- confusion matrix ----------------------------------------------------------------------------
+
+
+def confusion(classes: int) -> pd.DataFrame:
+    """Counts with a full diagonal; the last class has no true cells."""
+    names = [f"{LONG} {i}" for i in range(classes)]
+    counts = np.diag(np.arange(classes)[::-1] * 97) + np.tri(classes, k=-1, dtype=int)
+    counts[-1] = 0
+    return pd.DataFrame(counts, index=names, columns=names)
+
+
+@pytest.mark.parametrize("classes", [2, 23])
+def test_confusion_matrix_of_any_size_is_complete(classes: int) -> None:
+    figure = pl.confusion_matrix(confusion(classes))
+    found = texts(figure)
+    assert {f"{LONG} {i}" for i in range(classes)} <= set(found)
+    assert f"{LONG} 0 ({97 * (classes - 1):,})" in found
+    assert_nothing_is_cut_off(figure)
+    axes = panels(figure)[0]
+    columns = [label.get_window_extent().intervalx for label in axes.get_xticklabels()]
+    rows = [label.get_window_extent().intervaly for label in axes.get_yticklabels()][::-1]
+    for names in (columns, rows):  # none overlaps the next
+        assert all(one.max() < other.min() for one, other in pairwise(names))
+
+
+def test_confusion_matrix_shares_are_of_the_true_class() -> None:
+    counts = pd.DataFrame([[3, 1], [0, 0], [20, 980]], index=list("abc"), columns=list("ab"))
+    (shown,) = panels(pl.confusion_matrix(counts))[0].images
+    shares = np.ma.filled(shown.get_array(), np.nan)
+    np.testing.assert_array_equal(shares, [[0.75, 0.25], [np.nan, np.nan], [0.02, 0.98]])
+
+
+def test_confusion_matrix_writes_percentages_or_counts() -> None:
+    counts = pd.DataFrame([[3, 1], [4, 1996]], index=list("ab"), columns=list("ab"))
+    numbers = [text.get_text() for text in panels(pl.confusion_matrix(counts))[0].texts]
+    assert numbers == ["75", "25", "100"]  # 0.2% is left blank
+    figure = pl.confusion_matrix(counts, normalize=False, title="mine")
+    assert [text.get_text() for text in panels(figure)[0].texts] == ["3", "1", "4", "1,996"]
+    assert "mine" in texts(figure)
+
+
+def test_numbers_that_do_not_fit_into_the_matrix_are_left_out() -> None:
+    counts = pd.DataFrame(np.eye(61, dtype=int) * 1_234_567)
+    counts.iloc[0, 1] = 89
+    written = [
+        text.get_text() for text in panels(pl.confusion_matrix(counts, normalize=False))[0].texts
+    ]
+    assert written == ["89"]
+
+
+def test_confusion_matrix_of_an_evaluation_says_how_good_it_is() -> None:
+    figure = pl.confusion_matrix(evaluate(["B", "T"], ["B", "unknown"], ["B", "T"]))
+    assert {"accuracy 0.500, macro F1 0.500", "unknown"} <= set(texts(figure))
+
+
+@pytest.mark.parametrize("bad", [[[-1.0]], [[np.nan]], [["many"]], np.empty((0, 0))])
+def test_what_is_no_confusion_matrix_is_refused(bad: list[list[object]]) -> None:
+    with pytest.raises(InputError, match="a confusion matrix holds counts"):
+        pl.confusion_matrix(pd.DataFrame(bad))
+
+
+# --- embedding -----------------------------------------------------------------------------------
+
+
+def cells(classes: int, n: int = 211) -> anndata.AnnData:
+    """Cells whose UMAP is there already; class i is a cluster, and the higher i the rarer."""
+    random = np.random.default_rng(classes)
+    kind = np.minimum(random.geometric(3 / (classes + 2), n) - 1, classes - 1)
+    kind[:classes] = range(classes)
+    names = np.array([f"{LONG} {i:02}" for i in range(classes)])
+    rows = (random.normal(size=(classes, 5)) * 9)[kind] + random.normal(size=(n, 5))
+    obs = pd.DataFrame(
+        {
+            "truth": pd.Categorical(names[kind], names[::-1]),
+            "predicted": np.where(random.random(n) < 0.9, names[kind], "unknown"),
+            "depth": random.random(n),
+        },
+        index=[f"cell{i}" for i in range(n)],
+    )
+    adata = anndata.AnnData(obs=obs, obsm={"X_cellpatch": rows, "X_umap": rows[:, :2]})
+    adata.uns["neighbors"] = {"params": {"use_rep": "X_cellpatch"}}
+    return adata
+
+
+Colors = set[tuple[float, ...]]
+
+
+def colors_of(adata: anndata.AnnData, figure: Figure, panel: int, column: str) -> dict[str, Colors]:
+    """Which colours the cells of each class have in a panel, found by where they lie."""
+    (points,) = panels(figure)[panel].collections
+    drawn = zip(points.get_offsets(), points.get_facecolor(), strict=True)
+    at = {tuple(place): color for place, color in drawn}
+    found: dict[str, Colors] = {}
+    for place, name in zip(adata.obsm["X_umap"], adata.obs[column], strict=True):
+        found.setdefault(name, set()).add(tuple(at[tuple(place)][:3]))
+    return found
+
+
+@pytest.mark.parametrize("classes", [2, 8, 23, 61])
+def test_a_class_has_one_colour_in_all_panels(classes: int) -> None:
+    adata = cells(classes)
+    figure = pl.embedding(adata, color=["truth", "predicted"])
+    truth = colors_of(adata, figure, 0, "truth")
+    predicted = colors_of(adata, figure, 1, "predicted")
+    assert predicted.pop("unknown") == {to_rgb(GREY)}
+    assert predicted.items() <= truth.items()
+    assert len(set.union(*truth.values())) == len(truth) == classes
+    if classes <= 8:
+        assert set.union(*truth.values()) <= set(map(to_rgb, OKABE_ITO))
+    (legend,) = figure.legends
+    numbered = [f"{i}  " if classes > 8 else "" for i in range(1, classes + 1)]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        *(f"{number}{LONG} {i:02}" for i, number in enumerate(numbered)),
+        "unknown",
+    ]
+    if classes == 23:
+        assert_nothing_is_cut_off(figure)
+
+
+def test_more_than_8_classes_are_told_apart_by_numbers() -> None:
+    for classes in (8, 11):
+        axes = panels(pl.embedding(cells(classes), color="truth"))[0]
+        written = [text.get_text() for text in axes.texts]
+        assert written == [str(i) for i in range(1, 12) if classes > 8]
+
+
+def test_rare_classes_are_drawn_over_common_ones_and_no_class_below() -> None:
+    adata = cells(5)
+    figure = pl.embedding(adata, color="predicted")
+    (points,) = panels(figure)[0].collections
+    colors = [tuple(color[:3]) for color in points.get_facecolor()]
+    sizes = [colors.count(color) for color in dict.fromkeys(colors)]
+    assert colors[0] == to_rgb(GREY)
+    assert sizes[1:] == sorted(sizes[1:], reverse=True)
+    assert len(sizes) == 6
+
+
+def test_numbers_have_a_scale_and_missing_values_are_grey() -> None:
+    adata = cells(3)
+    adata.obs.loc[adata.obs_names[:7], "depth"] = np.nan
+    adata.obs["truth"] = adata.obs["truth"].where(np.arange(adata.n_obs) >= 7)
+    figure = pl.embedding(adata, color=["depth", "truth", "depth"])
+    depth, truth, scale = panels(figure)
+    assert [len(points.get_offsets()) for points in depth.collections] == [7, 204]
+    assert scale.get_ylim() == pytest.approx((adata.obs["depth"].min(), adata.obs["depth"].max()))
+    assert truth.get_title() == "truth"
+    assert figure.legends[0].get_texts()[-1].get_text() == "missing"
+
+
+def test_umap_is_computed_beside_the_data_and_the_same_each_time() -> None:
+    adata = cells(3)
+    del adata.obsm["X_umap"], adata.uns["neighbors"]
+    adata.obsm["X_umap"] = np.zeros((adata.n_obs, 2))  # of nothing known: not taken
+    first, again = (panels(pl.embedding(adata, color="truth"))[0] for _ in range(2))
+    assert not adata.uns
+    assert not adata.obsp
+    assert not adata.obsm["X_umap"].any()
+    positions = np.asarray(first.collections[0].get_offsets())
+    assert np.ptp(positions, axis=0).min() > 1
+    np.testing.assert_array_equal(positions, again.collections[0].get_offsets())
+    assert len(panels(pl.embedding(adata[:4], color="truth"))[0].collections[0].get_offsets()) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        (None, {"color": ["truth", "kind"]}, "lacks 'kind'; it has 'truth', 'predicted', 'depth'"),
+        (None, {"color": []}, "color is empty"),
+        (None, {"color": "truth", "key": "X_pca"}, "lacks 'X_pca', it has X_cellpatch.*tl.embed"),
+        (slice(3), {"color": "truth"}, "there are 3 cells: UMAP needs at least 4"),
+        (np.nan, {"color": "truth"}, "'X_cellpatch'.*NaN"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(
+    change: slice | float | None, arguments: dict[str, Any], message: str
+) -> None:
+    adata = cells(3)
+    del adata.uns["neighbors"]
+    if isinstance(change, slice):
+        adata = adata[change]
+    elif change is not None:
+        adata.obsm["X_cellpatch"][5, 2] = change
+    with pytest.raises(InputError, match=message):
+        pl.embedding(adata, **arguments)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_saved_figures_are_equal_bytes_with_text_as_text(tmp_path: Path) -> None:
+    for name in ("first", "again"):
+        pl.embedding(cells(3), color=["truth", "depth"], save=tmp_path / name)
+    assert len(list(tmp_path.iterdir())) == 4
+    for suffix in (".png", ".svg"):
+        first, again = ((tmp_path / name).with_suffix(suffix) for name in ("first", "again"))
+        assert first.read_bytes() == again.read_bytes()
+    svg = (tmp_path / "first.svg").read_text()
+    assert re.search(rf"<text[^>]*>{re.escape(LONG)} 02</text>", svg)
+    assert "<dc:date>" not in svg
+
+
+def test_the_suffix_says_what_is_saved(tmp_path: Path) -> None:
+    pl.confusion_matrix(confusion(2), save=tmp_path / "a.SVG")
+    pl.confusion_matrix(confusion(2), save=tmp_path / "b.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.SVG", "b.png"}
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match=r"c\.pdf: figures are saved as \.png, \.svg"):
+        pl.confusion_matrix(confusion(2), save=tmp_path / "c.pdf")
+
+
+def test_a_shown_figure_does_not_stay_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Figure] = []  # what a display would be given
+    monkeypatch.setattr(pyplot, "show", lambda: shown.append(pyplot.gcf()))
+    figure = pl.confusion_matrix(confusion(2), show=True)
+    assert shown == [figure]
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    adata = cells(3)
+    monkeypatch.setitem(sys.modules, "scanpy", None)
+    with pytest.raises(InputError, match=r"needs scanpy.*cellpatch-fast\[analysis\]"):
+        pl.embedding(adata, color="truth")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"need matplotlib.*cellpatch-fast\[analysis\]"):
+        pl.confusion_matrix(confusion(2))
+
+
+def test_colours_of_few_classes_differ_in_lightness_or_hue_for_all_eyes() -> None:
+    """Simulated (Viénot 1999): for red- and green-blind eyes too, no two colours are near."""
+    to_lms = np.array(
+        [[17.8824, 43.5161, 4.1193], [3.4557, 27.1554, 3.8671], [0.03, 0.1843, 1.467]]
+    )
+    red_blind = np.array([[0, 2.0234, -2.5258], [0, 1, 0], [0, 0, 1]])
+    green_blind = np.array([[1, 0, 0], [0.4942, 0, 1.2483], [0, 0, 1]])
+    for eye in (red_blind, green_blind):
+        change = np.linalg.inv(to_lms) @ eye @ to_lms
+        seen = [change @ np.array(to_rgb(color)) ** 2.2 for color in OKABE_ITO]
+        seen = [np.clip(color, 0, 1) ** (1 / 2.2) for color in seen]
+        assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 0.1
