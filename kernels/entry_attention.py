@@ -2,20 +2,16 @@
 
 CellPatch's decoder uses both: the genes to predict of one cell, 1,000 prompts at most, attend to
 the cell's patches and then to each other. Queries and keys have offsets of their own; where both
-have the same, it is self-attention. Others have built good kernels for this, so none is written
-here. One function hides which of them computes:
+have the same, it is self-attention. Others have built good kernels for GPUs, so none is written
+for them here. One function hides which of them computes:
 
 - flash-attn, where it is installed, else the FlashAttention inside PyTorch
   (`torch.nn.attention.varlen`), for half precision on CUDA;
 - PyTorch's memory-efficient attention for float32 on CUDA: the kernel that nested jagged tensors
   call, called directly, because those take a dense way out where a cell is empty, and torch.compile
   cannot trace their backward;
-- PyTorch's CPU flash attention, cell by cell. A cell of 1,000 entries with 2 heads of 16 takes
-  2.6 ms forward and 5.1 ms backward on 2 cores, a call 0.03 ms: putting cells of equal length
-  together would save nothing. It computes in float32 where the tensors are in half precision,
-  whose backward took 12 ms there, and whose blocks may depend on the number of threads.
-  Each cell is first copied to memory of its own, because matrix products may round by alignment,
-  and a cell's bits shall depend on that cell alone.
+- `cpu/entry_attention.py` on a CPU, in float32 where the tensors are in half precision;
+- the reference for float64.
 
 All of them keep the log-sum-exp and compute scores again in the backward: memory grows with the
 entries, never with their square. FLOP for n entries of a cell, h heads of d: 4·h·d·n² forward
@@ -37,7 +33,7 @@ from . import reference
 from .checks import ATTENTION_DTYPES, check_offsets, listed, longest, looks_at_contents
 from .entry_attention_ops import attend, check_contents
 
-EntryAttentionBackend = Literal["reference", "memory_efficient", "varlen", "flash_attn"]
+EntryAttentionBackend = Literal["reference", "numba", "memory_efficient", "varlen", "flash_attn"]
 
 FLASH_ATTN_INSTALLED = importlib.util.find_spec("flash_attn") is not None
 OLDEST_GPU = (8, 0)  # compute capability that FlashAttention needs
@@ -77,10 +73,10 @@ def ragged_attention(
         which a GPU is waited for; where torch.compile traces for CUDA, it must be given. A GPU is
         not asked whether it is right, but one that is too small ends in a device-side assertion.
     backend
-        ``"reference"``, ``"memory_efficient"`` (PyTorch's own, on CPU and CUDA), ``"varlen"``
-        (PyTorch's FlashAttention) or ``"flash_attn"`` (the package), the last two for half
-        precision on CUDA. None chooses the fastest that can compute; CELLPATCH_BACKEND=reference
-        makes that the reference.
+        ``"reference"``; ``"numba"`` on a CPU; on CUDA ``"memory_efficient"`` (PyTorch's own), and
+        for half precision ``"varlen"`` (PyTorch's FlashAttention) and ``"flash_attn"`` (the
+        package). None chooses the fastest that can compute, for float64 the reference;
+        CELLPATCH_BACKEND=reference makes that the reference.
 
     Returns
     -------
@@ -114,7 +110,7 @@ def ragged_attention(
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
     lengths = max_query_length, max_key_length
-    if chosen == "memory_efficient" and query.device.type == "cpu":  # checks contents itself
+    if chosen == "numba":  # checks contents itself
         return attend(query, key, value, query_offsets, key_offsets, *lengths, scale)
     if looks_at_contents(query.device):
         check_contents(query, key, query_offsets, key_offsets, *lengths)
@@ -308,34 +304,32 @@ def _check(
 
 def _choose(query: Tensor, backend: str | None) -> str:
     """The backend that is asked for, if it can compute here; else the fastest that can."""
-    flash = _without_flash(query)
     if backend is None:
         if os.environ.get("CELLPATCH_BACKEND") == "reference":
             return "reference"
-        if flash is None:
-            return "flash_attn" if FLASH_ATTN_INSTALLED else "varlen"
-        return "memory_efficient" if _without_efficient(query) is None else "reference"
+        candidates = ["flash_attn", "varlen", "memory_efficient", "numba", "reference"]
+        return next(name for name in candidates if _unfit(name, query) is None)
     if backend not in get_args(EntryAttentionBackend):
         raise ValueError(
             f"unknown backend {backend!r} of attention: choose from "
             f"{', '.join(get_args(EntryAttentionBackend))}"
         )
-    reason = None
-    if backend in ("flash_attn", "varlen"):
-        reason = flash
-    elif backend == "memory_efficient":
-        reason = _without_efficient(query)
-    if reason is None and backend == "flash_attn" and not FLASH_ATTN_INSTALLED:
-        reason = "needs the package flash-attn: pip install 'cellpatch-fast[flash]'"
-    if reason is not None:
+    if (reason := _unfit(backend, query)) is not None:
         raise ValueError(f"the backend {backend} {reason}; backend=None chooses one that can")
     return backend
 
 
-def _without_flash(query: Tensor) -> str | None:
-    """Why FlashAttention cannot compute; None if it can."""
-    if query.device.type != "cuda":
-        return f"runs on a CUDA GPU, but query is on {query.device}"
+def _unfit(backend: str, query: Tensor) -> str | None:
+    """Why a backend cannot compute; None if it can."""
+    if backend == "reference":
+        return None
+    place = "a CPU" if backend == "numba" else "a CUDA GPU"
+    if query.device.type != ("cpu" if backend == "numba" else "cuda"):
+        return f"runs on {place}, but query is on {query.device}"
+    if backend in ("numba", "memory_efficient"):
+        return f"has no float64 on {place}" if query.dtype == torch.float64 else None
+    if backend == "flash_attn" and not FLASH_ATTN_INSTALLED:
+        return "needs the package flash-attn: pip install 'cellpatch-fast[flash]'"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"computes in float16 and bfloat16, but query is {query.dtype}"
     if query.shape[-1] > LARGEST_HEAD_DIM:
@@ -346,13 +340,4 @@ def _without_flash(query: Tensor) -> str | None:
     if found < OLDEST_GPU:
         least, has = (".".join(map(str, version)) for version in (OLDEST_GPU, found))
         return f"needs a GPU of compute capability {least}, and {query.device} has {has}"
-    return None
-
-
-def _without_efficient(query: Tensor) -> str | None:
-    """Why PyTorch's memory-efficient kernels cannot compute; None if they can."""
-    if query.device.type not in ("cpu", "cuda"):
-        return f"runs on a CPU or a CUDA GPU, but query is on {query.device}"
-    if query.device.type == "cuda" and query.dtype == torch.float64:
-        return "has no float64 on a GPU"
     return None

@@ -1,14 +1,11 @@
 """Registered operator of attention between entries, ``torch.ops.cellpatch.entry_attention``.
 
-Two kernels of PyTorch under one operator with a backward of its own, both of bounded memory; see
-`entry_attention.py` for which of them computes when, and why.
+Numba on a CPU and a kernel of PyTorch on CUDA, under one operator with a backward of its own, both
+of bounded memory; see `entry_attention.py` for when it computes, and why.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -67,21 +64,6 @@ def check_contents(
         check_span(key_offsets, len(key), max_key_length)
 
 
-def _cells(query_offsets: Tensor, key_offsets: Tensor) -> Iterator[tuple[slice, slice]]:
-    """The queries and the keys of each cell that has both."""
-    spans = (itertools.pairwise(offsets.tolist()) for offsets in (query_offsets, key_offsets))
-    for queries, keys in zip(*spans, strict=True):
-        if queries[0] < queries[1] and keys[0] < keys[1]:
-            yield slice(*queries), slice(*keys)
-
-
-def _own(tensor: Tensor, rows: slice) -> Tensor:
-    """A cell's rows [1, h, n, d] in memory of their own, float32 where in half precision."""
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    own = tensor[rows].transpose(0, 1)
-    return own.to(dtype, copy=True, memory_format=torch.contiguous_format)[None]
-
-
 def _on_cpu(
     query: Tensor,
     key: Tensor,
@@ -92,21 +74,14 @@ def _on_cpu(
     max_key_length: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output [n, h, d] and log-sum-exp [n, h]; 0 and -inf for queries without keys."""
+    """Output [n, h, d] and log-sum-exp [n, h]."""
+    from .cpu import entry_attention
+
     check_contents(query, key, query_offsets, key_offsets, max_query_length, max_key_length)
-    output, log_sum_exp = _of_nothing(query)
-    for queries, keys in _cells(query_offsets, key_offsets):
-        own = (_own(query, queries), _own(key, keys), _own(value, keys))
-        found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*own, scale=scale)
-        output[queries] = found[0].transpose(0, 1)
-        log_sum_exp[queries] = sums[0].transpose(0, 1)
-    return output, log_sum_exp
-
-
-def _of_nothing(query: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    log_sum_exp = query.new_full(query.shape[:2], -math.inf, dtype=dtype)
-    return query.new_zeros(query.shape), log_sum_exp
+    output, log_sum_exp = entry_attention.forward(
+        query.float(), key.float(), value.float(), query_offsets, key_offsets, scale
+    )
+    return output.to(query.dtype), log_sum_exp
 
 
 def _on_cpu_backward(
@@ -123,21 +98,13 @@ def _on_cpu_backward(
     log_sum_exp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, shaped as they are."""
-    of_query, of_key, of_value = (x.new_zeros(x.shape) for x in (query, key, value))
-    for queries, keys in _cells(query_offsets, key_offsets):
-        own = (
-            _own(gradient, queries), _own(query, queries), _own(key, keys), _own(value, keys),
-            _own(output, queries),
-        )  # fmt: skip
-        sums = log_sum_exp[queries].transpose(0, 1)[None]  # [1, h, n]
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *own, sums, 0.0, False, scale=scale
-        )
-        for whole, rows, part in zip(
-            (of_query, of_key, of_value), (queries, keys, keys), found, strict=True
-        ):
-            whole[rows] = part[0].transpose(0, 1)
-    return of_query, of_key, of_value
+    from .cpu import entry_attention
+
+    of_query, of_key, of_value = entry_attention.backward(
+        gradient.float(), query.float(), key.float(), value.float(), query_offsets, key_offsets,
+        scale, output.float(), log_sum_exp,
+    )  # fmt: skip
+    return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype)
 
 
 def _on_cuda(
@@ -188,7 +155,7 @@ def _on_cuda_backward(
 def _fake(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     if query.device.type == "cuda":
         return _on_cuda(query, *others)
-    return _of_nothing(query)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
 @torch.library.register_fake("cellpatch::entry_attention_backward")

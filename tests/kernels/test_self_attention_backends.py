@@ -207,7 +207,8 @@ def test_refusals(change: dict[str, Any], message: str, backend: str | None) -> 
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
-        ("numba", "choose from reference, memory_efficient, varlen, flash_attn"),
+        ("triton", "choose from reference, numba, memory_efficient, varlen, flash_attn"),
+        ("memory_efficient", "runs on a CUDA GPU, but query is on cpu; backend=None chooses"),
         ("varlen", "runs on a CUDA GPU, but query is on cpu; backend=None chooses"),
         ("flash_attn", "runs on a CUDA GPU, but query is on cpu; backend=None chooses"),
     ],
@@ -223,7 +224,8 @@ def test_backends_that_cannot_compute_here(backend: str, message: str) -> None:
         ("flash_attn", torch.float16, 7, r"pip install 'cellpatch-fast\[flash\]'"),
         ("varlen", torch.float16, 257, "at most 256, found 257"),
         ("varlen", torch.float32, 7, r"float16 and bfloat16, but query is torch\.float32"),
-        ("memory_efficient", torch.float64, 7, "has no float64 on a GPU"),
+        ("memory_efficient", torch.float64, 7, "has no float64 on a CUDA GPU"),
+        ("numba", torch.float32, 7, "runs on a CPU, but query is on cuda"),
     ],
 )
 def test_what_kernels_of_cuda_refuse(
