@@ -1,4 +1,4 @@
-"""Embed any number of cells: files in, one embedding store out, resumable at any moment.
+"""Embed or annotate any number of cells: files in, one store out, resumable at any moment.
 
 Cells are read once, in file order, in bounded memory; the rows of the result are those of the
 inputs, one after the other. A cell's embedding depends on the cell alone, so shards, batches and
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from .annotation import label_column, most_likely, require_overlap, require_threshold
+from .columns import read_names
 from .embedding import Embedder
 from .errors import InputError
 from .io.embeddings import ATTRIBUTE, EmbeddingWriter
@@ -28,21 +30,25 @@ from .model.storage import fingerprint
 from .paths import describe_input, input_paths, output_path
 from .progress import progress_bar
 from .tokenization import tokenize
+from .training.evaluation import Evaluation, evaluate
 
 if TYPE_CHECKING:
     import torch
 
     from .detect import Expected
     from .embedding import EmbeddedCells
-    from .model import CellPatch
+    from .model import CellPatch, CellPatchAnnotator
     from .model.encoder import Pool
     from .streams import Stream
 
 logger = logging.getLogger("cellpatch_fast")
 
-__all__ = ["Summary", "embed", "tokenize"]
+__all__ = ["Annotated", "Summary", "annotate", "embed", "tokenize"]
 
 KEY = "X_cellpatch"
+PROBABILITIES = "cellpatch_probabilities"
+LABEL, PROBABILITY = "cellpatch_label", "cellpatch_probability"
+READ_ROWS = 1 << 16  # of probabilities at a time
 
 
 @dataclass(frozen=True)
@@ -143,32 +149,202 @@ def embed(
     >>> cellpatch_fast.atlas.embed("atlas.h5ad", "my-model", "atlas.zarr")  # doctest: +SKIP
     >>> adata = anndata.read_zarr("atlas.zarr")  # doctest: +SKIP
     """
+    embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
+    reading: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
+    reading |= {"gene_column": gene_column, "input": input}
+    widths = {KEY: embedder.width}
+    return _make(inputs, embedder, output, reading, widths, dtype, overwrite, progress)
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """What `annotate` did.
+
+    Parameters
+    ----------
+    summary
+        Of the store.
+    cells
+        Number of cells with each label, the most frequent first.
+    evaluation
+        Agreement with the labels that were given; None without them.
+    """
+
+    summary: Summary
+    cells: dict[str, int]
+    evaluation: Evaluation | None = None
+
+    def __str__(self) -> str:
+        labels = ", ".join(f"{name} {count:,}" for name, count in self.cells.items())
+        text = f"{self.summary}\nlabels: {labels}"
+        return text if self.evaluation is None else f"{text}\n{self.evaluation}"
+
+
+def annotate(
+    inputs: str | Path | Sequence[str | Path],
+    model: CellPatchAnnotator | str | Path,
+    output: str | Path,
+    *,
+    threshold: float = 0.0,
+    embedding: bool = True,
+    label: str | None = None,
+    layer: str | None = None,
+    use_raw: bool = False,
+    gene_column: str | None = None,
+    input: Expected = "auto",  # noqa: A002  (the name users know)
+    pool: Pool = "flatten",
+    dtype: Literal["float32", "float16"] = "float32",
+    batch_size: int | None = None,
+    backend: str | None = None,
+    device: torch.device | str | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Annotated:
+    """Annotate the cells of files: labels, their probabilities, and the embedding, in a store.
+
+    Parameters
+    ----------
+    inputs, layer, use_raw, gene_column, input, pool, dtype, batch_size
+        As in `embed`.
+    backend, device, overwrite, progress
+        As in `embed`.
+    model
+        A `CellPatchAnnotator`, its directory, or its name on the Hugging Face hub.
+    output
+        The store to make: an AnnData Zarr store with ``obs["cellpatch_label"]``,
+        ``obs["cellpatch_probability"]``, ``obsm["cellpatch_probabilities"]`` [cells, classes] (in
+        the order of the label's categories) and ``obsm["X_cellpatch"]``.
+    threshold
+        A cell whose label has a lower probability is ``"unknown"``.
+    embedding
+        Store the embedding too.
+    label
+        Column of obs with true labels, to compare with.
+
+    Returns
+    -------
+    Annotated
+        Counts, speed, and the agreement with ``label``.
+
+    Raises
+    ------
+    InputError, OSError
+        As `embed`; or if the model is no annotator, or none of the true labels is among its
+        classes.
+    """
+    require_threshold(threshold)
+    embedder = Embedder(
+        model,
+        pooling=pool,
+        batch_size=batch_size,
+        backend=backend,
+        device=device,
+        annotate=True,
+    )
+    assert embedder.annotator is not None
+    classes = embedder.annotator.classes
+    truth: list[np.ndarray] = []
+
+    def add_labels(writer: EmbeddingWriter) -> None:
+        writer.add_columns(_labels(writer, classes, threshold))
+
+    def read_truth(streams: Sequence[Stream]) -> None:
+        if label is not None:
+            tables, names = zip(*((s.obs_table(), s.name) for s in streams), strict=True)
+            truth.append(read_names(tables, names, label))
+            require_overlap(truth[0], classes)
+
+    reading: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
+    reading |= {"gene_column": gene_column, "input": input}
+    widths = {PROBABILITIES: len(classes)} | ({KEY: embedder.width} if embedding else {})
+    extras = {
+        "head": fingerprint(embedder.annotator, whole=True),
+        "classes": list(classes),
+        "threshold": threshold,
+        "embedding": embedding,
+    }
+    summary = _make(
+        *(inputs, embedder, output, reading, widths, dtype, overwrite, progress),
+        extras=extras,
+        begin=read_truth,
+        finish=add_labels,
+    )
+    return _annotated(summary, classes, truth[0] if truth else None)
+
+
+def _annotated(summary: Summary, classes: Sequence[str], truth: np.ndarray | None) -> Annotated:
+    """What a finished store says."""
+    import zarr
+    from anndata.io import read_elem
+
+    labels = read_elem(zarr.open_group(summary.output, mode="r")[f"obs/{LABEL}"])
+    counts = labels.value_counts().sort_values(ascending=False, kind="stable")
+    cells = {str(name): int(count) for name, count in counts.items() if count}
+    evaluation = None if truth is None else evaluate(truth, np.asarray(labels), classes)
+    return Annotated(summary, cells, evaluation)
+
+
+def _labels(writer: EmbeddingWriter, classes: Sequence[str], threshold: float) -> dict[str, Any]:
+    """Columns of obs from the probabilities in a store, a part at a time."""
+
+    codes = np.empty(writer.rows, np.int32)
+    highest = np.empty(writer.rows, np.float32)
+    for start in range(0, writer.rows, READ_ROWS):
+        stop = min(start + READ_ROWS, writer.rows)
+        codes[start:stop], highest[start:stop] = most_likely(
+            writer.read(PROBABILITIES, start, stop), threshold
+        )
+    return {LABEL: label_column(codes, classes), PROBABILITY: highest}
+
+
+def _make(
+    inputs: str | Path | Sequence[str | Path],
+    embedder: Embedder,
+    output: str | Path,
+    reading: dict[str, Any],
+    widths: dict[str, int],
+    dtype: str,
+    overwrite: bool,
+    progress: bool | None,
+    *,
+    extras: Mapping[str, Any] = {},
+    begin: Callable[[Sequence[Stream]], None] = lambda streams: None,
+    finish: Callable[[EmbeddingWriter], None] = lambda writer: None,
+) -> Summary:
+    """Make a store with the arrays of ``widths``, or the rest of one.
+
+    Parameters
+    ----------
+    extras
+        What the content depends on besides the embedder and the reading.
+    begin, finish
+        Called with the opened inputs, and with a store that has all its rows.
+    """
     paths = input_paths(inputs)
     output = output_path(output, paths, EmbeddingWriter.KIND, ATTRIBUTE)
     if dtype not in ("float32", "float16"):
         raise InputError(f"unknown dtype {dtype!r}: choose float32 or float16")
-    embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
     with ExitStack() as opened:
         streams = []
-        options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
-        options |= {"gene_column": gene_column, "input": input}
         for path in paths:
-            stream = opened.enter_context(contextlib.closing(embedder.open(path, **options)))
+            stream = opened.enter_context(contextlib.closing(embedder.open(path, **reading)))
             logger.info("%s", stream)
             streams.append(stream)
+        begin(streams)
         settings = {
             "model": fingerprint(embedder.model),
             "vocabulary": embedder.model.vocabulary.fingerprint,
             "inputs": [
                 describe_input(path, stream) for path, stream in zip(paths, streams, strict=True)
             ],
-            "layer": layer or "",
-            "use_raw": use_raw,
-            "gene_column": gene_column or "",
-            "pool": pool,
+            "layer": reading["layer"] or "",
+            "use_raw": reading["use_raw"],
+            "gene_column": reading["gene_column"] or "",
+            "pool": embedder.pooling,
             "dtype": dtype,
             "backend": embedder.backend,
             "device": embedder.device.type,
+            **extras,
         }
         cells = sum(stream.n_cells for stream in streams)
         matched = sum(stream.genes_matched for stream in streams)
@@ -177,9 +353,8 @@ def embed(
         if is_taken(output) and not overwrite:
             counts = finished_counts(output, ATTRIBUTE, settings)
             return _counted(summary, counts)
-        shape = (cells, embedder.width)
         with EmbeddingWriter(
-            output, settings, *shape, np.dtype(dtype), KEY, overwrite=overwrite
+            output, settings, cells, widths, np.dtype(dtype), overwrite=overwrite
         ) as writer:
             tables = [stream.obs_table() for stream in streams]
             writer.prepare(lambda root: write_obs(root, tables, [str(path) for path in paths]))
@@ -191,6 +366,7 @@ def embed(
                 for rows in done:
                     bar.update(rows)
             seconds = time.perf_counter() - started
+            finish(writer)
             counts = writer.finish()
     summary = replace(summary, embedded=cells - earlier, seconds=seconds)
     return _counted(summary, counts)
@@ -214,19 +390,26 @@ def _missing_shards(
         writing: Future[None] | None = None
         parts = _cut(batches, [stop - start for start, stop in bounds.values()])
         for shard, (start, stop) in bounds.items():
-            rows = np.empty((stop - start, embedder.width), writer.dtype)
+            blocks = {
+                key: np.empty((stop - start, width), writer.dtype)
+                for key, width in writer.widths.items()
+            }
             counts = {"unknown_entries": 0, "empty_cells": 0}
             filled = 0
-            while filled < len(rows):
+            while filled < stop - start:
                 cells = next(parts)
-                rows[filled : filled + len(cells)] = _fitting(cells.features, writer.dtype)
+                found = {KEY: cells.features, PROBABILITIES: cells.probabilities}
+                for key, block in blocks.items():
+                    rows = found[key]
+                    assert rows is not None
+                    block[filled : filled + len(cells)] = _fitting(rows, writer.dtype)
                 filled += len(cells)
                 counts["unknown_entries"] += int(cells.unknown_entries.sum())
                 counts["empty_cells"] += int((cells.entries == 0).sum())
                 yield len(cells)
             if writing is not None:
                 writing.result()  # raises what went wrong there
-            writing = thread.submit(writer.write, shard, rows, counts)
+            writing = thread.submit(writer.write, shard, blocks, counts)
         if writing is not None:
             writing.result()
 

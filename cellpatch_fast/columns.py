@@ -63,6 +63,28 @@ def read_column(tables: Sequence[Table], names: Sequence[str], column: str) -> C
     return Column(codes, series.cat.categories.to_numpy())
 
 
+def read_names(tables: Sequence[Table], names: Sequence[str], column: str) -> np.ndarray:
+    """The classes in a column, as text: object [cells], None where one is missing.
+
+    Raises
+    ------
+    InputError
+        If one of the tables, called ``names``, has no such column, or it holds numbers that are
+        no names.
+    """
+    found = read_column(tables, names, column)
+    if found.categories is not None:
+        texts = np.array([*map(str, found.categories), None], object)  # -1 is the last
+        chosen: np.ndarray = texts[found.values]
+        return chosen
+    if found.values.dtype.kind not in "biu":
+        raise InputError(
+            f"obs[{column!r}] holds numbers such as {found.values[0]!r}, but classes need names: "
+            "choose another column"
+        )
+    return found.values.astype(str).astype(object)
+
+
 def balancing_weights(column: Column, name: str) -> np.ndarray:
     """float64 [cells]: all categories together weigh the same; missing ones nothing.
 

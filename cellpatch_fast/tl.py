@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .annotation import label_column, most_likely, require_threshold
 from .embedding import Embedder
 from .errors import InputError
 from .model.storage import fingerprint
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from .detect import Expected
-    from .model import CellPatch
+    from .model import CellPatch, CellPatchAnnotator
     from .model.encoder import Pool
 
 logger = logging.getLogger("cellpatch_fast")
@@ -94,26 +97,147 @@ def embed(
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
     options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
     options |= {"gene_column": gene_column, "input": input}
+    found = _compute(embedder, adata, options, "embedding", progress)
+    if copy:
+        adata = _copy(adata)
+    _add(adata, {key_added: found.features}, {}, key_added, found.params)
+    logger.info(
+        "added obsm[%r]: %s cells x %d (%s)",
+        *(key_added, f"{len(found.features):,}", found.features.shape[1], str(found)),
+    )
+    return adata if copy else None
+
+
+def annotate(
+    adata: AnnData,
+    model: CellPatchAnnotator | str | Path,
+    *,
+    threshold: float = 0.0,
+    layer: str | None = None,
+    use_raw: bool = False,
+    gene_column: str | None = None,
+    input: Expected = "auto",  # noqa: A002  (the name users know)
+    key_added: str = "cellpatch",
+    pool: Pool = "flatten",
+    batch_size: int | None = None,
+    backend: str | None = None,
+    device: torch.device | str | None = None,
+    copy: bool = False,
+    progress: bool | None = None,
+) -> AnnData | None:
+    """Annotate every cell of ``adata`` with a cell type.
+
+    Parameters
+    ----------
+    adata
+        Cells x genes. Raw counts are best; log-normalised values are recognised.
+    model
+        A `CellPatchAnnotator`, its directory, or its name on the Hugging Face hub.
+    threshold
+        A cell whose type has a lower probability is ``"unknown"``.
+    key_added
+        What the names of all that is added begin with.
+    layer, use_raw, gene_column, input, pool, batch_size, backend, device, copy, progress
+        As in `embed`.
+
+    Returns
+    -------
+    AnnData or None
+        With ``copy`` a changed copy. Sets ``obs["<key>_label"]`` (categorical),
+        ``obs["<key>_probability"]``, ``obsm["<key>_probabilities"]`` float32 [cells, classes],
+        ``obsm["X_<key>"]``, the embedding, and ``uns["<key>"]``: the classes, in the order of the
+        probabilities, and the parameters. After an error ``adata`` is as it was.
+
+    Raises
+    ------
+    InputError
+        If the model is no annotator, no gene matches, or the matrix is not usable.
+
+    Examples
+    --------
+    >>> cellpatch_fast.tl.annotate(adata, "my-annotator")  # doctest: +SKIP
+    >>> adata.obs["cellpatch_label"].value_counts()  # doctest: +SKIP
+    """
+    if not key_added:
+        raise InputError("key_added is empty: name what is added")
+    require_threshold(threshold)
+    embedder = Embedder(
+        model,
+        pooling=pool,
+        batch_size=batch_size,
+        backend=backend,
+        device=device,
+        annotate=True,
+    )
+    assert embedder.annotator is not None
+    classes = embedder.annotator.classes
+    options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
+    options |= {"gene_column": gene_column, "input": input}
+    found = _compute(embedder, adata, options, "annotation", progress)
+    assert found.probabilities is not None
+    codes, highest = most_likely(found.probabilities, threshold)
+    if copy:
+        adata = _copy(adata)
+    obsm = {f"X_{key_added}": found.features, f"{key_added}_probabilities": found.probabilities}
+    obs = {
+        f"{key_added}_label": label_column(codes, classes),
+        f"{key_added}_probability": highest,
+    }
+    params = found.params | {"threshold": threshold}
+    _add(adata, obsm, obs, key_added, params, classes=list(classes))
+    logger.info(
+        "added obs[%r] and obs[%r]: %s cells of %d classes (%s)",
+        *(*obs, f"{len(highest):,}", len(np.unique(codes)), str(found)),
+    )
+    return adata if copy else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Computed:
+    """What was computed of all cells; as text what was left out."""
+
+    features: np.ndarray  # float32 [c, width]
+    probabilities: np.ndarray | None  # float32 [c, classes]
+    params: dict[str, Any]
+
+    def __str__(self) -> str:
+        empty, unknown = self.params["empty_cells"], self.params["unknown_entries"]
+        return f"{empty:,} empty cells, {unknown:,} entries of unknown genes left out"
+
+
+def _compute(
+    embedder: Embedder,
+    adata: AnnData,
+    options: dict[str, Any],
+    what: str,
+    progress: bool | None,
+) -> _Computed:
+    """Run every cell of ``adata`` through the embedder."""
     with contextlib.closing(embedder.open(adata, **options)) as stream:
         logger.info("%s", stream)
-        rows = np.empty((stream.n_cells, embedder.width), np.float32)
+        features = np.empty((stream.n_cells, embedder.width), np.float32)
+        probabilities = None
+        if embedder.annotator is not None:
+            probabilities = np.empty((stream.n_cells, len(embedder.annotator.classes)), np.float32)
         unknown = empty = 0
         with (
-            progress_bar(stream.n_cells, "embedding", progress) as bar,
+            progress_bar(stream.n_cells, what, progress) as bar,
             contextlib.closing(embedder.run([stream])) as batches,
         ):
             for cells in batches:
-                rows[cells.rows] = cells.features
+                features[cells.rows] = cells.features
+                if probabilities is not None:
+                    probabilities[cells.rows] = cells.probabilities
                 unknown += int(cells.unknown_entries.sum())
                 empty += int((cells.entries == 0).sum())
                 bar.update(len(cells))
     params = {
         "model": fingerprint(embedder.model),
-        "layer": layer or "",
-        "use_raw": use_raw,
-        "gene_column": gene_column or "",
+        "layer": options["layer"] or "",
+        "use_raw": options["use_raw"],
+        "gene_column": options["gene_column"] or "",
         "input": stream.kind,
-        "pool": pool,
+        "pool": embedder.pooling,
         "backend": embedder.backend,
         "device": embedder.device.type,
         "genes_matched": stream.genes_matched,
@@ -121,21 +245,28 @@ def embed(
         "unknown_entries": unknown,
         "empty_cells": empty,
     }
-    if copy:
-        adata = adata.to_memory() if adata.isbacked else adata.copy()
-    _add(adata, key_added, rows, params)
-    logger.info(
-        "added obsm[%r]: %s cells x %d (%s empty cells, %s entries of unknown genes left out)",
-        *(key_added, f"{len(rows):,}", rows.shape[1], f"{empty:,}", f"{unknown:,}"),
-    )
-    return adata if copy else None
+    return _Computed(features, probabilities, params)
 
 
-def _add(adata: AnnData, key: str, rows: np.ndarray, params: dict[str, object]) -> None:
-    """Set ``obsm[key]`` and ``uns[key]``; a view becomes an object of its own by that."""
+def _copy(adata: AnnData) -> AnnData:
+    return adata.to_memory() if adata.isbacked else adata.copy()
+
+
+def _add(
+    adata: AnnData,
+    obsm: Mapping[str, np.ndarray],
+    obs: Mapping[str, Any],
+    key: str,
+    params: dict[str, Any],
+    **others: Any,
+) -> None:
+    """Set ``obsm``, ``obs`` and ``uns[key]``; a view becomes an object of its own by that."""
     from anndata import ImplicitModificationWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ImplicitModificationWarning)  # it is what was asked for
-        adata.obsm[key] = rows
-        adata.uns[key] = {"params": params}
+        for name, rows in obsm.items():
+            adata.obsm[name] = rows
+        for name, column in obs.items():
+            adata.obs[name] = column
+        adata.uns[key] = {"params": params, **others}

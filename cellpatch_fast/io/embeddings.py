@@ -1,7 +1,8 @@
 """The embedding store: a valid AnnData Zarr store, written in shards of whole rows.
 
-`partial` says how it becomes complete or stays resumable. Here a shard is one file, written once;
-shards may be written in any order, and those that are missing or cut are computed again.
+`partial` says how it becomes complete or stays resumable. Here a shard is a range of rows: one file
+of each array in obsm (the embedding; the probabilities of classes), written once. Shards may be
+written in any order, and those that are missing or cut are computed again.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ class EmbeddingWriter(PartialStore):
     ----------
     output, settings, overwrite
         As in `PartialStore`.
-    rows, width, dtype
-        Shape and type of the embedding.
-    key
-        Its name in obsm.
+    rows
+        Number of cells.
+    widths
+        The arrays to make in obsm: their names, and their numbers per cell.
+    dtype
+        Their type.
 
     Raises
     ------
@@ -58,14 +61,13 @@ class EmbeddingWriter(PartialStore):
         output: Path,
         settings: Mapping[str, Any],
         rows: int,
-        width: int,
+        widths: Mapping[str, int],
         dtype: np.dtype[Any],
-        key: str,
         *,
         overwrite: bool = False,
     ) -> None:
-        self.rows, self.width, self.dtype, self.key = rows, width, dtype, key
-        self.shard_rows = shard_rows(width, dtype)
+        self.rows, self.widths, self.dtype = rows, dict(widths), dtype
+        self.shard_rows = shard_rows(sum(widths.values()), dtype)
         self._shards: dict[int, dict[str, int]] = {}  # those that are done
         super().__init__(output, settings, overwrite=overwrite)
 
@@ -85,16 +87,38 @@ class EmbeddingWriter(PartialStore):
         start = shard * self.shard_rows
         return start, min(start + self.shard_rows, self.rows)
 
-    def write(self, shard: int, block: np.ndarray, counts: Mapping[str, int]) -> None:
-        """Write the rows of a shard [rows, width] and note that it is done, with its counts."""
+    def write(
+        self, shard: int, blocks: Mapping[str, np.ndarray], counts: Mapping[str, int]
+    ) -> None:
+        """Write the rows of a shard, [rows, width] of each array, and note that it is done."""
         start, stop = self.bounds(shard)
-        if block.shape != (stop - start, self.width):
-            raise ValueError(f"shard {shard} is {stop - start} x {self.width}: {block.shape}")
-        self._array[start:stop] = block
-        file = self._shard_file(shard)
-        to_disk(file)
-        self._shards[shard] = {**counts, "bytes": file.stat().st_size}
+        for key, width in self.widths.items():
+            if blocks[key].shape != (stop - start, width):
+                raise ValueError(
+                    f"shard {shard} of {key} is {stop - start} x {width}: {blocks[key].shape}"
+                )
+            self._arrays[key][start:stop] = blocks[key]
+        size = 0
+        for file in self._shard_files(shard):
+            to_disk(file)
+            size += file.stat().st_size
+        self._shards[shard] = {**counts, "bytes": size}
         self._write_journal()
+
+    def read(self, key: str, start: int, stop: int) -> np.ndarray:
+        """Rows that are written already."""
+        rows: np.ndarray = self._arrays[key][start:stop]
+        return rows
+
+    def add_columns(self, columns: Mapping[str, Any]) -> None:
+        """Add columns to obs, in place of some of the same names: arrays of one element a row."""
+        from anndata.io import write_elem
+
+        group: Any = self._root["obs"]
+        for name, values in columns.items():
+            write_elem(group, name, values)
+        order = [name for name in group.attrs["column-order"] if name not in columns]
+        group.attrs["column-order"] = [*order, *columns]
 
     def finish(self) -> dict[str, int]:
         """Complete the store and give it its name; returns the counts' sums over all shards."""
@@ -121,15 +145,17 @@ class EmbeddingWriter(PartialStore):
         import zarr
 
         self._root = zarr.open_group(self.store, mode="r+")
-        self._array: zarr.Array[Any] = self._root[f"obsm/{self.key}"]  # type: ignore[assignment]
-        assert self._array.shards is not None
-        self.shard_rows = self._array.shards[0]
+        self._arrays: dict[str, Any] = {key: self._root[f"obsm/{key}"] for key in self.widths}
+        (self.shard_rows,) = {array.shards[0] for array in self._arrays.values()}
         for shard, counts in ((int(number), counts) for number, counts in done.items()):
-            file = self._shard_file(shard)
-            if file.is_file() and file.stat().st_size == counts["bytes"]:
+            files = self._shard_files(shard)
+            if all(file.is_file() for file in files) and (
+                sum(file.stat().st_size for file in files) == counts["bytes"]
+            ):
                 self._shards[shard] = counts
         for shard in self.missing:
-            shutil.rmtree(self._shard_file(shard).parent, ignore_errors=True)
+            for file in self._shard_files(shard):
+                shutil.rmtree(file.parent, ignore_errors=True)
         for leftover in self.store.glob("*.partial"):
             leftover.unlink()
 
@@ -148,16 +174,19 @@ class EmbeddingWriter(PartialStore):
         write_elem(self._root, "var", pd.DataFrame(index=pd.Index([], dtype=str)))
         for group in ("layers", "obsm", "obsp", "varm", "varp"):
             write_elem(self._root, group, {})
-        write_elem(self._root, "uns", {self.key: {"params": self.settings}})
-        self._array = self._root.create_array(
-            f"obsm/{self.key}",
-            shape=(self.rows, self.width),
-            dtype=self.dtype,
-            chunks=(CHUNK_ROWS, self.width),
-            shards=(self.shard_rows, self.width),
-            compressors=None,  # floats of an embedding hardly compress
-            attributes={"encoding-type": "array", "encoding-version": "0.2.0"},
-        )
+        write_elem(self._root, "uns", {key: {"params": self.settings} for key in self.widths})
+        self._arrays = {
+            key: self._root.create_array(
+                f"obsm/{key}",
+                shape=(self.rows, width),
+                dtype=self.dtype,
+                chunks=(CHUNK_ROWS, width),
+                shards=(self.shard_rows, width),
+                compressors=None,  # floats of an embedding hardly compress
+                attributes={"encoding-type": "array", "encoding-version": "0.2.0"},
+            )
+            for key, width in self.widths.items()
+        }
 
-    def _shard_file(self, shard: int) -> Path:
-        return self.store / "obsm" / self.key / "c" / str(shard) / "0"
+    def _shard_files(self, shard: int) -> list[Path]:
+        return [self.store / "obsm" / key / "c" / str(shard) / "0" for key in self.widths]

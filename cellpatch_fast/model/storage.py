@@ -238,17 +238,17 @@ def parts_of(directory: Path) -> set[str]:
     return {part for part in PARTS if any(name.startswith(part) for name in names)}
 
 
-def fingerprint(model: StoredModel) -> str:
+def fingerprint(model: StoredModel, *, whole: bool = False) -> str:
     """SHA-256 over configuration, vocabulary and the encoder's weights, in hexadecimal.
 
     Equal for models that embed equally, wherever and whenever they were saved and loaded; any
-    changed setting, gene or bit of a weight of the encoder changes it.
+    changed setting, gene or bit of a weight of the encoder (``whole``: of any weight) changes it.
     """
     digest = hashlib.sha256()
     digest.update(json.dumps(dataclasses.asdict(model.config), sort_keys=True).encode())
     digest.update(model.vocabulary.fingerprint.encode())
     for name, tensor in sorted(_state(model).items()):
-        if name.startswith(PARTS):
+        if name.startswith(PARTS) and not whole:
             continue
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)

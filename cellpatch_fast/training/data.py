@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..columns import read_column
+from ..columns import read_names
 from ..errors import InputError
 from ..paths import describe_input
 from ..streams import CellStream, Stream, open_stream
@@ -142,25 +142,10 @@ class Labels:
         return text
 
 
-def read_names(streams: Sequence[Stream], column: str) -> np.ndarray:
-    """The names in a column of obs, object [cells]; None where there is none.
-
-    Raises
-    ------
-    InputError
-        If an input has no such column, or it holds numbers that are no names.
-    """
+def _names(streams: Sequence[Stream], column: str) -> np.ndarray:
+    """The names in a column of obs, object [cells]; None where there is none."""
     tables = [stream.obs_table() for stream in streams]
-    found = read_column(tables, [stream.name for stream in streams], column)
-    if found.categories is not None:
-        names = np.array([*map(str, found.categories), None], object)  # -1 is the last
-        return names[found.values]
-    if found.values.dtype.kind not in "biu":
-        raise InputError(
-            f"obs[{column!r}] holds numbers such as {found.values[0]!r}, but classes need names: "
-            "choose another column"
-        )
-    return found.values.astype(str).astype(object)
+    return read_names(tables, [stream.name for stream in streams], column)
 
 
 def read_labels(streams: Sequence[Stream], column: str, min_cells: int) -> Labels:
@@ -171,7 +156,7 @@ def read_labels(streams: Sequence[Stream], column: str, min_cells: int) -> Label
     InputError
         If there is no such column, or fewer than two classes have enough cells.
     """
-    names = read_names(streams, column)
+    names = _names(streams, column)
     counts = pd.Series(names).value_counts().sort_index()
     enough = counts[counts >= min_cells]
     if len(enough) < 2:
@@ -219,7 +204,7 @@ def split_by_column(
     InputError
         If the column has other values, or a class no training cells.
     """
-    names = read_names(streams, column)
+    names = _names(streams, column)
     parts = pd.Series(names).str.lower().map(PART_NAMES).to_numpy(object)
     strangers = sorted({str(name) for name in names[pd.isna(parts)]})
     if strangers:

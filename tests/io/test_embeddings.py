@@ -55,7 +55,7 @@ def output(tmp_path: Path) -> Path:
 
 def open_writer(output: Path, overwrite: bool = False, **changes: Any) -> EmbeddingWriter:
     return EmbeddingWriter(
-        output, SETTINGS | changes, ROWS, WIDTH, np.dtype("float32"), KEY, overwrite=overwrite
+        output, SETTINGS | changes, ROWS, {KEY: WIDTH}, np.dtype("float32"), overwrite=overwrite
     )
 
 
@@ -66,7 +66,7 @@ def prepare(writer: EmbeddingWriter) -> None:
 def write(writer: EmbeddingWriter, shards: list[int] | None = None) -> None:
     for shard in writer.missing if shards is None else shards:
         rows = EMBEDDING[slice(*writer.bounds(shard))]
-        writer.write(shard, rows, {"unknown_entries": shard, "empty_cells": 1})
+        writer.write(shard, {KEY: rows}, {"unknown_entries": shard, "empty_cells": 1})
 
 
 def make(output: Path, overwrite: bool = False, **changes: Any) -> dict[str, int]:
@@ -131,8 +131,8 @@ def test_nothing_is_called_finished_before_it_is(output: Path) -> None:
         write(writer, [0, 1, 2, 3, 4])
         with pytest.raises(ValueError, match="not complete"):
             writer.finish()
-        with pytest.raises(ValueError, match="shard 5 is 3 x 11"):
-            writer.write(5, EMBEDDING[:4], {})
+        with pytest.raises(ValueError, match="shard 5 of X_cellpatch is 3 x 11"):
+            writer.write(5, {KEY: EMBEDDING[:4]}, {})
     assert not output.exists()
 
 
