@@ -12,8 +12,8 @@ decisions:
   uninterrupted one.
 - **Nothing is learnt from a loss that is not finite**: the step is not taken, and the error names
   the step and the parameter.
-- **The model that is kept** is the one with the lowest validation loss, or the last one where there
-  is no validation.
+- **The model that is kept** is the one that does best on the validation cells, or the last one
+  where there are none.
 """
 
 from __future__ import annotations
@@ -88,6 +88,10 @@ class Task(ABC):
     @abstractmethod
     def summarise(self, sums: np.ndarray) -> dict[str, float]:
         """``loss`` and `measures` from sums of `tally`."""
+
+    @abstractmethod
+    def score(self, found: dict[str, float]) -> float:
+        """How good a model is, by what `summarise` found: the best one is kept."""
 
 
 @dataclass
@@ -181,9 +185,9 @@ class Trainer:
         self.place = Place()
         self.best: dict[str, float] = {}
         self._checkpoint_seconds = 60 * checkpoint_minutes
-        trained = [p for p in task.model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.Adam(
-            trained,
+        optimizer = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+        self._optimizer = optimizer(
+            [p for p in task.model.parameters() if p.requires_grad],
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             fused=True,
@@ -245,7 +249,7 @@ class Trainer:
             epochs=self.place.epoch,
             steps=self.place.step,
             best_epoch=int(self.best.get("epoch", 0)),
-            best={name: value for name, value in self.best.items() if name != "epoch"},
+            best={n: value for n, value in self.best.items() if n not in ("epoch", "score")},
             stopped_early=self.place.epoch < self.settings.epochs,
         )
 
@@ -366,14 +370,15 @@ class Trainer:
             "learning_rate": self._optimizer.param_groups[0]["lr"],
             "seconds": place.seconds,
         }
-        improved = not found or found["loss"] < self.best.get("validation_loss", math.inf)
+        score = self.task.score(found) if found else math.inf
+        improved = not found or score > self.best.get("score", -math.inf)
         place.stale = 0 if improved else place.stale + 1
         if improved:
             self.best = {
                 name: float(value)
                 for name, value in row.items()
                 if value is not None and name not in TIMED_COLUMNS
-            }
+            } | {"score": score}
         place.batch, place.loss_sum, place.targets = 0, 0.0, 0.0
         if self.folder is not None:
             self.folder.add_row(EPOCHS, row)

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, get_args
 from ..errors import InputError
 from ..masking import Masking
 
+Optimizer = Literal["adam", "adamw"]
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -33,8 +34,12 @@ class TrainingSettings:
         Parts that a batch is computed in, one after the other: each takes that much less memory.
         Gradients are summed, so it changes the result by rounding only (and by which weights
         dropout drops).
+    optimizer
+        ``"adam"``, as in the paper: its weight decay is part of the gradient, which Adam scales, so
+        that weights with small gradients (those of rare genes) decay fast. ``"adamw"`` decays all
+        weights alike.
     learning_rate, weight_decay
-        Of Adam, whose weight decay is added to the gradient.
+        Of the optimiser.
     gradient_clip
         Largest norm of the gradient; None for no limit.
     schedule
@@ -61,6 +66,7 @@ class TrainingSettings:
     epochs: int = 50
     batch_size: int = 512
     accumulate: int = 1
+    optimizer: Optimizer = "adam"
     learning_rate: float = 1e-4
     weight_decay: float = 5e-5
     gradient_clip: float | None = 5.0
@@ -83,6 +89,7 @@ class TrainingSettings:
         self._require("gradient_clip", (self.gradient_clip or 1) > 0, "positive")
         self._require("patience", self.patience is None or self.patience >= 1, "at least 1")
         self._require("validation", 0 <= self.validation < 1, "at least 0 and below 1")
+        self._require("optimizer", self.optimizer in get_args(Optimizer), "adam or adamw")
         self._require("schedule", self.schedule in get_args(Schedule), "constant or cosine")
         self._require("precision", self.precision in get_args(Precision), "float32 or bfloat16")
         if self.patience is not None and not self.validation:
