@@ -40,7 +40,7 @@ def training_curves(
     """Draw how a training run went: losses, and how good the model was on validation cells.
 
     Also of a run that is still going on. A dotted line marks the best epoch, whose model is kept:
-    the one with the lowest validation loss.
+    the one with the lowest validation loss, or of fine-tuning the most accurate one.
 
     Parameters
     ----------
@@ -256,7 +256,10 @@ def _draw_losses(axes: Axes, steps: pd.DataFrame, epochs: pd.DataFrame) -> None:
 
 def _mark_best(axes: Axes, epochs: pd.DataFrame) -> None:
     if "validation_loss" in epochs:
-        best = epochs.loc[epochs["validation_loss"].idxmin()]
+        score = -epochs["validation_loss"]
+        if {"validation_accuracy", "validation_macro_f1"} <= set(epochs):
+            score = epochs["validation_accuracy"] + epochs["validation_macro_f1"]
+        best = epochs.loc[score.idxmax()]
         label = f"best epoch: {best['epoch']:.0f}"
         axes.axvline(best["step"], color="black", linestyle=":", linewidth=1, label=label)
 
