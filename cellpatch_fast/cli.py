@@ -1,4 +1,6 @@
-"""The command ``cellpatch``: the parser, and how a command ends. What they do is in `commands`.
+"""The command ``cellpatch``: the parser, and how a command ends.
+
+What the commands do is in `commands` and `training_commands`.
 
 Parsing imports nothing heavy, so that ``--help`` and mistakes are answered at once. What a user
 can mend (`InputError`, a full disk) is one message on stderr and exit code 1; a wrong command
@@ -15,13 +17,22 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
-from .commands import ADD_COMMANDS
+from . import commands, training_commands
 from .errors import InputError, InputWarning
+
+ADD_COMMANDS = (  # in the order of --help
+    *(commands.add_embed, commands.add_tokenize),
+    *(training_commands.add_pretrain, training_commands.add_finetune),
+    *(training_commands.add_annotate, commands.add_new_model, commands.add_import),
+    *(commands.add_inspect, commands.add_demo, commands.add_tune),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     parsed = _parser().parse_args(arguments)
+    parsed.arguments = arguments  # for processes that do the same
     with _on_stderr():
         try:
             parsed.run(parsed)
@@ -56,16 +67,16 @@ def _on_stderr() -> Iterator[None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cellpatch",
-        description="Embed single cells with CellPatch: AnnData files in, embeddings out.",
+        description="CellPatch for single cells: embed, pretrain, fine-tune, annotate.",
         epilog="cellpatch COMMAND --help explains a command.",
     )
     from importlib.metadata import version
 
     parser.add_argument("--version", action="version", version=version("cellpatch-fast"))
     parser.set_defaults(after_interruption="Nothing was written.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in ADD_COMMANDS:
-        add(commands)
+        add(subparsers)
     return parser
 
 

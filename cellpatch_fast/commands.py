@@ -18,7 +18,7 @@ RESUMABLE = "What is done is kept: the same command goes on from there."
 MODEL_HELP = "model directory, or a name on the hub"
 
 
-def _add_embed(commands: Commands) -> None:
+def add_embed(commands: Commands) -> None:
     parser = commands.add_parser(
         "embed",
         help="embed the cells of AnnData files",
@@ -28,12 +28,12 @@ def _add_embed(commands: Commands) -> None:
         "does nothing when it is finished.",
         epilog="example: cellpatch embed atlas.h5ad --model my-model --output atlas.zarr",
     )
-    _add_inputs(parser, " or token stores")
+    add_inputs(parser, " or token stores")
     parser.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
     parser.add_argument(
         "--output", required=True, type=Path, metavar="OUT.zarr", help="the store to make"
     )
-    _add_reading(parser)
+    add_reading(parser)
     parser.add_argument(
         "--pool",
         choices=("flatten", "mean"),
@@ -48,7 +48,7 @@ def _add_embed(commands: Commands) -> None:
     )
     parser.add_argument(
         "--batch-size",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="cells per batch at most; changes memory, never the result",
     )
@@ -90,7 +90,7 @@ def _embed(parsed: argparse.Namespace) -> None:
     print(summary)
 
 
-def _add_tokenize(commands: Commands) -> None:
+def add_tokenize(commands: Commands) -> None:
     parser = commands.add_parser(
         "tokenize",
         help="make a token store, which loads as fast as the disk reads",
@@ -103,7 +103,7 @@ def _add_tokenize(commands: Commands) -> None:
         epilog="example: cellpatch tokenize a.h5ad b.h5ad --vocabulary human --shuffle --output "
         "tokens.zarr",
     )
-    _add_inputs(parser)
+    add_inputs(parser)
     meaning = parser.add_mutually_exclusive_group(required=True)
     meaning.add_argument(
         "--model",
@@ -118,7 +118,7 @@ def _add_tokenize(commands: Commands) -> None:
     parser.add_argument(
         "--output", required=True, type=Path, metavar="TOKENS.zarr", help="the store to make"
     )
-    _add_reading(parser)
+    add_reading(parser)
     parser.add_argument(
         "--value-rounding",
         choices=("round", "truncate", "none"),
@@ -132,7 +132,7 @@ def _add_tokenize(commands: Commands) -> None:
         "cell and, meanwhile, 3 bytes of disk per entry",
     )
     parser.add_argument(
-        "--seed", type=_natural, default=0, metavar="N", help="of that order (default: 0)"
+        "--seed", type=natural, default=0, metavar="N", help="of that order (default: 0)"
     )
     parser.add_argument(
         "--overwrite",
@@ -166,7 +166,7 @@ def _tokenize(parsed: argparse.Namespace) -> None:
     print(summary)
 
 
-def _add_inputs(parser: argparse.ArgumentParser, others: str = "") -> None:
+def add_inputs(parser: argparse.ArgumentParser, others: str = "") -> None:
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -177,7 +177,7 @@ def _add_inputs(parser: argparse.ArgumentParser, others: str = "") -> None:
     )
 
 
-def _add_reading(parser: argparse.ArgumentParser) -> None:
+def add_reading(parser: argparse.ArgumentParser) -> None:
     """How the inputs are read."""
     parser.add_argument("--layer", metavar="L", help="read this layer instead of X")
     parser.add_argument("--use-raw", action="store_true", help="read raw instead of X")
@@ -194,7 +194,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_import(commands: Commands) -> None:
+def add_import(commands: Commands) -> None:
     parser = commands.add_parser(
         "import-checkpoint",
         help="make a model directory of a checkpoint of the original code",
@@ -223,7 +223,7 @@ def _add_import(commands: Commands) -> None:
     )
     parser.add_argument(
         "--padded-length",
-        type=_positive,
+        type=positive,
         metavar="L",
         help="apply the attention to padding of cells padded to L genes, as in training with "
         "the original code (default: no padding)",
@@ -246,7 +246,7 @@ def _import_checkpoint(parsed: argparse.Namespace) -> None:
     print(f"{parsed.output}: {len(model.vocabulary):,} genes, {_parameters(model):,} parameters")
 
 
-def _add_new_model(commands: Commands) -> None:
+def add_new_model(commands: Commands) -> None:
     parser = commands.add_parser(
         "new-model",
         help="make an untrained model",
@@ -283,7 +283,7 @@ def _add_model_output(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_inspect(commands: Commands) -> None:
+def add_inspect(commands: Commands) -> None:
     parser = commands.add_parser(
         "inspect",
         help="say what a path holds",
@@ -302,7 +302,7 @@ def _inspect(parsed: argparse.Namespace) -> None:
         print(f"{name}: {shown}")
 
 
-def _add_demo(commands: Commands) -> None:
+def add_demo(commands: Commands) -> None:
     parser = commands.add_parser(
         "demo",
         help="the whole path on a small data set, offline",
@@ -322,7 +322,7 @@ def _demo(parsed: argparse.Namespace) -> None:
     run_demo(parsed.output)
 
 
-def _add_tune(commands: Commands) -> None:
+def add_tune(commands: Commands) -> None:
     parser = commands.add_parser(
         "tune",
         help="measure the GPU kernels' configurations on this machine's GPU",
@@ -372,21 +372,15 @@ def _place(text: str) -> Path | str:
     return text if "://" in text else Path(text)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, found {number}")
     return number
 
 
-def _natural(text: str) -> int:
+def natural(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, found {number}")
     return number
-
-
-ADD_COMMANDS = (
-    *(_add_embed, _add_tokenize, _add_import, _add_new_model),
-    *(_add_inspect, _add_demo, _add_tune),
-)

@@ -57,7 +57,7 @@ class Processes:
             If there are other numbers of processes or devices than asked for.
         """
         world_size = int(os.environ.get("WORLD_SIZE", 1))
-        rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if devices not in (None, world_size):
             raise InputError(
                 f"{devices} devices were asked for, but this run has {world_size} processes: start "
@@ -74,7 +74,7 @@ class Processes:
             torch.cuda.set_device(place)
         if world_size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-        return cls(rank, world_size, place)
+        return cls(rank(), world_size, place)
 
     @property
     def leads(self) -> bool:
@@ -111,7 +111,12 @@ def started() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
-def launch(devices: int, arguments: Sequence[str]) -> int:
+def rank() -> int:
+    """Number of this process among those of the run."""
+    return int(os.environ.get("RANK", 0))
+
+
+def launch(devices: int, device: str | None, arguments: Sequence[str]) -> int:
     """Run ``cellpatch`` with these arguments in one process per device; returns the exit code.
 
     Raises
@@ -119,11 +124,8 @@ def launch(devices: int, arguments: Sequence[str]) -> int:
     InputError
         If there are fewer GPUs than that.
     """
-    if (
-        torch.cuda.is_available()
-        and torch.cuda.device_count() < devices
-        and ("--device" not in arguments)
-    ):
+    on_gpus = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    if on_gpus and torch.cuda.device_count() < devices:
         raise InputError(
             f"{devices} devices were asked for, but there are {torch.cuda.device_count()} GPUs: "
             "ask for fewer, or for --device cpu"

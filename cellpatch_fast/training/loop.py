@@ -223,8 +223,7 @@ class Trainer:
 
     @property
     def _stale(self) -> bool:
-        patience = self.settings.patience
-        return patience is not None and self.place.stale >= patience
+        return 0 < self.settings.patience <= self.place.stale
 
     def run(self, progress: bool | None = None) -> History:
         """Train until the last epoch, or until nothing improves.

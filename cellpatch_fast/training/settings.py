@@ -41,7 +41,7 @@ class TrainingSettings:
     learning_rate, weight_decay
         Of the optimiser.
     gradient_clip
-        Largest norm of the gradient; None for no limit.
+        Largest norm of the gradient; 0 for no limit.
     schedule
         ``"constant"``, or ``"cosine"``: down to 0 at the last step.
     warmup_steps
@@ -54,7 +54,7 @@ class TrainingSettings:
         Share of cells kept apart to tell how well the model does on cells that it has not seen; 0
         for none.
     patience
-        Stop after so many epochs without improvement on the validation cells; None never stops.
+        Stop after so many epochs without improvement on the validation cells; 0 never stops.
     seed
         Of weights, order, masks and dropout.
     deterministic
@@ -69,13 +69,13 @@ class TrainingSettings:
     optimizer: Optimizer = "adam"
     learning_rate: float = 1e-4
     weight_decay: float = 5e-5
-    gradient_clip: float | None = 5.0
+    gradient_clip: float = 5.0
     schedule: Schedule = "constant"
     warmup_steps: int = 0
     precision: Precision = "float32"
     compile: bool = False
     validation: float = 0.05
-    patience: int | None = None
+    patience: int = 0
     seed: int = 0
     deterministic: bool = False
     backend: str | None = None
@@ -83,16 +83,14 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("weight_decay", "warmup_steps", "seed"):
+        for name in ("weight_decay", "warmup_steps", "gradient_clip", "patience", "seed"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "positive")
-        self._require("gradient_clip", (self.gradient_clip or 1) > 0, "positive")
-        self._require("patience", self.patience is None or self.patience >= 1, "at least 1")
         self._require("validation", 0 <= self.validation < 1, "at least 0 and below 1")
         self._require("optimizer", self.optimizer in get_args(Optimizer), "adam or adamw")
         self._require("schedule", self.schedule in get_args(Schedule), "constant or cosine")
         self._require("precision", self.precision in get_args(Precision), "float32 or bfloat16")
-        if self.patience is not None and not self.validation:
+        if self.patience and not self.validation:
             raise InputError("patience needs validation cells: choose a validation share above 0")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
@@ -176,7 +174,7 @@ class FinetuningSettings(TrainingSettings):
     learning_rate: float = 1e-3
     weight_decay: float = 5e-4
     validation: float = 0.1
-    patience: int | None = 10
+    patience: int = 10
     test: float = 0.1
     freeze_encoder: bool = False
     balance: bool = False

@@ -292,7 +292,7 @@ def test_other_settings_do_not_continue(output: Path) -> None:
 
 
 def test_unfinished_embeddings_are_not_continued_as_tokens(output: Path) -> None:
-    EmbeddingWriter(output, {"layer": "counts"}, 3, 2, np.dtype("float32"), "X").close()
+    EmbeddingWriter(output, {"layer": "counts"}, 3, {"X": 2}, np.dtype("float32")).close()
     with pytest.raises(
         InputError, match="kind: was 'embedding store', is now 'token store'"
     ) as caught:
