@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cellpatch_fast.kernels.cpu import attention, encoder
 from cellpatch_fast.kernels.cpu.blocks import make_block_scratch
+from cellpatch_fast.kernels.cpu.dropout import NOTHING
 from cellpatch_fast.kernels.cpu.simd import borrow
 from cellpatch_fast.kernels.cpu.tables import make_scratch
 from cellpatch_fast.kernels.threads import run_blocks
@@ -71,7 +72,7 @@ def _cross_attend(batch_, tables_, scratch_, mixed, discrete, start, stop):
         if slot == 0:
             attention.cross_attend(
                 batch.genes, batch.values, batch.offsets, batch.pads,
-                cell, min(attention.GROUP, stop - cell), discrete, tables, scratch,
+                cell, min(attention.GROUP, stop - cell), discrete, NOTHING, tables, scratch,
             )  # fmt: skip
         attention.finish(
             slot, batch.genes, batch.values, batch.offsets[cell], batch.offsets[cell + 1],

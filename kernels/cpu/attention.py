@@ -42,6 +42,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from .dropout import begin_words, count_words, drop_weights
 from .exact import repair
 from .simd import LANES, TILE_ROWS, multiply_add, prefetch
 from .vector_math import (
@@ -67,7 +68,9 @@ LARGEST_EXPONENT = F32(2.0**21)  # beyond, float32 has no fraction left to work 
 
 
 @njit(nogil=True)
-def cross_attend(genes, values, offsets, pads, first_cell, cells, discrete, tables, scratch):
+def cross_attend(
+    genes, values, offsets, pads, first_cell, cells, discrete, dropout, tables, scratch
+):
     """Sum over the entries of consecutive cells; `finish` turns a cell's sums into its result.
 
     Parameters
@@ -78,6 +81,8 @@ def cross_attend(genes, values, offsets, pads, first_cell, cells, discrete, tabl
         The cells, at most `GROUP`; cell ``first_cell + slot`` is summed in slot ``slot``.
     discrete
         Whether values are small integers, whose factors are made once per cell.
+    dropout
+        `dropout.Dropout`: weights are dropped from the sums, but not from the denominators.
     tables, scratch
         Borrowed `tables.Tables` and `tables.Scratch`.
     """
@@ -92,8 +97,9 @@ def cross_attend(genes, values, offsets, pads, first_cell, cells, discrete, tabl
         limit = tables.genes * stretch // stretches
         for slot in range(cells):
             _visit(
-                slot, genes, values, offsets, first_cell, cells, limit, discrete, tables, scratch
-            )
+                slot, genes, values, offsets, first_cell, cells, limit, discrete, dropout, tables,
+                scratch,
+            )  # fmt: skip
 
 
 @njit(nogil=True)
@@ -150,16 +156,26 @@ def _begin(slot, values, first, last, pads, discrete, tables, scratch):
 
 
 @njit(nogil=True)
-def _visit(slot, genes, values, offsets, first_cell, cells, limit, discrete, tables, scratch):
+def _visit(
+    slot, genes, values, offsets, first_cell, cells, limit, discrete, dropout, tables, scratch
+):
     """Sum a cell's next tiles, as far as they begin with a gene below ``limit``."""
     first, last = offsets[first_cell + slot], offsets[first_cell + slot + 1]
     position = scratch.position[slot]
+    if dropout.threshold > 0:
+        for h in range(tables.heads):
+            begin_words(
+                scratch.words, h * count_words(tables.lanes), dropout, first_cell + slot, h,
+                0, tables.patches, tables.patches,
+            )  # fmt: skip
     while position < last and genes[position] < limit:
         count = min(TILE, last - position)
         for k in range(count):
             value = values[position + k]
             row = _factor_row(slot, value, discrete, tables, scratch)
             _stage(np.int64(genes[position + k]), value, row, k, tables, scratch)
+        if dropout.threshold > 0:
+            _drop(slot, position - first, count, dropout, tables, scratch)
         position += count
         next_at, next_last = position, last
         if (position == last or genes[position] >= limit) and slot + 1 < cells:
@@ -220,6 +236,28 @@ def _stage(gene, value, row, k, tables, scratch):
             )
         rows[place + head_dim] = F32(1.0)
         source, place, part = source + head_dim, place + block, part + head_dim
+
+
+@njit(nogil=True)
+def _drop(slot, entry, count, dropout, tables, scratch):
+    """Add the staged weights to the denominators, then drop some: from ``entry`` of the cell on."""
+    lanes, heads, block, head_dim = tables.lanes, tables.heads, tables.block, tables.head_dim
+    width, words, rows = heads * lanes, count_words(lanes), scratch.rows
+    for h in range(heads):
+        one = h * block + head_dim  # of each entry's rows
+        multiply_add(
+            scratch.partial, ((slot * heads + h) * block + head_dim) * lanes, lanes, 1, lanes,
+            rows, one, 1, heads * block, scratch.weights, h * lanes, width, count,
+        )  # fmt: skip
+        for k in range(count):
+            rows[one + k * heads * block] = F32(0.0)  # what is dropped has been counted
+    for k in range(count):
+        for h in range(heads):
+            at = k * width + h * lanes
+            drop_weights(
+                scratch.weights, at, scratch.weights, at,
+                scratch.words, h * words, entry + k, lanes, dropout,
+            )  # fmt: skip
 
 
 @njit(nogil=True, inline="always")

@@ -22,6 +22,7 @@ from ..weights import EncoderWeights
 from .attention import GROUP, cross_attend, finish
 from .blocks import Blocks, make_block_scratch, make_blocks, run_blocks_of_cell
 from .compiled import announce_compilation, digest
+from .dropout import NOTHING
 from .exact import weigh_entries
 from .simd import borrow
 from .tables import Tables, make_scratch, make_tables
@@ -119,7 +120,7 @@ def _encode_cells(batch, tables, blocks, scratch, block_scratch, discrete, atten
         if slot == 0:
             cross_attend(
                 batch.genes, batch.values, batch.offsets, batch.pads,
-                cell, min(GROUP, stop - cell), discrete, tables, scratch,
+                cell, min(GROUP, stop - cell), discrete, NOTHING, tables, scratch,
             )  # fmt: skip
         first, last = batch.offsets[cell], batch.offsets[cell + 1]
         finish(

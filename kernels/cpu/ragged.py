@@ -30,7 +30,7 @@ def forward(problem: RaggedAttention) -> tuple[Tensor, Tensor]:
     if ragged_tables.suits(exact):
         output, log_sum_exp, lost = ragged_tables.forward(exact)
         if lost.any():
-            found = ragged_general.forward(_select(exact, lost))
+            found = ragged_general.forward(_select(exact, lost), np.flatnonzero(lost))
             for target, source in zip((output, log_sum_exp), found, strict=True):
                 target.reshape(problem.cells, -1)[lost] = source.reshape(int(lost.sum()), -1)
     else:
@@ -65,15 +65,18 @@ def backward(
         Whether atomics are forbidden, which this backend has none of.
     """
     exact = _convert(problem)
-    given = gradient.float(), delta, log_sum_exp
+    gradient = gradient.float()
     if ragged_tables.suits(exact):
-        found, lost = ragged_tables_backward.backward(exact, *given)
+        found, lost = ragged_tables_backward.backward(exact, gradient, delta, log_sum_exp)
         if lost.any():
-            of_lost = (tensor[torch.from_numpy(lost)] for tensor in given)
-            others = ragged_general.backward(_select(exact, lost), *of_lost)
+            chosen = torch.from_numpy(lost)
+            others = ragged_general.backward(
+                _select(exact, lost), gradient[chosen], delta[chosen], log_sum_exp[chosen],
+                np.flatnonzero(lost),
+            )  # fmt: skip
             found = Gradients(*map(_add, found, others))
     else:
-        found = ragged_general.backward(exact, *given)
+        found = ragged_general.backward(exact, gradient, delta, log_sum_exp)
     rounded: dict[str, Any] = {
         name: None if tensor is None else tensor.to(getattr(problem, name).dtype)
         for name, tensor in found._asdict().items()
@@ -95,7 +98,7 @@ def _convert(problem: RaggedAttention) -> RaggedAttention:
 
 
 def _select(problem: RaggedAttention, cells: np.ndarray) -> RaggedAttention:
-    """The problem of some cells, bool [c]; without dropout, which goes by a cell's number."""
+    """The problem of some cells, bool [c]."""
     chosen = torch.from_numpy(cells)
     lengths = problem.offsets.diff()
     entries = chosen.repeat_interleave(lengths)

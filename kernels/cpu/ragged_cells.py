@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .dropout import keep_factors
+from .dropout import Dropout, begin_words, differentiate_scores, drop_weights, make_words
 from .simd import LANES, aligned, multiply_add, multiply_exactly
 from .vector_math import (
     add,
@@ -34,7 +34,6 @@ from .vector_math import (
     fill,
     larger,
     multiply,
-    multiply_difference,
 )
 
 F32 = np.float32
@@ -66,9 +65,8 @@ class Cells(NamedTuple):
     heads: int
     head_dim: int
     scale: float
-    dropout: float
-    threshold: int  # a word below it drops its weight
-    seed: int
+    dropout: Dropout
+    numbers: np.ndarray  # int64 [c]: of cells in their batch, by which weights are dropped
 
 
 class Scratch(NamedTuple):
@@ -78,7 +76,8 @@ class Scratch(NamedTuple):
     values: np.ndarray  # float32 [TILE · d]
     exact_queries: np.ndarray  # float64 [(d + 2) · BLOCK]: query, 1, -reference
     weights: np.ndarray  # float32 [TILE · BLOCK]
-    factors: np.ndarray  # float32 [TILE · BLOCK]: of dropout
+    kept: np.ndarray  # float32 [TILE · BLOCK]: weights that are not dropped, times a factor
+    words: np.ndarray  # int64: of `dropout`
     partial: np.ndarray  # float32 [(d + 1) · BLOCK]: sums of the chunk, the last of weights
     sums: np.ndarray  # float32 [(d + 1) · BLOCK]
     # forward
@@ -103,7 +102,8 @@ def make_scratch(head_dim: int) -> Scratch:
         values=aligned(TILE * head_dim),
         exact_queries=np.zeros((head_dim + 2) * BLOCK),
         weights=aligned(TILE * BLOCK),
-        factors=aligned(TILE * BLOCK),
+        kept=aligned(TILE * BLOCK),
+        words=make_words(BLOCK),
         partial=aligned((head_dim + 1) * BLOCK),
         sums=aligned((head_dim + 1) * BLOCK),
         highest=aligned(BLOCK),
@@ -133,6 +133,7 @@ def attend(cells, cell, h, first_query, output, log_sum_exp, s):
     fill((F32(0.0),), s.sums, 0, s.sums, 0, size)
     fill((F32(-np.inf),), s.limit, 0, s.limit, 0, lanes)  # any score exceeds it
     fill((F32(0.0),), s.reference, 0, s.reference, 0, lanes)
+    _begin_words(cells, cell, h, first_query, lanes, s)
     for start in range(first, last, TILE):
         entries = min(TILE, last - start)
         _stage_entries(cells, h, start, entries, s)
@@ -145,9 +146,8 @@ def attend(cells, cell, h, first_query, output, log_sum_exp, s):
         for k in range(entries):
             add((), s.highest, 0, s.highest, 0, s.weights, k * lanes, lanes)
         add((), s.partial, d * lanes, s.partial, d * lanes, s.highest, 0, lanes)
-        if cells.dropout > 0:
-            _draw_factors(cells, cell, h, first_query, start - first, entries, lanes, s)
-            multiply((), s.weights, 0, s.weights, 0, s.factors, 0, entries * lanes)
+        if cells.dropout.threshold > 0:
+            _drop(s.weights, cells, start - first, entries, lanes, s)
         multiply_add(s.partial, 0, lanes, d, lanes, s.values, 0, 1, d, s.weights, 0, lanes, entries)
         if (start + TILE - first) % CHUNK == 0:
             _end_chunk(size, s)
@@ -191,45 +191,32 @@ def differentiate(
         _stage_gradient(cells, cell, h, first_query, count, lanes, gradient, delta, log_sum_exp, s)
         fill((F32(0.0),), s.partial, 0, s.partial, 0, d * lanes)
         fill((F32(0.0),), s.sums, 0, s.sums, 0, d * lanes)
+        _begin_words(cells, cell, h, first_query, lanes, s)
         for start in range(first, last, TILE):
             entries = min(TILE, last - start)
-            size = entries * lanes
             _stage_entries(cells, h, start, entries, s)
             _score(d, entries, lanes, s)
-            exponentials((), s.weights, 0, s.weights, 0, size)
-            fill((F32(0.0),), s.products, 0, s.products, 0, size)
+            exponentials((), s.weights, 0, s.weights, 0, entries * lanes)
+            fill((F32(0.0),), s.products, 0, s.products, 0, entries * lanes)
             multiply_add(
                 s.products, 0, lanes, entries, lanes, s.values, 0, d, 1, s.turned, 0, lanes, d
             )
-            kept = s.weights  # times the factors of dropout
-            if cells.dropout > 0:
-                _draw_factors(cells, cell, h, first_query, start - first, entries, lanes, s)
-                multiply((), s.products, 0, s.products, 0, s.factors, 0, size)
-                multiply((), s.factors, 0, s.factors, 0, s.weights, 0, size)
-                kept = s.factors
-            for k in range(entries):
-                at = k * lanes
-                multiply_difference(
-                    (), s.products, at, s.weights, at, s.products, at, s.delta, 0, lanes
-                )
+            kept = s.weights
+            if cells.dropout.threshold > 0:
+                kept = s.kept
+                _drop(kept, cells, start - first, entries, lanes, s)
+            differentiate_scores(
+                s.products, s.weights, kept, s.delta, 0, entries, lanes, cells.dropout
+            )
             place = ((start - first_row) * cells.heads + h) * d
             more = first_query > 0
             _write_rows(
                 value_gradient, place, stride, more, entries, d, kept, lanes, s.gradient, count, s
             )
             _write_rows(
-                key_gradient,
-                place,
-                stride,
-                more,
-                entries,
-                d,
-                s.products,
-                lanes,
-                s.queries,
-                count,
+                key_gradient, place, stride, more, entries, d, s.products, lanes, s.queries, count,
                 s,
-            )
+            )  # fmt: skip
             if cells.biased:
                 for k in range(entries):
                     total = 0.0
@@ -346,12 +333,18 @@ def _move_reference(d, lanes, s):
 
 
 @njit(nogil=True, inline="always")
-def _draw_factors(cells, cell, h, first_query, first, entries, lanes, s):
-    """factors = 1 / (1 - dropout), or 0 for weights that are dropped."""
-    keep_factors(
-        s.factors, lanes, first, entries, cell, h * cells.queries + first_query, lanes,
-        cells.seed, cells.threshold, F32(1.0 / (1.0 - cells.dropout)),
-    )  # fmt: skip
+def _begin_words(cells, cell, h, first_query, lanes, s):
+    if cells.dropout.threshold > 0:
+        number = cells.numbers[cell]
+        begin_words(s.words, 0, cells.dropout, number, h, first_query, cells.queries, lanes)
+
+
+@njit(nogil=True, inline="always")
+def _drop(out, cells, first, entries, lanes, s):
+    """out = weights / (1 - dropout), or 0 where they are dropped."""
+    for k in range(entries):
+        at = k * lanes
+        drop_weights(out, at, s.weights, at, s.words, 0, first + k, lanes, cells.dropout)
 
 
 @njit(nogil=True, inline="always")

@@ -30,6 +30,7 @@ from torch import Tensor
 from ..ragged import Gradients, RaggedAttention
 from ..threads import run_blocks
 from .compiled import announce_compilation, digest
+from .dropout import make_dropout
 from .ragged_cells import AFFINE, BINNED, BLOCK, Cells, attend, differentiate, make_scratch
 from .simd import LANES, borrow
 
@@ -69,9 +70,14 @@ class Sums(NamedTuple):
     value_part: np.ndarray  # [1 or bins · h · d]
 
 
-def forward(problem: RaggedAttention) -> tuple[np.ndarray, np.ndarray]:
-    """Output [c · q · h · d] and log-sum-exp [c · h · q] of a problem of float32."""
-    cells = _make_cells(problem)
+def forward(
+    problem: RaggedAttention, numbers: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Output [c · q · h · d] and log-sum-exp [c · h · q] of a problem of float32.
+
+    ``numbers`` are those of the cells in their batch, int64 [c], where they are some of it only.
+    """
+    cells = _make_cells(problem, numbers)
     found = Attended(
         np.empty(problem.cells * problem.queries * problem.heads * problem.head_dim, np.float32),
         np.empty(problem.cells * problem.heads * problem.queries, np.float32),
@@ -90,10 +96,14 @@ def forward(problem: RaggedAttention) -> tuple[np.ndarray, np.ndarray]:
 
 
 def backward(
-    problem: RaggedAttention, gradient: Tensor, delta: Tensor, log_sum_exp: Tensor
+    problem: RaggedAttention,
+    gradient: Tensor,
+    delta: Tensor,
+    log_sum_exp: Tensor,
+    numbers: np.ndarray | None = None,
 ) -> Gradients:
-    """Gradients of a problem of float32; see `ragged.backward`."""
-    cells = _make_cells(problem)
+    """Gradients of a problem of float32; see `ragged.backward`, and `forward` for ``numbers``."""
+    cells = _make_cells(problem, numbers)
     looked_up, shared = problem.ids is not None, len(problem.query) == 1
     width = problem.heads * problem.head_dim
     row = problem.queries * width
@@ -146,7 +156,7 @@ def backward(
     )
 
 
-def _make_cells(problem: RaggedAttention) -> Cells:
+def _make_cells(problem: RaggedAttention, numbers: np.ndarray | None) -> Cells:
     parts = 0
     if problem.key_part is not None:
         parts = BINNED if problem.binned else AFFINE
@@ -169,9 +179,8 @@ def _make_cells(problem: RaggedAttention) -> Cells:
         problem.heads,
         problem.head_dim,
         float(problem.scale),
-        float(problem.dropout),
-        round(problem.dropout * 2**32),
-        0 if problem.seed is None else int(problem.seed),
+        make_dropout(problem),
+        np.arange(problem.cells) if numbers is None else numbers,
     )
 
 

@@ -19,9 +19,10 @@ import numpy as np
 from numba import njit
 
 from .compiled import digest
+from .dropout import Dropout, begin_words, differentiate_scores, drop_weights, make_words
 from .ragged_tables import ROWS, Scores, make_powers
 from .simd import aligned, borrow, multiply_add
-from .vector_math import add, add_scaled, fill, multiply, scale, value_factors
+from .vector_math import add, add_scaled, fill, multiply, value_factors
 
 F32 = np.float32
 
@@ -35,7 +36,7 @@ class States(NamedTuple):
 
     turned: np.ndarray  # float32 [c · h · d · lanes]: gradient of the output
     straight: np.ndarray  # float32 [c · h · q · width]: the same
-    delta: np.ndarray  # float32 [c · h · lanes]: negative
+    delta: np.ndarray  # float32 [c · h · lanes]
     inverse: np.ndarray  # float32 [c · h · lanes]: 1 / total of the weights
     shift: np.ndarray  # float32 [c · h · lanes]: of the factors of amounts
     lost: np.ndarray  # uint8 [c]
@@ -46,10 +47,12 @@ class Ranges(NamedTuple):
 
     number: int
     cells: int
+    first_cell: int  # its number in the batch
     rows: np.ndarray  # int64 [rows that occur]: most frequent first
     bounds: np.ndarray  # int64 [ranges + 1]: of rows
     starts: np.ndarray  # int64 [ranges · c + 1]: of entries
     ranks: np.ndarray  # int32 [n]: of the row, within the range
+    places: np.ndarray  # int32 [n]: within the cell
     amounts: np.ndarray  # float32 [n]
 
 
@@ -60,6 +63,7 @@ class Task(NamedTuple):
     width: int  # head_dim, rounded up to whole vectors
     bins: int  # rows of parts: 1 if affine
     discrete: bool  # amounts are small integers, whose factors are made once for a visit
+    dropout: Dropout
     values: np.ndarray  # float32 [r · h · d]
     value_part: np.ndarray  # float32 [bins · h · width]
     plain_queries: np.ndarray  # float32 [h · q · width]: times scale
@@ -92,6 +96,8 @@ class Scratch(NamedTuple):
     weights: np.ndarray  # float32 [TILE · lanes]
     products: np.ndarray  # float32 [TILE · lanes]
     entry_values: np.ndarray  # float32 [TILE · width]
+    kept: np.ndarray  # float32 [TILE · lanes]: weights that are not dropped, times a factor
+    words: np.ndarray  # int64: of `dropout`
     rows: np.ndarray  # float32 [ROWS · width]
     query_sums: np.ndarray  # float32 [d · lanes]
     # of `make_powers`
@@ -117,6 +123,8 @@ def make_scratch(scores: Scores, task: Task, ranges: Ranges) -> Scratch:
         weights=aligned(TILE * lanes),
         products=aligned(TILE * lanes),
         entry_values=aligned(TILE * width),
+        kept=aligned(TILE * lanes),
+        words=make_words(lanes),
         rows=aligned(ROWS * width),
         query_sums=aligned(scores.head_dim * lanes),
         keys=np.zeros(ROWS * scores.head_dim),
@@ -177,7 +185,6 @@ def _pass_tile(start, count, cell, h, task, scores, states, ranges, s):
         multiply(
             (), s.weights, k * lanes, s.factors, rank * lanes, s.amount_factors, row * lanes, lanes
         )
-        scale((F32(1.0),), s.products, k * lanes, states.delta, at, lanes)
         if scores.binned:
             part = (row * scores.heads + h) * width
             add((), s.entry_values, k * width, s.values, rank * width, task.value_part, part, width)
@@ -186,16 +193,25 @@ def _pass_tile(start, count, cell, h, task, scores, states, ranges, s):
                 (amount,), s.entry_values, k * width, task.value_part, h * width,
                 s.values, rank * width, width,
             )  # fmt: skip
+    fill((F32(0.0),), s.products, 0, s.products, 0, count * lanes)
     multiply_add(
         s.products, 0, lanes, count, lanes,
         s.entry_values, 0, width, 1, states.turned, at * d, lanes, d,
     )  # fmt: skip
+    kept = s.weights
+    if task.dropout.threshold > 0:
+        kept = s.kept
+        for k in range(count):
+            drop_weights(
+                s.kept, k * lanes, s.weights, k * lanes,
+                s.words, 0, np.int64(ranges.places[start + k]), lanes, task.dropout,
+            )  # fmt: skip
     fill((F32(0.0),), s.rows, 0, s.rows, 0, count * width)
     multiply_add(
-        s.rows, 0, width, count, width, s.weights, 0, lanes, 1,
+        s.rows, 0, width, count, width, kept, 0, lanes, 1,
         states.straight, (cell * scores.heads + h) * task.queries * width, width, task.queries,
     )  # fmt: skip
-    multiply((), s.products, 0, s.products, 0, s.weights, 0, count * lanes)
+    differentiate_scores(s.products, s.weights, kept, states.delta, at, count, lanes, task.dropout)
     for k in range(count):
         rank, amount = np.int64(ranges.ranks[start + k]), ranges.amounts[start + k]
         add((), s.scores, rank * lanes, s.scores, rank * lanes, s.products, k * lanes, lanes)
@@ -292,6 +308,11 @@ def _compiled(sources: str) -> Any:
                 for cell in range(ranges.cells):
                     place = range_ * ranges.cells + cell
                     first, last = ranges.starts[place], ranges.starts[place + 1]
+                    if task.dropout.threshold > 0 and first < last:
+                        begin_words(
+                            s.words, 0, task.dropout, ranges.first_cell + cell, h,
+                            0, task.queries, scores.lanes,
+                        )  # fmt: skip
                     for at in range(first, last, TILE):
                         count = min(TILE, last - at)
                         _pass_tile(at, count, cell, h, task, scores, states, ranges, s)

@@ -29,6 +29,7 @@ from ..ragged import RaggedAttention
 from ..threads import run_blocks
 from .attention import GROUP, SCALE, cross_attend, end_chunk
 from .compiled import announce_compilation, digest
+from .dropout import make_dropout
 from .simd import LANES, TILE_ROWS, aligned, borrow, multiply_exactly
 from .tables import Tables, make_scratch
 from .vector_math import powers_of_two
@@ -85,7 +86,6 @@ def suits(problem: RaggedAttention) -> bool:
         len(problem.query) == 1
         and problem.ids is not None
         and problem.bias is None
-        and problem.seed is None
         and work <= MOST_WORK
     )
 
@@ -112,12 +112,13 @@ def forward(problem: RaggedAttention) -> tuple[np.ndarray, np.ndarray, np.ndarra
         np.zeros(cells, np.uint8),
     )
     discrete = problem.amounts is None or not problem.amounts.is_floating_point()
+    dropout = make_dropout(problem)
     own = threading.local()  # a thread's scratch memory
 
     def task(start: int, stop: int) -> None:
         if not hasattr(own, "scratch"):
             own.scratch = make_scratch(tables)
-        _attend_cells(looked, tables, scores, own.scratch, discrete, start, stop)
+        _attend_cells(looked, tables, scores, own.scratch, discrete, dropout, start, stop)
 
     share = cells // (4 * torch.get_num_threads())
     run_blocks(task, cells, min(MOST_CELLS, (share // GROUP + 1) * GROUP))
@@ -262,7 +263,7 @@ def _compiled(sources: str) -> Any:
     """The compiled functions that are kept on disk, see `compiled`."""
 
     @njit(nogil=True, cache=True)
-    def attend_cells(looked_, tables_, scores_, scratch_, discrete, start, stop):
+    def attend_cells(looked_, tables_, scores_, scratch_, discrete, dropout, start, stop):
         if len(sources):
             looked, tables = borrow(looked_), borrow(tables_)
             scores, scratch = borrow(scores_), borrow(scratch_)
@@ -273,7 +274,7 @@ def _compiled(sources: str) -> Any:
                 if slot == 0:
                     cross_attend(
                         looked.ranks, looked.amounts, looked.offsets, looked.pads,
-                        cell, min(GROUP, stop - cell), discrete, tables, scratch,
+                        cell, min(GROUP, stop - cell), discrete, dropout, tables, scratch,
                     )  # fmt: skip
                 end_chunk(slot, tables, scratch)
                 _finish(looked, tables, scores, scratch.sums, scratch.shift, slot, cell)

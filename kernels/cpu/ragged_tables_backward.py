@@ -41,6 +41,7 @@ from ..ragged import Gradients, RaggedAttention
 from ..threads import run_blocks
 from .attention import LARGEST_EXPONENT, SCALE
 from .compiled import announce_compilation
+from .dropout import make_dropout
 from .ragged_ranges import Ranges, States, Sums, Task, differentiate, make_scratch
 from .ragged_tables import LARGEST, SMALLEST, Scores, amounts_of, make_scores
 from .simd import LANES, aligned
@@ -68,7 +69,7 @@ def backward(
         turn = slice(start, min(problem.cells, start + MOST_CELLS))
         part = _slice(problem, turn.start, turn.stop)
         states = _make_states(part, scores, gradient[turn], delta[turn], log_sum_exp[turn])
-        ranges = _sort_entries(part, states)
+        ranges = _sort_entries(part, states, start)
         sums = Sums(*(np.zeros(ranges.number * size) for size in _sizes(scores, task)))
         _differentiate_turn(task, scores, states, ranges, sums)
         for total, of_ranges in zip(totals, sums, strict=True):
@@ -141,7 +142,7 @@ def _make_states(
     return states
 
 
-def _sort_entries(problem: RaggedAttention, states: States) -> Ranges:
+def _sort_entries(problem: RaggedAttention, states: States, first_cell: int) -> Ranges:
     """Divide rows into ranges, and sort entries of cells that are not lost by them."""
     assert problem.ids is not None
     ids, amounts, offsets = problem.ids.numpy(), amounts_of(problem), problem.offsets.numpy()
@@ -176,9 +177,11 @@ def _sort_entries(problem: RaggedAttention, states: States) -> Ranges:
     ranges = Ranges(
         number,
         cells,
+        first_cell,
         rows,
         np.array(bounds),
         starts,
+        np.empty(entries, np.int32),
         np.empty(entries, np.int32),
         np.empty(entries, np.float32),
     )
@@ -207,6 +210,7 @@ def _make_task(problem: RaggedAttention) -> Task:
         width=width,
         bins=len(value_part),
         discrete=problem.amounts is None or not problem.amounts.is_floating_point(),
+        dropout=make_dropout(problem),
         values=problem.value.view(-1).numpy(),
         value_part=pad(value_part),
         plain_queries=pad((problem.query[0].double() * problem.scale).float().transpose(0, 1)),
@@ -265,6 +269,7 @@ def _place_entries(ranges, ids, amounts, place, offsets, lost, start, stop):
             range_, rank = divmod(place[ids[i]], MOST_ROWS)
             at = following[range_]
             ranges.ranks[at], ranges.amounts[at] = rank, amounts[i]
+            ranges.places[at] = i - offsets[cell]
             following[range_] = at + 1
 
 
@@ -296,7 +301,7 @@ def _fill_states(
                 log2 = np.float64(shift) - np.float64(log_sum_exp[source]) * math.log2(math.e)
                 states.shift[at + j] = shift
                 states.inverse[at + j] = F32(np.exp2(log2))
-                states.delta[at + j] = -delta[source]
+                states.delta[at + j] = delta[source]
                 if not SMALLEST <= -log2 <= LARGEST:
                     states.lost[cell] = 1
                 source = ((cell * queries + j) * heads + h) * d

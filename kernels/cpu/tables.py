@@ -17,6 +17,7 @@ from numba import njit
 from ..threads import run_blocks
 from ..weights import EncoderWeights
 from .attention import GROUP, INTEGERS, SCALE, TILE
+from .dropout import make_words
 from .simd import LANES, TILE_ROWS, aligned
 
 
@@ -52,6 +53,8 @@ class Scratch(NamedTuple):
     factors: np.ndarray  # float32 [GROUP · INTEGERS · h · lanes]
     shift: np.ndarray  # float32 [GROUP · h · lanes]
     position: np.ndarray  # int64 [GROUP]: the next entry of each cell
+    # of `dropout`
+    words: np.ndarray  # int64 [h · count_words]
     # of `exact`, for one head; float64 but for the first
     wrong: np.ndarray  # int64 [lanes]: patches to compute again
     scores: np.ndarray  # [lanes]
@@ -72,6 +75,7 @@ def make_scratch(tables: Tables) -> Scratch:
         factors=aligned(GROUP * INTEGERS * width),
         shift=aligned(GROUP * width),
         position=np.empty(GROUP, np.int64),
+        words=make_words(tables.lanes, tables.heads),
         wrong=np.empty(tables.lanes, np.int64),
         scores=np.empty(tables.lanes),
         highest=np.empty(tables.lanes),

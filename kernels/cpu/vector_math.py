@@ -139,6 +139,12 @@ def multiply_difference(factor: Vector, a: Vector, b: Vector) -> Vector:
     return factor * (a - b)
 
 
+@elementwise(arrays=3)
+def multiply_subtract(a: Vector, b: Vector, c: Vector) -> Vector:
+    """a · b - c."""
+    return fma(a, b, -c)
+
+
 @elementwise(arrays=1, unroll=1)
 def gelu(x: Vector) -> Vector:
     """x · Φ(x), the exact GELU; erf after Abramowitz and Stegun 7.1.26 (error 1.5e-7)."""

@@ -167,27 +167,28 @@ def weigh(scores, EXACT: tl.constexpr):
 
 
 @triton.jit
-def kept_weights(seed, first_local, cell, column, limit, TILE: tl.constexpr,
+def kept_weights(seed, first_local, cell, head, begin, queries, limit, TILE: tl.constexpr,
                  QUERIES: tl.constexpr):  # fmt: skip
-    """Which weights are not dropped: bool [q, n]; see `reference.kept`.
+    """Which weights are not dropped: bool [n, q]; see `reference.kept`.
 
     Parameters
     ----------
     first_local
-        Number of the tile's first entry within its cell, divisible by 4.
-    column
-        head * queries + query, int32 [q].
+        Number of the tile's first entry within its cell.
+    head, begin, queries
+        The head, and the block's first query of how many, divisible by 4.
     limit
         A weight is kept where its word is larger; the bits of an unsigned number.
     """
-    quarter = first_local // 4 + tl.arange(0, TILE // 4)
-    quarter = quarter[None, :] + tl.zeros([QUERIES, 1], tl.int32)  # [q, n / 4]
-    cells, zero = tl.zeros_like(quarter) + cell.to(tl.int32), tl.zeros_like(quarter)
-    columns = zero + column[:, None]
-    a, b, c, d = tl.philox(tl.load(seed), quarter, cells, columns, zero)
+    column = head * tl.cdiv(queries, 4) + begin // 4 + tl.arange(0, QUERIES // 4)
+    zero = tl.zeros([TILE, QUERIES // 4], tl.int32)
+    columns = zero + column[None, :]
+    entries = zero + (first_local + tl.arange(0, TILE))[:, None]
+    cells = zero + cell.to(tl.int32)
+    a, b, c, d = tl.philox(tl.load(seed), entries, cells, columns, zero, n_rounds=7)
     least = limit.to(tl.uint32, bitcast=True)
     pairs = tl.join(a > least, c > least), tl.join(b > least, d > least)
-    return tl.reshape(tl.join(pairs[0], pairs[1]), [QUERIES, TILE])
+    return tl.reshape(tl.join(pairs[0], pairs[1]), [TILE, QUERIES])
 
 
 @triton.jit
@@ -241,7 +242,6 @@ def attend_slots(query, key, value, offsets, ids, amounts, key_part, value_part,
         of_cell, cell_count = cell_bounds(offsets, cell, entries, faults)
         done = (first - of_cell).to(tl.int32)
         factor = scale if EXACT else scale * LOG2_E
-        q = begin + tl.arange(0, QUERIES)
         block = load_queries(
             query, cell * query_step, begin, head, queries, heads, HEAD_DIM, DIM, QUERIES
         )
@@ -273,9 +273,9 @@ def attend_slots(query, key, value, offsets, ids, amounts, key_part, value_part,
             total = tl.fma(total, rescale, tl.sum(weights, 1))
             if seed is not None:
                 kept = kept_weights(
-                    seed, done + start, cell, head * queries + q, limit, TILE, QUERIES
+                    seed, done + start, cell, head, begin, queries, limit, TILE, QUERIES
                 )
-                weights = tl.where(kept, weights, 0.0)
+                weights = tl.where(tl.trans(kept), weights, 0.0)
             sums = product(weights.to(values.dtype), values, sums * rescale[:, None])
             shift = highest
         report_unknown(tl.max(unknown, 0), faults)

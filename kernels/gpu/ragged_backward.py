@@ -32,9 +32,8 @@ heads together):
 
 In clocks per entry, counted in the machine code of the loop (``bench/ragged_resources.py``), the
 instructions take 23 on architecture 80, 19 on 90 and 21 on 100, the matrix units 11 on 80: issuing
-them bounds the kernel. None of this was timed. Dropped weights triple it, in two blocks of 32
-queries: each of the four words of a Philox call serves one entry, so that a weight costs a quarter
-of its ten rounds.
+them bounds the kernel. With dropped weights and a bias they take 49, 42 and 39: a weight costs a
+quarter of the seven rounds of a Philox call. None of this was timed.
 """
 
 from __future__ import annotations
@@ -79,8 +78,9 @@ def load_block(query, gradient, log_sum_exp, delta, cell, begin, head, queries, 
 
 
 @triton.jit
-def differentiate(keys, values, block, sums, extra, inside, seed, local, cell, column, limit,
-                  factor, keep_scale, EXACT: tl.constexpr, BIASED: tl.constexpr):  # fmt: skip
+def differentiate(keys, values, block, sums, extra, inside, seed, local, cell, head, begin, queries,
+                  limit, factor, keep_scale, EXACT: tl.constexpr,
+                  BIASED: tl.constexpr):  # fmt: skip
     """What a block of queries adds to the gradients of one tile of entries, but for the ``scale``.
 
     Parameters
@@ -94,18 +94,18 @@ def differentiate(keys, values, block, sums, extra, inside, seed, local, cell, c
         [q, d].
     extra
         Added to the scores [n], with BIASED; without, entries that are not ``inside`` [n] count 0.
-    seed, local, cell, column, limit
-        As of `kept_weights`, where ``column`` is that of the first query.
+    seed, local, cell, head, begin, queries, limit
+        As of `kept_weights`.
 
     Returns
     -------
     The new ``sums``.
     """
-    queries, of_output, logarithm, delta = block
+    query, of_output, logarithm, delta = block
     of_keys, of_values, of_bias, of_queries = sums
     TILE: tl.constexpr = keys.shape[0]
-    QUERIES: tl.constexpr = queries.shape[0]
-    scores = tl.dot(keys, tl.trans(queries), input_precision="tf32x3")  # [n, q]
+    QUERIES: tl.constexpr = query.shape[0]
+    scores = tl.dot(keys, tl.trans(query), input_precision="tf32x3")  # [n, q]
     if BIASED:
         scores = scores * factor + extra[:, None] - logarithm[None, :]
     else:
@@ -114,8 +114,7 @@ def differentiate(keys, values, block, sums, extra, inside, seed, local, cell, c
     of_weights = tl.dot(values, tl.trans(of_output), input_precision="tf32x3")  # [n, q]
     used = weights
     if seed is not None:
-        columns = column + tl.arange(0, QUERIES)
-        kept = tl.trans(kept_weights(seed, local, cell, columns, limit, TILE, QUERIES))
+        kept = kept_weights(seed, local, cell, head, begin, queries, limit, TILE, QUERIES)
         used = tl.where(kept, weights * keep_scale, 0.0)
         of_weights = tl.where(kept, of_weights * keep_scale, 0.0)
     of_values = product(used.to(values.dtype), of_output, of_values)
@@ -123,7 +122,7 @@ def differentiate(keys, values, block, sums, extra, inside, seed, local, cell, c
     if BIASED:
         of_bias += tl.sum(of_scores, 1)
     of_scores = of_scores.to(keys.dtype)
-    of_keys = product(of_scores, queries, of_keys)
+    of_keys = product(of_scores, query, of_keys)
     of_queries = product(tl.trans(of_scores), keys, of_queries)
     return of_keys, of_values, of_bias, of_queries
 
@@ -215,7 +214,7 @@ def differentiate_slots(query, key, value, offsets, ids, amounts, key_part, valu
             of_block = tl.zeros_like(of_block)
         of_keys, of_values, of_biases, of_block = differentiate(
             keys, values, block, (of_keys, of_values, of_biases, of_block), extra, inside, seed,
-            done + start, cell, head * queries + begin, limit, factor, keep_scale, EXACT,
+            done + start, cell, head, begin, queries, limit, factor, keep_scale, EXACT,
             bias is not None,
         )  # fmt: skip
         if not ONE_BLOCK:

@@ -1,8 +1,8 @@
-"""Ragged attention of the Numba backend: right to 1e-5, and the same bits whenever they must be.
+"""Ragged attention of the Numba backend: right to 1e-5.
 
-`test_ragged_attention` tests the public functions on every backend. Here is what is particular to
-this one: its two paths and the border between them, long cells, often repeated rows, large
-scores; and that nothing depends on the batch (forward) or on the number of threads (both).
+`test_ragged_attention` tests the public functions on every backend, `test_cpu_ragged_bits` that
+nothing depends on the batch or on the number of threads. Here is what is particular to this one:
+its two paths and the border between them, long cells, often repeated rows, large scores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cellpatch_fast.kernels import reference
-from cellpatch_fast.kernels.cpu import ragged, ragged_general, ragged_tables
+from cellpatch_fast.kernels.cpu import ragged, ragged_tables
 from cellpatch_fast.kernels.cpu import ragged_tables_backward as tables_backward
 from cellpatch_fast.kernels.ragged import Gradients, RaggedAttention
 from hypothesis import given, settings
@@ -189,7 +189,8 @@ def test_more_queries_than_a_block(amounts: str) -> None:
 
 
 def test_the_papers_sizes_are_right() -> None:
-    problem = make((900, 1100), queries=64, heads=2, head_dim=16, rows=4001, amounts="uint8")
+    shape: dict[str, Any] = {"queries": 64, "heads": 2, "head_dim": 16, "rows": 4001}
+    problem = make((900, 1100), amounts="uint8", dropout=0.1, **shape)
     assert ragged_tables.suits(problem)
     check(problem)
 
@@ -285,6 +286,12 @@ def test_dropped_weights_are_those_of_the_definition(rows: int | None) -> None:
     check(make((3, 0, 59), queries=71, rows=rows, dropout=0.83))
 
 
+def test_dropped_weights_count_in_the_log_sum_exp() -> None:
+    problem = make(amounts="uint8", dropout=0.83)
+    _, log_sum_exp = ragged.forward(problem)
+    assert torch.equal(log_sum_exp, ragged.forward(problem._replace(dropout=0.0, seed=None))[1])
+
+
 def test_dropout_close_to_one_drops_everything() -> None:
     found = Found(make(dropout=1 - 2**-40))
     assert (found.output == 0).all()
@@ -338,9 +345,10 @@ def test_what_is_not_a_number_is_never_hidden() -> None:
 # --- the border between the paths --------------------------------------------------------------
 
 
-def test_cells_beyond_the_range_of_ready_weights_are_computed_anew() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_cells_beyond_the_range_of_ready_weights_are_computed_anew(dropout: float) -> None:
     """Of three cells one has scores beyond 100; both directions hand over that one alone."""
-    problem = make((50, 70, 60), amounts="float")
+    problem = make((50, 70, 60), amounts="float", dropout=dropout)
     assert problem.ids is not None
     key, ids = problem.key.clone(), problem.ids % 50
     key[50:] *= 40
@@ -353,86 +361,3 @@ def test_cells_beyond_the_range_of_ready_weights_are_computed_anew() -> None:
         problem, found.gradient, found.log_sum_exp_gradient, found.log_sum_exp
     )
     assert lost.tolist() == [False, True, False]
-
-
-def test_both_paths_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = make(amounts="uint8")
-    fast = Found(problem)
-    monkeypatch.setattr(ragged_tables, "suits", lambda problem: False)
-    slow = Found(problem)
-    for one, other in zip(fast.tensors(), slow.tensors(), strict=True):
-        assert error(one, other) <= TOLERANCE
-
-
-# --- the same bits -----------------------------------------------------------------------------
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "tables": {"amounts": "float"},
-    "tables_uint8": {"amounts": "uint8"},
-    "tables_bins": {"amounts": "bins"},
-    "tables_lost": {"amounts": "uint8", "largest_score": 70.0},
-    "general": {"amounts": "float", "dropout": 0.2},
-    "per_entry": {"rows": None, "shared": False, "bias": True},
-}
-MANY = (5, 0, 33, 1103, 64) + (19,) * 60
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_same_bits_twice_and_with_any_number_of_threads(variant: str) -> None:
-    problem = make(MANY, **VARIANTS[variant])
-    before = torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(Found(problem).tensors())
-    torch.set_num_threads(before)
-    for other in results[1:]:
-        for one, same in zip(results[0], other, strict=True):
-            assert torch.equal(one, same)
-
-
-def only(problem: RaggedAttention, cell: int) -> RaggedAttention:
-    """The problem of a single cell."""
-    first, last = problem.offsets[cell : cell + 2].tolist()
-    per_entry = ("ids", "amounts", "bias") if problem.ids is not None else ("key", "value", "bias")
-    given = {name: getattr(problem, name) for name in per_entry}
-    own: dict[str, Any] = {
-        name: None if tensor is None else tensor[first:last] for name, tensor in given.items()
-    }
-    if len(problem.query) > 1:
-        own["query"] = problem.query[cell : cell + 1]
-    return problem._replace(offsets=torch.tensor([0, last - first]), **own)
-
-
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "general"])
-def test_bits_of_a_cell_depend_on_that_cell_alone(variant: str) -> None:
-    """Forward; without dropout, which goes by the number of the cell."""
-    problem = make(MANY, **VARIANTS[variant])
-    output, log_sum_exp = ragged.forward(problem)
-    for cell in (0, 1, 2, 3, 17, 64):
-        alone, alone_log_sum_exp = ragged.forward(only(problem, cell))
-        assert torch.equal(alone[0], output[cell])
-        assert torch.equal(alone_log_sum_exp[0], log_sum_exp[cell])
-
-
-def test_groups_of_cells_change_no_bits_but_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backward in groups of a few entries: what a cell gets alone is the same, sums nearly."""
-    problem = make(MANY, amounts="bins", shared=False)
-    whole = Found(problem)
-    monkeypatch.setattr(ragged_general, "GROUP", 40)
-    grouped = Found(problem)
-    assert torch.equal(grouped.gradients.query, whole.gradients.query)
-    for one, other in zip(grouped.tensors(), whole.tensors(), strict=True):
-        assert error(one, other) <= 1e-7
-
-
-def test_turns_of_cells_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables_backward, "MOST_CELLS", 3)
-    check(make(MANY, amounts="float"))
-    check(make(MANY, amounts="float", largest_score=70.0))
-
-
-def test_small_ranges_of_rows_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables_backward, "VISIT", 2)
-    check(make(MANY, amounts="bins", rows=1009))

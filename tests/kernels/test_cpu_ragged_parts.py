@@ -10,7 +10,12 @@ import pytest
 import torch
 from cellpatch_fast.kernels import reference
 from cellpatch_fast.kernels.cpu import vector_math
-from cellpatch_fast.kernels.cpu.dropout import keep_factors
+from cellpatch_fast.kernels.cpu.dropout import (
+    begin_words,
+    drop_weights,
+    make_dropout,
+    make_words,
+)
 from cellpatch_fast.kernels.cpu.simd import EXACT_ROWS, LANES, borrow, multiply_exactly
 from cellpatch_fast.kernels.ragged import RaggedAttention
 from numba import njit
@@ -79,28 +84,39 @@ def test_powers_are_right_and_what_is_not_a_number_remains() -> None:
     np.testing.assert_allclose(found.e[5:], np.exp(x[5:].astype(np.float64)), rtol=2e-6)
 
 
-class Factors(NamedTuple):
-    out: np.ndarray
+class Weights(NamedTuple):
+    given: np.ndarray  # float32 [n, row]
+    left: np.ndarray  # float32 [n, row]
+    words: np.ndarray
 
 
 @njit
-def keep(factors, first, count, cell, column, seed, threshold):
-    f = borrow(factors)
-    keep_factors(f.out, 37, first, count, cell, column, 32, seed, threshold, F32(2.0))
+def drop(weights, row, entries, dropout, cell, h, first_query, queries, count):
+    w = borrow(weights)
+    begin_words(w.words, 3, dropout, cell, h, first_query, queries, count)
+    for k in range(len(entries)):
+        at = k * row
+        drop_weights(w.left, at, w.given, at, w.words, 3, entries[k], count, dropout)
 
 
-@pytest.mark.parametrize("seed", [0, -1, 2**62 + 12345])
-@pytest.mark.parametrize("dropout", [0.25, 0.9])
-def test_kept_weights_are_those_of_the_definition(seed: int, dropout: float) -> None:
-    queries, heads, cell, first, count = 41, 3, 70_001, 8, 13
+@pytest.mark.parametrize("count", [16, 48, 80])
+@pytest.mark.parametrize(("seed", "dropout"), [(0, 0.25), (-1, 0.9), (2**62 + 12345, 0.5)])
+def test_kept_weights_are_those_of_the_definition(seed: int, dropout: float, count: int) -> None:
+    """For any entries in any order, beginning with any fourth query."""
+    queries, heads, h, first_query = 91, 3, 1, 4
+    cell, entries = 70_001, np.array([2**20 + 3, 0, 7, 8, 1])
     nothing = torch.empty(0)
     problem = RaggedAttention(
         torch.empty(1, queries, heads, 8), nothing, nothing, nothing, None, None, None, None, None,
         torch.tensor([seed]), 1.0, dropout,
     )  # fmt: skip
-    local = torch.arange(first, first + count)
-    expected = reference.kept(problem, torch.full((count,), cell), local)  # [n, h, q]
-    out = np.full((16, 37), np.nan, F32)
-    keep(Factors(out.reshape(-1)), first, count, cell, queries + 5, seed, round(dropout * 2**32))
-    assert np.array_equal(out[:count, :32], 2.0 * expected[:, 1, 5:37].numpy())
-    assert 0 < out[:count, :32].mean() < 2
+    every = reference.kept(problem, torch.full((5,), cell), torch.from_numpy(entries))  # [n, h, q]
+    kept = every[:, h, first_query : first_query + count].numpy()
+    row, nothing_else = count + 5, np.full((5, 5), 7, F32)
+    given = np.random.default_rng(0).random((5, row)).astype(F32)
+    left = np.full((5, row), 7, F32)
+    weights = Weights(given.ravel(), left.ravel(), np.zeros(3 + len(make_words(count)), np.int64))
+    drop(weights, row, entries, make_dropout(problem), cell, h, first_query, queries, count)
+    factor = F32(1 / (1 - dropout))
+    assert np.array_equal(left[:, :count], np.where(kept, given[:, :count] * factor, 0))
+    assert np.array_equal(left[:, count:], nothing_else)
