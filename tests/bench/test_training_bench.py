@@ -27,7 +27,14 @@ def bench() -> Iterator[SimpleNamespace]:
     """The benchmark's modules; the root is on the path while these tests run, and not longer."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
-        names = ("ceilings", "batches", "measure", "training_kernels", "training_report")
+        names = (
+            "ceilings",
+            "batches",
+            "measure",
+            "training",
+            "training_kernels",
+            "training_report",
+        )
         yield SimpleNamespace(
             **{name: importlib.import_module(f"bench.{name}") for name in names},
             steps=importlib.import_module("bench.peers.steps"),
@@ -81,6 +88,47 @@ def test_toy_run_on_a_cpu(tmp_path: Path) -> None:
     for part in ("operator", "training step", "self-attention"):
         assert all(value > 0 for value in results[part].values())
         assert f"| {part} |" in printed
+
+
+def test_toy_run_of_whole_steps(tmp_path: Path) -> None:
+    printed = run("training.py", "--output", str(tmp_path / "toy.json"))
+    results = json.loads((tmp_path / "toy.json").read_text())
+    for part, cells in (("pretraining", 5), ("fine-tuning", 4)):
+        measured = results[part]
+        assert f"| {part} |" in printed
+        assert measured["cells"] == cells
+        assert measured["lowest ratio"] <= measured["original / ours"] <= measured["highest ratio"]
+        days = measured["days for 10 million cells, 50 epochs"]
+        assert days * 86_400 * measured["cells/s"] == pytest.approx(5e8)
+    like, long, twice = results["memory"]
+    assert long["longest cell"] > 2 * like["longest cell"]
+    assert twice["entries"] == 2 * like["entries"]
+    assert all(row["peak MB"] > 0 for row in results["memory"])
+
+
+def test_both_sides_pretrain_on_the_same_loss(bench: SimpleNamespace, tmp_path: Path) -> None:
+    """From the same weights, where nothing is dropped and no cell needs padding."""
+    from cellpatch_fast import GeneVocabulary, RaggedCells
+    from cellpatch_fast.model import MaskedGeneModel
+
+    training = bench.training
+    length, cells = 41, 3
+    genes = torch.arange(1, 1 + cells * length, dtype=torch.int32)
+    values = (genes % 5 + 1).to(torch.uint8)
+    offsets = torch.arange(0, cells * length + 1, length)
+    masked = training.hide(RaggedCells(offsets, genes, values))
+    original = bench.original.PaddedPathFormer(training.GENES + 1).eval()
+    torch.save(original.state_dict(), tmp_path / "original.pth")
+    sizes = {"max_gene_num": training.GENES + 1, "embedding_dim": 32, "n_pathway": 64, "n_head": 2}
+    sizes |= {"encoder_self_attn_depth": 2, "encoder_projection_dim": 10}
+    ours = MaskedGeneModel.from_original(
+        tmp_path / "original.pth", args=sizes, vocabulary=GeneVocabulary.human()
+    )
+    padded = training.Padded.of(masked, torch.device("cpu"))
+    with torch.no_grad():
+        expected = training.padded_loss(original, padded, masked.decoder.entries)
+        found = training.our_loss(ours.eval(), masked)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [[1, 5, 97, 47], [61, 61, 61]], ids=["mixed", "constant"])
