@@ -79,7 +79,7 @@ def read_names(tables: Sequence[Table], names: Sequence[str], column: str) -> np
         return chosen
     if found.values.dtype.kind not in "biu":
         raise InputError(
-            f"obs[{column!r}] holds numbers such as {found.values[0]!r}, but classes need names: "
+            f"obs[{column!r}] holds numbers such as {found.values[0]:.6g}, but classes need names: "
             "choose another column"
         )
     return found.values.astype(str).astype(object)

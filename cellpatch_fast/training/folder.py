@@ -21,7 +21,6 @@ import contextlib
 import csv
 import json
 import os
-import pickle
 import platform
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
@@ -242,13 +241,11 @@ def read_checkpoint(path: Path, kind: str) -> dict[str, Any]:
     advice = "begin anew with --overwrite (overwrite=True), or restore the file"
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # of any type: the bytes of any file are taken as instructions
         raise InputError(
-            f"{path} is not a checkpoint of tensors and numbers alone, and code in it is not run: "
+            f"{path} is damaged, or holds more than tensors and numbers (code is never run): "
             f"{advice}"
         ) from error
-    except Exception as error:  # of any type: the bytes of any file are taken as instructions
-        raise InputError(f"{path} is damaged ({error}): {advice}") from error
     if not isinstance(found, dict) or found.keys() != FIELDS:
         raise InputError(f"{path} is no checkpoint of a training run of cellpatch-fast: {advice}")
     if found["format_version"] != FORMAT_VERSION:

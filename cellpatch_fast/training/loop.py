@@ -337,15 +337,14 @@ class Trainer:
 
     def _not_finite(self, loss: float) -> str:
         """What to say of a loss or gradient that is not finite."""
-        for name, parameter in self.task.model.named_parameters():
-            if not parameter.isfinite().all():
-                what = f"the parameter {name} is not finite"
-                break
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                what = f"the gradient of {name} is not finite"
-                break
-        else:
-            what = "all parameters and gradients are finite"
+        named = [(f"parameter {name}", p) for name, p in self.task.model.named_parameters()]
+        named += [
+            (f"gradient of {name}", p.grad)
+            for name, p in self.task.model.named_parameters()
+            if p.grad is not None
+        ]
+        culprits = (name for name, tensor in named if not tensor.isfinite().all())
+        what = f"the {next(culprits, 'sum')} is not finite"
         return (
             f"the loss is {loss} at step {self.place.step + 1} (epoch {self.place.epoch + 1}): "
             f"{what}. The step was not taken. A lower learning rate or a smaller gradient clip "
