@@ -3,7 +3,7 @@
 Measures in one run, interleaved so that a noisy machine disturbs all alike:
 
 - the cross-attention's operator at CellPatch's size, forward and backward, and the ratio of the two
-  (aimed for: at most 3);
+  (aimed for: at most 3); the same with dropped weights (at most 1.5 times as long);
 - a whole training step of the encoder (`kernels.encode` with gradients of all weights), on the fast
   path and on the reference, and the padded original's on the same cells;
 - self-attention among 1,000 entries of a cell, forward and backward.
@@ -43,6 +43,7 @@ CELLS, LENGTH = 512, 1000  # of a training batch
 PATCHES, HEADS, HEAD_DIM = 64, 2, 16
 FEW_CELLS = 64  # for what computes entry by entry in PyTorch, which takes long and much memory
 TIMES_FORWARD = 3.0
+DROPOUT, TIMES_NONE = 0.1, 1.5  # the model's default, and what it may cost
 
 
 def training_weights(model: PaddedPathFormer) -> EncoderWeights:
@@ -74,26 +75,47 @@ def gather_problem(cells: RaggedCells, genes: int) -> RaggedAttention:
     )
 
 
-def measure_operator(cells: RaggedCells, genes: int, repeats: int) -> dict[str, float]:
+def both_directions(problem: RaggedAttention) -> list[Callable[[], object]]:
     """The registered operator and its backward, each alone."""
-    problem = gather_problem(cells, genes)
     output, log_sum_exp = attention_ops.attend(problem, "numba")
     gradient = torch.randn_like(output)
     delta = (gradient * output).sum(-1).transpose(1, 2).contiguous()
     backward = torch.ops.cellpatch.ragged_attention_backward
-    forward_times, backward_times = timed(
+    return [
         partial(attention_ops.attend, problem, "numba"),
         partial(backward, gradient, delta, log_sum_exp, *problem, "numba"),
-        repeats=repeats,
-    )
-    ratios = [late / early for early, late in zip(forward_times, backward_times, strict=True)]
+    ]
+
+
+def measure_operator(cells: RaggedCells, genes: int, repeats: int) -> dict[str, float]:
+    """Forward and backward, without and with dropped weights."""
+    problem = gather_problem(cells, genes)
+    dropped = problem._replace(dropout=DROPOUT, seed=torch.tensor([1]))
+    times = timed(*both_directions(problem), *both_directions(dropped), repeats=repeats)
+    forward, backward, dropped_forward, dropped_backward = times
+
+    def ratio(above: list[float], below: list[float]) -> float:
+        return median([one / other for one, other in zip(above, below, strict=True)])
+
+    def both(one: list[float], other: list[float]) -> list[float]:
+        return [a + b for a, b in zip(one, other, strict=True)]
+
     return {
         "cells": len(cells),
         "entries": cells.entries,
-        "forward ms": 1e3 * median(forward_times),
-        "backward ms": 1e3 * median(backward_times),
-        "backward / forward": median(ratios),
+        "forward ms": 1e3 * median(forward),
+        "backward ms": 1e3 * median(backward),
+        "backward / forward": ratio(backward, forward),
         "target": TIMES_FORWARD,
+        "dropout": DROPOUT,
+        "forward ms, dropout": 1e3 * median(dropped_forward),
+        "backward ms, dropout": 1e3 * median(dropped_backward),
+        "dropout / none, forward": ratio(dropped_forward, forward),
+        "dropout / none, backward": ratio(dropped_backward, backward),
+        "dropout / none, both": ratio(
+            both(dropped_forward, dropped_backward), both(forward, backward)
+        ),
+        "dropout / none, target": TIMES_NONE,
     }
 
 

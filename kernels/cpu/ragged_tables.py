@@ -7,6 +7,9 @@ and one of the amount. So this is what `attention.cross_attend` sums, and it doe
 of 1,000 genes: 15,000 rows occur in them, and a score costs 2 d multiply-adds of doubles for 16
 queries and then 14 instructions.
 
+Where weights are dropped, denominators are summed before, in the same order as ever: a log-sum-exp
+has the same bits with dropout as without.
+
 Factors of rows are not relative to anything, so that a row's bits depend on nothing else, and
 scores may range from about -40 to 40. Those of amounts are relative to the cell's largest, times
 2^`SCALE`. A cell of which a total lies outside of 2^`SMALLEST` to 2^`LARGEST` is *lost*: its
