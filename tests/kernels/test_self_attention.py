@@ -46,16 +46,14 @@ def test_the_reference_is_the_definition(scale: float | None) -> None:
     np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
-def test_gradients(backend: str | None) -> None:
+def test_gradients_of_the_reference() -> None:
     inputs = draw([3, 0, 4], 2, 3, dtype=torch.float64)
 
     def attend(*leaves: Tensor) -> Tensor:
-        return ragged_self_attention(*inputs.having(leaves), backend=backend)
+        return ragged_self_attention(*inputs.having(leaves), backend="reference")
 
     torch.autograd.gradcheck(attend, inputs.leaves)
-    if backend == "reference":
-        torch.autograd.gradgradcheck(attend, inputs.leaves, fast_mode=True)
+    torch.autograd.gradgradcheck(attend, inputs.leaves, fast_mode=True)
 
 
 @settings(max_examples=40, deadline=None)
