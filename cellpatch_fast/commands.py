@@ -199,7 +199,8 @@ def add_import(commands: Commands) -> None:
         "import-checkpoint",
         help="make a model directory of a checkpoint of the original code",
         description="Convert a checkpoint of the original CellPatch code into a model "
-        "directory. Code inside the file is never run.",
+        "directory: of pretraining with its decoder, of annotation with its head if --classes "
+        "names the cell types, else the encoder alone. Code inside the file is never run.",
     )
     parser.add_argument(
         "checkpoint", type=Path, metavar="FILE.pth", help="of a PathFormer or PathFormer_lp"
@@ -228,22 +229,41 @@ def add_import(commands: Commands) -> None:
         help="apply the attention to padding of cells padded to L genes, as in training with "
         "the original code (default: no padding)",
     )
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="of an annotation checkpoint: names of the cell types in the order of its outputs, "
+        "one per line",
+    )
     parser.set_defaults(run=_import_checkpoint)
 
 
 def _import_checkpoint(parsed: argparse.Namespace) -> None:
-    from .model import CellPatch
+    from .model import CellPatch, CellPatchAnnotator, MaskedGeneModel
+    from .model.original import holds_decoder
 
     _require_free(parsed.output)
-    model = CellPatch.from_original(
-        parsed.checkpoint,
-        args=parsed.args,
-        vocabulary=parsed.vocabulary,
-        value_rounding=parsed.value_rounding,
-        padded_length=parsed.padded_length,
-    )
+    options = {
+        "args": parsed.args,
+        "vocabulary": parsed.vocabulary,
+        "value_rounding": parsed.value_rounding,
+        "padded_length": parsed.padded_length,
+    }
+    model: CellPatch
+    if parsed.classes is not None:
+        classes = parsed.classes.read_text().split("\n")
+        classes = [name.strip() for name in classes if name.strip()]
+        model = CellPatchAnnotator.from_original(parsed.checkpoint, classes=classes, **options)
+    elif holds_decoder(parsed.checkpoint):
+        model = MaskedGeneModel.from_original(parsed.checkpoint, **options)
+    else:
+        model = CellPatch.from_original(parsed.checkpoint, **options)
     model.save_pretrained(parsed.output)
-    print(f"{parsed.output}: {len(model.vocabulary):,} genes, {_parameters(model):,} parameters")
+    print(
+        f"{parsed.output}: {type(model).__name__}, {len(model.vocabulary):,} genes, "
+        f"{_parameters(model):,} parameters"
+    )
 
 
 def add_new_model(commands: Commands) -> None:

@@ -42,16 +42,37 @@ def describe(place: Path | str) -> dict[str, Any]:
 
 
 def _model(path: Path) -> dict[str, Any]:
-    from .model import CellPatch, fingerprint
+    from .model import CellPatch, CellPatchAnnotator, MaskedGeneModel, fingerprint
+    from .model.storage import parts_of
 
-    model = CellPatch.from_pretrained(path)
+    parts = parts_of(path)
+    model: CellPatch
+    if "head." in parts:
+        model = CellPatchAnnotator.from_pretrained(path)
+    else:
+        model = (MaskedGeneModel if "decoder." in parts else CellPatch).from_pretrained(path)
+    classes = {"classes": model.classes} if isinstance(model, CellPatchAnnotator) else {}
     return {
-        "kind": "CellPatch model",
+        "kind": f"{type(model).__name__} model",
         "genes": len(model.vocabulary),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "fingerprint": fingerprint(model),
+        **{name: list(names) for name, names in classes.items()},
+        **_run(path),
         **model.config.to_dict(),
     }
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """What is known of the training run whose folder the directory is."""
+    from .training.folder import SETTINGS, read_settings
+
+    if not (path / SETTINGS).exists():
+        return {}
+    found = read_settings(path)
+    versions = ", ".join(f"{name} {x}" for name, x in found["versions"].items() if x)
+    data = found["settings"].get("data", [])
+    return {"made by": found["kind"], "data": data, "versions": versions}
 
 
 def _embeddings(path: Path, facts: dict[str, Any]) -> dict[str, Any]:

@@ -110,6 +110,12 @@ def add_finetune(commands: Commands) -> None:
         help="column of obs that says train, validation or test, instead of shares",
     )
     group.add_argument(
+        "--hidden",
+        type=float,
+        metavar="X",
+        help="share of a cell's genes to hide in training, others in every epoch (default: 0)",
+    )
+    group.add_argument(
         "--freeze-encoder", action="store_true", default=None, help="train the head alone"
     )
     group.add_argument(
@@ -317,6 +323,7 @@ def _add_settings(
         metavar="N",
         help=f"stop after N epochs without improvement; 0 for never (default: {patience})",
     )
+    add("--gene-scale", type=float, metavar="X", help="of a new model's genes (default: 1)")
     add("--seed", type=natural, metavar="N", help="default: 0")
     add(
         "--deterministic",

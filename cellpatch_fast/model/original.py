@@ -131,6 +131,19 @@ def import_checkpoint(
     return model.eval()
 
 
+def holds_decoder(checkpoint: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint is one of pretraining, whose decoder a `MaskedGeneModel` can take over.
+
+    Annotation checkpoints have a rest of the decoder, which is never used.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read.
+    """
+    return "decoder_projection.weight" in _read_checkpoint(Path(checkpoint))
+
+
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The state dict in a ``.pth`` file, without running code that a pickle may hold."""
     if not path.is_file():
@@ -202,7 +215,7 @@ def _read_config(
     # no argument tells these
     mlp = state.get("cross_extract_blocks_mlp.0.weight")
     decoder_blocks = CellPatchConfig.decoder_self_attention_blocks
-    if any(name.startswith("decoder_projection.") for name in state):
+    if "decoder_projection.weight" in state:
         pattern = r"decoder_selfattn_blocks_attn\.\d+\.in_proj_weight"
         decoder_blocks = sum(re.fullmatch(pattern, name) is not None for name in state)
     try:

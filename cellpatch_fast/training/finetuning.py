@@ -24,6 +24,7 @@ from ..config import CellPatchConfig
 from ..errors import InputError
 from ..files import write_whole
 from ..loader import CellBatch, CellLoader
+from ..masking import Masking
 from ..model import CellPatch, CellPatchAnnotator, fingerprint
 from ..streams import Stream
 from .data import (
@@ -40,7 +41,7 @@ from .data import (
 from .distributed import Processes
 from .evaluation import UNKNOWN, Evaluation, evaluate
 from .loop import History, Task, ranges_of
-from .running import Running, run_task, seeded
+from .running import Running, run_task, scale_genes, seeded
 from .settings import FinetuningSettings
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from ..genes import GeneVocabulary
 
 logger = logging.getLogger("cellpatch_fast")
+
+MOST_GENES = 1 << 30  # of a cell: the encoder sees all that are not hidden
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ checkpoint_minutes, overwrite, progress
     options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
     options |= {"gene_column": gene_column, "input": input}
     with Processes.join(device, devices) as processes, seeded(settings.seed, processes):
-        encoder = _initial(model, config, vocabulary)
+        encoder = _initial(model, config, vocabulary, settings.gene_scale)
         identity: dict[str, Any] = {"model": None if model is None else fingerprint(encoder)}
         if add_genes:
             with opened(data, encoder.vocabulary, encoder.config, options) as streams:
@@ -199,9 +202,18 @@ def _task(
         codes = np.full(len(labels.codes), -1)
         codes[rows["training"]] = labels.codes[rows["training"]]
         weights = balancing_weights(Column(codes, np.array(labels.classes)), "label")
+    masking = None
+    if settings.hidden:
+        masking = Masking(settings.hidden, zeros=0, max_encoder=MOST_GENES)
     # neighbours on disk are often of one type, and few cells are mixed well in memory
     training = CellLoader(
-        streams, rows=rows["training"], shuffle=True, block_size=1, weights=weights, **common
+        streams,
+        rows=rows["training"],
+        shuffle=True,
+        block_size=1,
+        weights=weights,
+        masking=masking,
+        **common,
     )
     validation = None
     if len(rows["validation"]):
@@ -286,12 +298,14 @@ def _initial(
     model: CellPatch | str | Path | None,
     config: CellPatchConfig | None,
     vocabulary: GeneVocabulary | None,
+    gene_scale: float,
 ) -> CellPatch:
     """The encoder that training starts from, its own copy."""
     if model is None:
         from ..genes import GeneVocabulary
 
-        return CellPatch(config or CellPatchConfig(), vocabulary or GeneVocabulary.human())
+        encoder = CellPatch(config or CellPatchConfig(), vocabulary or GeneVocabulary.human())
+        return scale_genes(encoder, gene_scale)
     if config is not None or vocabulary is not None:
         raise InputError(
             "a model has its own configuration and vocabulary: give a model to start from, or "

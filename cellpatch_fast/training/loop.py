@@ -337,7 +337,9 @@ class Trainer:
 
     def _not_finite(self, loss: float) -> str:
         """What to say of a loss or gradient that is not finite."""
-        named = [(f"parameter {name}", p) for name, p in self.task.model.named_parameters()]
+        named: list[tuple[str, Tensor]] = [
+            (f"parameter {name}", p) for name, p in self.task.model.named_parameters()
+        ]
         named += [
             (f"gradient of {name}", p.grad)
             for name, p in self.task.model.named_parameters()

@@ -24,7 +24,7 @@ from ..model.storage import local_directory, parts_of
 from .data import describe, new_genes, opened, report, split_blocks
 from .distributed import Processes
 from .loop import History, Task, ranges_of
-from .running import Running, run_task, seeded
+from .running import Running, run_task, scale_genes, seeded
 from .settings import PretrainingSettings
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def pretrain(
     options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
     options |= {"gene_column": gene_column, "input": input}
     with Processes.join(device, devices) as processes, seeded(settings.seed, processes):
-        started = _initial(model, config, vocabulary)
+        started = _initial(model, config, vocabulary, settings.gene_scale)
         identity: dict[str, Any] = {"model": None if model is None else fingerprint(started)}
         if add_genes:
             with opened(data, started.vocabulary, started.config, options) as streams:
@@ -217,12 +217,14 @@ def _initial(
     model: CellPatch | str | Path | None,
     config: CellPatchConfig | None,
     vocabulary: GeneVocabulary | None,
+    gene_scale: float,
 ) -> MaskedGeneModel:
     """The model that training starts from, its own copy."""
     if model is None:
         from ..genes import GeneVocabulary
 
-        return MaskedGeneModel(config or CellPatchConfig(), vocabulary or GeneVocabulary.human())
+        made = MaskedGeneModel(config or CellPatchConfig(), vocabulary or GeneVocabulary.human())
+        return scale_genes(made, gene_scale)
     if config is not None or vocabulary is not None:
         raise InputError(
             "a model has its own configuration and vocabulary: give a model to start from, or "

@@ -7,16 +7,19 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from ..model import CellPatch
 from .distributed import Processes
 from .folder import CHECKPOINT, EPOCHS, STEPS, RunFolder, read_checkpoint
 from .loop import STEP_COLUMNS, History, Task, Trainer
 from .settings import TrainingSettings
 
 logger = logging.getLogger("cellpatch_fast")
+
+CellPatchT = TypeVar("CellPatchT", bound=CellPatch)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,13 @@ def seeded(seed: int, processes: Processes) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def scale_genes(model: CellPatchT, factor: float) -> CellPatchT:
+    """Multiply the gene embedding of a new model; returns the model."""
+    with torch.no_grad():
+        model.gene_embedding.weight.mul_(factor)
+    return model
 
 
 def run_task(

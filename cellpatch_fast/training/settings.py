@@ -55,6 +55,9 @@ class TrainingSettings:
         for none.
     patience
         Stop after so many epochs without improvement on the validation cells; 0 never stops.
+    gene_scale
+        Of a new model: standard deviation of its gene embedding before training. At 1, as in the
+        original, attention begins nearly uniform, and few cells do not teach it to select.
     seed
         Of weights, order, masks and dropout.
     deterministic
@@ -76,6 +79,7 @@ class TrainingSettings:
     compile: bool = False
     validation: float = 0.05
     patience: int = 0
+    gene_scale: float = 1.0
     seed: int = 0
     deterministic: bool = False
     backend: str | None = None
@@ -85,6 +89,7 @@ class TrainingSettings:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("weight_decay", "warmup_steps", "gradient_clip", "patience", "seed"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("gene_scale", 0 < self.gene_scale < math.inf, "positive")
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "positive")
         self._require("validation", 0 <= self.validation < 1, "at least 0 and below 1")
         self._require("optimizer", self.optimizer in get_args(Optimizer), "adam or adamw")
@@ -162,6 +167,9 @@ class FinetuningSettings(TrainingSettings):
     ----------
     test
         Share of cells that take no part in training at all and tell how good its result is.
+    hidden
+        Share of a cell's genes to hide from the encoder in training, others in every epoch, so
+        that no cell is learnt by heart; 0 for none.
     freeze_encoder
         Train the head alone.
     balance
@@ -176,13 +184,15 @@ class FinetuningSettings(TrainingSettings):
     validation: float = 0.1
     patience: int = 10
     test: float = 0.1
+    hidden: float = 0.0
     freeze_encoder: bool = False
     balance: bool = False
     min_cells: int = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("test", 0 <= self.test < 1, "at least 0 and below 1")
+        for name in ("test", "hidden"):
+            self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self._require("min_cells", self.min_cells >= 1, "at least 1")
         if self.validation + self.test >= 1:
             raise InputError(
