@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,12 @@ from cellpatch_fast.io.buckets import Buckets
 from cellpatch_fast.io.token_writer import TokenWriter
 
 from .io.tokens import read_chunks
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Workers that all use all cores wait for each other: small steps took eight times as long.
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of processes that tests start
 
 GENES = 307
 WIDTH = 640  # of an embedding at the paper's sizes

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
@@ -15,12 +16,15 @@ import pytest
 import torch
 
 import cellpatch_fast
-from cellpatch_fast import CellPatch, cli
+from cellpatch_fast import CellPatch, cli, demo
 from cellpatch_fast.io.embeddings import EmbeddingWriter
 
 from .conftest import GENES, MakeCells
 
-COMMANDS = ("embed", "tokenize", "import-checkpoint", "new-model", "inspect", "demo", "tune")
+COMMANDS = (
+    *("embed", "tokenize", "pretrain", "finetune", "annotate", "new-model", "import-checkpoint"),
+    *("inspect", "demo", "tune"),
+)
 HEAVY = ("torch", "numba", "numpy", "pandas", "anndata", "zarr", "h5py", "scanpy", "tqdm")
 
 Capture = pytest.CaptureFixture[str]
@@ -218,9 +222,10 @@ def test_imported_checkpoint_can_embed(capsys: Capture, tmp_path: Path) -> None:
     )
     code, out, err = run(capsys, *command)
     assert code == 0
-    assert re.fullmatch(rf"{tmp_path / 'model'}: 599 genes, [\d,]+ parameters\n", out)
-    assert "left out" in err
-    assert "decoder" in err
+    assert re.fullmatch(
+        rf"{tmp_path / 'model'}: MaskedGeneModel, 599 genes, [\d,]+ parameters\n", out
+    )
+    assert "left out: 2 of the value norm" in err
     code, _, err = run(capsys, *command)
     assert code == 1
     assert err == (
@@ -323,16 +328,22 @@ def test_inspect_something_else(capsys: Capture, tmp_path: Path) -> None:
 
 
 def test_demo(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole path offline; again over its own files; never over others."""
+    """The whole path offline, an epoch each; again over its own files; never over others."""
     monkeypatch.chdir(tmp_path)
+    for settings in (demo.pretraining(), demo.finetuning()):
+        short = replace(settings, epochs=1, batch_size=128)
+        name = "pretraining" if "max_decoder" in short.to_dict() else "finetuning"
+        monkeypatch.setattr(demo, name, lambda short=short: short)
     for _ in range(2):
         code, out, _ = run(capsys, "demo")
         assert code == 0
-        assert "700 cells" in out
-        assert "Next: adata = anndata.read_zarr('cellpatch-demo/embedding.zarr')" in out
-    agreement, chance = (int(part) for part in re.findall(r"(\d+)%", out))
-    assert agreement > 1.5 * chance
-    assert sorted(os.listdir("cellpatch-demo")) == ["embedding.zarr", "model", "pbmc68k.h5ad"]
+        assert "700 blood cells" in out
+        assert "test cells, CellPatch: accuracy 0." in out
+        assert "test cells, logistic regression on 50 principal components: accuracy 0.8" in out
+    assert set(os.listdir("cellpatch-demo")) == demo.PARTS
+    page = Path("cellpatch-demo/index.html").read_text()
+    assert page.count("<img") == 4
+    assert "http" not in re.sub(r"data:image/\S+", "", page)
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "config.json").write_text("precious")
     code, _, err = run(capsys, "demo", "--output", "mine")

@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from cellpatch_fast.cells import RaggedCells
 from cellpatch_fast.errors import InputError
 from cellpatch_fast.genes import GeneVocabulary
-from cellpatch_fast.model import CellPatch, fingerprint
+from cellpatch_fast.model import CellPatch, CellPatchAnnotator, MaskedGeneModel, fingerprint
+
+from .conftest import Original
 
 Files = Callable[[Any], dict[str, Any]]
 
@@ -39,6 +42,35 @@ def test_arguments_and_vocabulary_as_objects(
     expected = CellPatch.from_original(**paths)
     paths.update(args=pretrain.args, vocabulary=vocabulary)
     assert fingerprint(CellPatch.from_original(**paths)) == fingerprint(expected)
+
+
+def test_decoders_predict_as_the_original_does(pretrain: Any, files: Files, tmp_path: Path) -> None:
+    """Each cell without padding; also when the model was saved and loaded."""
+    MaskedGeneModel.from_original(**files(pretrain)).save_pretrained(tmp_path / "model")
+    model = MaskedGeneModel.from_pretrained(tmp_path / "model")
+    genes, lengths = pretrain.arrays["prompt_genes"], pretrain.arrays["prompt_lengths"]
+    keep = torch.arange(genes.shape[1]) < lengths[:, None]
+    prompts = RaggedCells.from_padded(genes, torch.zeros(genes.shape), keep)
+    expected = torch.cat([alone.flatten() for alone in pretrain.alone("prediction")])
+    with torch.inference_mode():
+        found = model.predict(pretrain.cells(), prompts)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_annotation_heads_classify_as_the_original_does(
+    arrays: dict[str, torch.Tensor], files: Files, tmp_path: Path
+) -> None:
+    original = Original("annotate_projected", arrays)
+    classes = [f"type {i}" for i in range(11)]
+    made = CellPatchAnnotator.from_original(**files(original), classes=classes)
+    made.save_pretrained(tmp_path / "model")
+    model = CellPatchAnnotator.from_pretrained(tmp_path / "model")
+    expected = torch.stack([alone.flatten() for alone in original.alone("logits")])
+    with torch.inference_mode():
+        found = model.logits(original.cells())
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    with pytest.raises(InputError, match=r"lp_fc3\.bias: has shape \[11\], expected \[3\]"):
+        CellPatchAnnotator.from_original(**files(original), classes=classes[:3])
 
 
 def test_configuration(original: Any, files: Files) -> None:
