@@ -232,6 +232,18 @@ def test_validation_is_of_cells_that_are_not_trained_on(
     assert float(row["validation_pearson"]) == pytest.approx(expected, abs=1e-5)
 
 
+def test_numbers_go_to_tensorboard_too(run: Pretrain, pretraining: Settings) -> None:
+    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = run("run", pretraining())
+    events = loading.EventAccumulator(str(folder / "tensorboard")).Reload()
+    for table, column in (("steps", "loss"), ("epochs", "validation_pearson")):
+        rows = untimed(folder / f"{table}.csv")
+        found = [(event.step, event.value) for event in events.Scalars(f"{table}/{column}")]
+        assert [step for step, _ in found] == [int(row["step"]) for row in rows]
+        expected = [float(row[column]) for row in rows]
+        assert [value for _, value in found] == pytest.approx(expected, rel=1e-6)
+
+
 def test_training_stops_when_nothing_improves_and_keeps_the_best(
     run: Pretrain, pretraining: Settings
 ) -> None:
