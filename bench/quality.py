@@ -75,13 +75,21 @@ COMMON: dict[str, Any] = {
     "optimizer": "adamw",
     "weight_decay": 1e-2,
     "schedule": "cosine",
-    "warmup_steps": 20,
+    "gene_scale": 3.0,
     "validation": 0,
 }
 RECIPE = Recipe(
-    CellPatchConfig(value_rounding="none", value_clip=None),
-    PretrainingSettings(epochs=20, batch_size=32, learning_rate=2e-3, **COMMON),
-    FinetuningSettings(epochs=20, batch_size=32, learning_rate=1e-3, patience=0, **COMMON),
+    CellPatchConfig(value_rounding="none", value_clip=None, attention_dropout=0.0),
+    PretrainingSettings(epochs=25, batch_size=16, learning_rate=3e-3, warmup_steps=50, **COMMON),
+    FinetuningSettings(
+        epochs=40,
+        batch_size=32,
+        learning_rate=2e-3,
+        warmup_steps=20,
+        hidden=0.5,
+        patience=0,
+        **COMMON,
+    ),
 )
 TOY = Recipe(
     replace(RECIPE.config, patches=3, dim=14, self_attention_blocks=1),
@@ -260,6 +268,8 @@ def measure(data: Dataset, seed: int, folder: Path, recipe: Recipe) -> dict[str,
     config = replace(recipe.config, max_genes=vocabulary.size)
     torch.manual_seed(seed)
     untrained = MaskedGeneModel(config, vocabulary)
+    with torch.no_grad():
+        untrained.gene_embedding.weight *= pretraining.gene_scale
     training_cells = data.cells[parts == "train"].copy()
     pretrain(training_cells, folder / "pretrained", model=untrained, settings=pretraining)
     pretrained = MaskedGeneModel.from_pretrained(folder / "pretrained")
