@@ -25,7 +25,7 @@ from .fetching import Part, Rows
 from .gathering import copy_rows
 from .masking import MaskCounts, Masked
 from .sampling import Chosen, Window
-from .slots import Slot, Slots, slot_bytes
+from .slots import ALIGNMENT, Slot, Slots, slot_bytes
 
 Mask = Callable[[RaggedCells, np.ndarray], Masked]  # of cells and their rows
 
@@ -152,10 +152,11 @@ class Assembly:
         """To be called in the order of the windows, from one thread."""
         rows = self._chosen.rows(window.positions)
         parts, size = [], 0
+        batches = len(window.cuts) - 1
         for which, places in self._by_source(rows):
             source, local = self._sources[which], rows[places] - self._starts[which]
             entries = int((source.offsets[local + 1] - source.offsets[local]).sum())
-            size += entries * source.entry_bytes + self._slot_bytes(entries, len(local))
+            size += entries * source.entry_bytes + self._slot_bytes(entries, len(local), batches)
             parts.append((source.part(local, in_order=self._in_order), places, entries))
         if len(parts) > 1:
             size *= 2  # each is made on its own
@@ -166,7 +167,7 @@ class Assembly:
     def batches(self, plan: Plan, slots: Slots) -> list[Sent]:
         """The batches of a window, on their way to the device; runs in a worker."""
         room = sum(entries for _, _, entries in plan.parts)
-        slot = slots.take(self._slot_bytes(room, len(plan.rows)))
+        slot = slots.take(self._slot_bytes(room, len(plan.rows), len(plan.window.cuts) - 1))
         genes, values = (
             slot.tensor(room, torch.from_numpy(np.empty(0, dtype)).dtype) for dtype in self._types
         )
@@ -224,9 +225,9 @@ class Assembly:
         for which in np.unique(sources).tolist():
             yield which, np.flatnonzero(sources == which)
 
-    def _slot_bytes(self, entries: int, cells: int) -> int:
-        """Of the entries, and of the offsets of batches of one cell at the worst."""
-        offsets = cells * (2 * 8 + 64)
+    def _slot_bytes(self, entries: int, cells: int, batches: int) -> int:
+        """Of the entries, and of the batches' offsets; a batch may have no cell."""
+        offsets = (cells + batches) * 8 + batches * ALIGNMENT
         return offsets + slot_bytes(*((entries, dtype) for dtype in self._types))
 
 

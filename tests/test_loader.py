@@ -170,6 +170,21 @@ def test_ranks_share_an_epoch(
     assert_same(in_file_order(batches), expected)
 
 
+@pytest.mark.parametrize("masking", [None, Masking()], ids=["plain", "masked"])
+def test_ranks_share_batches_that_have_fewer_cells_than_there_are_ranks(
+    files: dict[str, Path], small_model: CellPatch, expected: RaggedCells, masking: Masking | None
+) -> None:
+    """Some have no cell then, in whole windows too."""
+    options: dict[str, Any] = {"batch_size": 2, "shuffle": True, "buffer_size": 10}
+    options |= {"masking": masking, "share_batches": True, "world_size": 5}
+    ranks = [load(files["v3.zarr"], small_model, rank=rank, **options) for rank in range(5)]
+    assert {len(batches) for batches in ranks} == {-(-CELLS // 2)}
+    assert sum(len(batch.rows) for batches in ranks for batch in batches) == CELLS
+    if masking is None:
+        batches = [batch for batches in ranks for batch in batches]
+        assert_same(in_file_order(batches), expected)
+
+
 def test_chosen_rows_come_alone(
     files: dict[str, Path], small_model: CellPatch, expected: RaggedCells
 ) -> None:
