@@ -71,6 +71,7 @@ class Processes:
             place = torch.device("cuda", local_rank)
         place = usable_device(place)
         if place.type == "cuda":
+            place = torch.empty(0, device=place).device  # with its number
             torch.cuda.set_device(place)
         if world_size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
@@ -132,4 +133,5 @@ def launch(devices: int, device: str | None, arguments: Sequence[str]) -> int:
         )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(devices), "-m", "cellpatch_fast.cli", *arguments]
-    return subprocess.call(command)
+    threads = max(1, (os.cpu_count() or 1) // devices)  # torchrun allows one
+    return subprocess.call(command, env={"OMP_NUM_THREADS": str(threads), **os.environ})
