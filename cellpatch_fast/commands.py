@@ -326,8 +326,9 @@ def add_demo(commands: Commands) -> None:
     parser = commands.add_parser(
         "demo",
         help="the whole path on a small data set, offline",
-        description="Make an untrained model, embed the 700 blood cells that scanpy bundles, "
-        "and say what is where. Needs the extra 'analysis' and no network.",
+        description="Pretrain a model on the 700 blood cells that scanpy bundles, fine-tune it, "
+        "annotate the cells, and write a page that compares the result with logistic regression. "
+        "Takes some minutes. Needs the extra 'analysis' and no network.",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("cellpatch-demo"), metavar="DIR",

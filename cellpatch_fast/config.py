@@ -113,6 +113,16 @@ class CellPatchConfig:
             return int(self.value_clip)
         return round(self.value_clip)
 
+    @classmethod
+    def for_few_cells(cls, **changes: Any) -> CellPatchConfig:
+        """For a new model that some hundred or thousand cells are all that it is trained on.
+
+        Values are not rounded, which would lose much of what few cells tell; and no attention
+        weights are dropped: hiding genes in training serves the same end better.
+        """
+        fields = {"value_rounding": "none", "value_clip": None, "attention_dropout": 0.0}
+        return cls(**fields | changes)
+
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads

@@ -31,23 +31,17 @@ BASELINE = "logistic regression on 50 principal components"
 
 
 def pretraining() -> PretrainingSettings:
-    """Short, for few cells: small batches and a learning rate of ten times the paper's."""
+    """As many steps as some minutes allow."""
     from .training import PretrainingSettings
 
-    return PretrainingSettings(
-        epochs=15, batch_size=32, optimizer="adamw", learning_rate=1e-3, weight_decay=1e-2,
-        schedule="cosine", warmup_steps=20, validation=0.1, seed=SEED,
-    )  # fmt: skip
+    return PretrainingSettings.for_few_cells(validation=0.1, seed=SEED)
 
 
 def finetuning() -> FinetuningSettings:
     """As `pretraining`."""
     from .training import FinetuningSettings
 
-    return FinetuningSettings(
-        epochs=30, batch_size=32, optimizer="adamw", learning_rate=1e-3, weight_decay=1e-2,
-        schedule="cosine", warmup_steps=20, patience=0, seed=SEED,
-    )  # fmt: skip
+    return FinetuningSettings.for_few_cells(seed=SEED)
 
 
 def run_demo(output: Path) -> None:
@@ -74,7 +68,7 @@ def run_demo(output: Path) -> None:
     pretrain(
         data,
         output / PRETRAINED,
-        config=CellPatchConfig(),
+        config=CellPatchConfig.for_few_cells(),
         settings=pretraining(),
         add_genes=True,
         device="cpu",

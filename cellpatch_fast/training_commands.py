@@ -28,9 +28,9 @@ from .errors import InputError
 if TYPE_CHECKING:
     from .config import CellPatchConfig
     from .genes import GeneVocabulary
-    from .training.settings import TrainingSettings
+    from .training import FinetuningSettings, PretrainingSettings
 
-SettingsT = TypeVar("SettingsT", bound="TrainingSettings")
+SettingsT = TypeVar("SettingsT", "PretrainingSettings", "FinetuningSettings")
 
 
 def add_pretrain(commands: Commands) -> None:
@@ -290,6 +290,12 @@ def _add_settings(
     """The settings that pretraining and fine-tuning have in common; not given means None."""
     group = parser.add_argument_group("training")
     add = group.add_argument
+    add(
+        "--few-cells",
+        action="store_true",
+        help="other defaults, for a new model that some hundred or thousand cells are all to learn "
+        "from: small batches, AdamW, values not rounded, genes hidden in fine-tuning too",
+    )
     add("--epochs", type=positive, metavar="N", help="default: 50")
     add(
         "--batch-size",
@@ -338,7 +344,7 @@ def _add_settings(
 def _configured(
     parsed: argparse.Namespace, kind: type[SettingsT]
 ) -> tuple[CellPatchConfig | None, SettingsT]:
-    """Configuration of a new model, and training settings, from --config and options."""
+    """Configuration of a new model, and settings: options before --config before defaults."""
     from .config import CellPatchConfig
 
     found = _read_config(parsed.config) if parsed.config else {}
@@ -347,9 +353,12 @@ def _configured(
         if getattr(parsed, field.name, None) is not None:
             training[field.name] = getattr(parsed, field.name)
     model = None
-    if "model" in found:
+    if parsed.few_cells:
+        training = kind.for_few_cells().to_dict() | training
+    if "model" in found or (parsed.few_cells and parsed.model is None):
+        defaults = CellPatchConfig.for_few_cells() if parsed.few_cells else CellPatchConfig()
         try:
-            model = CellPatchConfig.from_dict({"format_version": 1, **found["model"]})
+            model = CellPatchConfig.from_dict(defaults.to_dict() | found.get("model", {}))
         except (ValueError, TypeError) as error:
             raise InputError(f"{parsed.config}: {error}") from error
     return model, kind.from_dict(training)

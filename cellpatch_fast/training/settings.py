@@ -16,6 +16,12 @@ from ..errors import InputError
 from ..masking import Masking
 
 Optimizer = Literal["adam", "adamw"]
+# What pretraining and fine-tuning have in common on some hundred or thousand cells. The paper's
+# settings are for millions; what these are worth is in bench/RESULTS.md, "Quality".
+FEW_CELLS: dict[str, Any] = {
+    "optimizer": "adamw", "weight_decay": 1e-2, "schedule": "cosine", "gene_scale": 3.0,
+}  # fmt: skip
+
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -147,6 +153,12 @@ class PretrainingSettings(TrainingSettings):
     max_encoder: int = Masking.max_encoder
     max_decoder: int = Masking.max_decoder
 
+    @classmethod
+    def for_few_cells(cls, **changes: Any) -> PretrainingSettings:
+        """For some hundred or thousand cells; see also `CellPatchConfig.for_few_cells`."""
+        fields = {"epochs": 25, "batch_size": 16, "learning_rate": 3e-3, "warmup_steps": 50}
+        return cls(**FEW_CELLS | fields | changes)
+
     @property
     def masking(self) -> Masking:
         return Masking(self.hidden, self.zeros, self.max_encoder, self.max_decoder)
@@ -188,6 +200,13 @@ class FinetuningSettings(TrainingSettings):
     freeze_encoder: bool = False
     balance: bool = False
     min_cells: int = 5
+
+    @classmethod
+    def for_few_cells(cls, **changes: Any) -> FinetuningSettings:
+        """For some hundred or thousand cells; see also `CellPatchConfig.for_few_cells`."""
+        fields = {"epochs": 40, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 20}
+        fields |= {"hidden": 0.5, "patience": 0}
+        return cls(**FEW_CELLS | fields | changes)
 
     def __post_init__(self) -> None:
         super().__post_init__()
