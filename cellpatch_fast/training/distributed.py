@@ -84,9 +84,11 @@ class Processes:
 
     def sum(self, values: np.ndarray | Sequence[float]) -> np.ndarray:
         """float64: the sum of all processes' values, the same in each of them."""
-        total = torch.as_tensor(np.asarray(values, np.float64), device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(total)
+        own = np.asarray(values, np.float64)
+        if self.world_size == 1:
+            return own
+        total = torch.as_tensor(own, device=self.device)
+        dist.all_reduce(total)
         return total.cpu().numpy()
 
     def wait(self) -> None:

@@ -182,8 +182,8 @@ class RunFolder:
             table.close()
         if self._board is not None:
             self._board.close()
-        os.close(self._lock)
         (self.path / LOCK).unlink(missing_ok=True)
+        os.close(self._lock)  # last: nobody may lock a file that is deleted then
 
     def __enter__(self) -> RunFolder:
         return self

@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
@@ -306,16 +307,14 @@ class Trainer:
                 # DistributedDataParallel takes the mean over processes, but sums are wanted
                 (loss * (self.processes.world_size / max(total, 1))).backward()
             loss_sum += loss.detach()
+        weights = [p for group in self._optimizer.param_groups for p in group["params"]]
+        gradient_norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
         total_loss = float(self.processes.sum([float(loss_sum)])[0])
-        mean = total_loss / max(total, 1)
-        norm = float(
-            nn.utils.clip_grad_norm_(
-                [p for group in self._optimizer.param_groups for p in group["params"]],
-                settings.gradient_clip or math.inf,
-            )
-        )
+        mean, norm = total_loss / max(total, 1), float(gradient_norm)
         if not (math.isfinite(mean) and math.isfinite(norm)):
             raise InputError(self._not_finite(mean))
+        if settings.gradient_clip:
+            nn.utils.clip_grads_with_norm_(weights, settings.gradient_clip, gradient_norm)
         steps = self._steps_per_epoch * settings.epochs
         for group in self._optimizer.param_groups:
             group["lr"] = settings.rate(place.step, steps)
@@ -466,6 +465,8 @@ def _with_last(items: Iterator[Any]) -> Generator[tuple[Any, bool]]:
 
 @contextlib.contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
+    if wanted:  # else cuBLAS, which reads this when it is first used, is refused
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(wanted or before)
     try:

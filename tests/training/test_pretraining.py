@@ -30,6 +30,7 @@ from cellpatch_fast import (
 )
 from cellpatch_fast.training import PretrainingSettings, data, pretrain
 from cellpatch_fast.training.loop import Trainer, step_seed
+from cellpatch_fast.training.pretraining import MaskedGenes
 
 from .conftest import assert_same_run, untimed, weights
 
@@ -312,6 +313,23 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_learnt_from_it(
         model.decoder.output.weight.fill_(1e38)
     with pytest.raises(InputError, match=r"at step 1 .*: the gradient of \S+ is not finite"):
         run("other", pretraining(), **options)
+
+
+@pytest.mark.parametrize("clip", [0.0, 5.0])
+def test_a_gradient_that_is_not_finite_is_named_though_others_are_finite(
+    run: Pretrain, pretraining: Settings, monkeypatch: pytest.MonkeyPatch, clip: float
+) -> None:
+    """The root of 0 has a value, but no gradient."""
+    loss = MaskedGenes.loss
+
+    def rooted(self: MaskedGenes, part: Any) -> torch.Tensor:
+        bias = self.model.decoder.output.bias
+        return loss(self, part) + (bias - bias.detach()).abs().sqrt().sum()
+
+    monkeypatch.setattr(MaskedGenes, "loss", rooted)
+    name = r"gradient of decoder\.output\.bias is not finite"
+    with pytest.raises(InputError, match=r"loss is \d.* at step 1 .*" + name):
+        run("run", pretraining(gradient_clip=clip))
 
 
 @pytest.mark.parametrize(
