@@ -36,7 +36,7 @@ FORMATS = ("png", "svg")
 
 def new_figure(width: float, height: float, show: bool = False) -> Figure:
     """An empty figure, sizes in inches; one that is to be shown belongs to pyplot until then."""
-    _require_matplotlib()
+    require_matplotlib()
     from matplotlib import pyplot
     from matplotlib.figure import Figure
 
@@ -86,7 +86,7 @@ def render(figure: Figure, format_: Literal["png", "svg"] | str) -> bytes:
     return content.getvalue()
 
 
-def _require_matplotlib() -> None:
+def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

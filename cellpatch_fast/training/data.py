@@ -8,6 +8,7 @@ ranges; labelled cells are split class by class, so that every class is in every
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,15 @@ def report(streams: Sequence[Stream], processes: Processes) -> None:
 def describe(streams: Sequence[Stream]) -> list[str]:
     """The inputs, in words that change when they do."""
     return [describe_input(stream.name, stream) for stream in streams]
+
+
+def digest(*arrays: np.ndarray) -> str:
+    """Changes when one of the arrays does; hexadecimal."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(f"{array.dtype} {array.shape} ".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()[:16]
 
 
 def new_genes(streams: Sequence[Stream]) -> list[str]:
@@ -188,6 +198,7 @@ def split_labelled(labels: Labels, settings: FinetuningSettings) -> dict[str, np
             max(int(share * len(own)), 1) if share and len(own) >= 3 else 0
             for share in (settings.test, settings.validation)
         ]
+        sizes[np.argmax(sizes)] -= max(0, sum(sizes) + 1 - len(own))  # one is left in any case
         ends = np.cumsum(sizes)
         for part, chosen in zip(reversed(PARTS), np.split(own, ends), strict=True):
             rows[part].append(chosen)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
+from ..figures import require_matplotlib
 from ..files import write_whole
 from ..gene_names import first_names
 
@@ -198,6 +199,18 @@ def evaluate(
         per_class=_per_class(true_codes, guess_codes, present, names),
         confusion=_confusion(true_codes, guess_codes, present, names),
     )
+
+
+def require_analysis() -> None:
+    """Refuse to begin what could not be evaluated, or drawn, in the end.
+
+    Raises
+    ------
+    InputError
+        If the extra ``analysis`` is not installed.
+    """
+    _import_metrics()
+    require_matplotlib()
 
 
 def _labels(values: ArrayLike) -> pd.Series[Any]:

@@ -30,6 +30,7 @@ from ..streams import Stream
 from .data import (
     Labels,
     describe,
+    digest,
     new_genes,
     opened,
     read_labels,
@@ -39,9 +40,9 @@ from .data import (
     split_labelled,
 )
 from .distributed import Processes
-from .evaluation import UNKNOWN, Evaluation, evaluate
+from .evaluation import UNKNOWN, Evaluation, evaluate, require_analysis
 from .loop import History, Task, ranges_of
-from .running import Running, run_task, scale_genes, seeded
+from .running import Running, require_possible, run_task, scale_genes, seeded
 from .settings import FinetuningSettings
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ checkpoint_minutes, overwrite, progress
     options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
     options |= {"gene_column": gene_column, "input": input}
     with Processes.join(device, devices) as processes, seeded(settings.seed, processes):
+        require_possible(output, settings, processes)
+        require_analysis()
         encoder = _initial(model, config, vocabulary, settings.gene_scale)
         identity: dict[str, Any] = {"model": None if model is None else fingerprint(encoder)}
         if add_genes:
@@ -165,6 +168,7 @@ checkpoint_minutes, overwrite, progress
                 "label": label,
                 "classes": labels.classes,
                 "split_column": split_column,
+                "cells": digest(labels.codes, *rows.values()),
                 "vocabulary": encoder.vocabulary.fingerprint,
                 "config": annotator.config.to_dict(),
             }

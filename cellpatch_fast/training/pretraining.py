@@ -24,7 +24,7 @@ from ..model.storage import local_directory, parts_of
 from .data import describe, new_genes, opened, report, split_blocks
 from .distributed import Processes
 from .loop import History, Task, ranges_of
-from .running import Running, run_task, scale_genes, seeded
+from .running import Running, require_possible, run_task, scale_genes, seeded
 from .settings import PretrainingSettings
 
 if TYPE_CHECKING:
@@ -103,12 +103,15 @@ def pretrain(
     >>> cellpatch_fast.training.pretrain("atlas.h5ad", "pretrained")  # doctest: +SKIP
     >>> model = cellpatch_fast.CellPatch.from_pretrained("pretrained")  # doctest: +SKIP
     """
-    settings = settings or PretrainingSettings()
+    settings, output = settings or PretrainingSettings(), Path(output)
     options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
     options |= {"gene_column": gene_column, "input": input}
     with Processes.join(device, devices) as processes, seeded(settings.seed, processes):
+        require_possible(output, settings, processes)
         started = _initial(model, config, vocabulary, settings.gene_scale)
-        identity: dict[str, Any] = {"model": None if model is None else fingerprint(started)}
+        identity: dict[str, Any] = {
+            "model": None if model is None else fingerprint(started, whole=True)
+        }
         if add_genes:
             with opened(data, started.vocabulary, started.config, options) as streams:
                 started.vocabulary = started.vocabulary.add(
@@ -140,7 +143,7 @@ def pretrain(
                 "vocabulary": started.vocabulary.fingerprint,
                 "config": started.config.to_dict(),
             }
-            running = Running(Path(output), overwrite, checkpoint_minutes, progress)
+            running = Running(output, overwrite, checkpoint_minutes, progress)
             return run_task(task, "pretraining", settings, identity, processes, running)
 
 

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..errors import InputError
+from ..kernels import resolve_backend
 from ..model import CellPatch
 from .distributed import Processes
-from .folder import CHECKPOINT, EPOCHS, STEPS, RunFolder, read_checkpoint
+from .folder import CHECKPOINT, EPOCHS, STEPS, RunFolder, read_checkpoint, require_run_folder
 from .loop import STEP_COLUMNS, History, Task, Trainer
 from .settings import TrainingSettings
 
@@ -51,6 +53,22 @@ def seeded(seed: int, processes: Processes) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def require_possible(output: Path, settings: TrainingSettings, processes: Processes) -> None:
+    """Refuse a folder or a backend that cannot be used, before inputs are read.
+
+    Raises
+    ------
+    InputError
+        Which of them, and why.
+    """
+    if processes.leads:  # the others would see its files in the making
+        require_run_folder(output)
+    try:
+        resolve_backend(settings.backend, processes.device)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def scale_genes(model: CellPatchT, factor: float) -> CellPatchT:

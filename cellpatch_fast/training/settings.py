@@ -25,6 +25,12 @@ FEW_CELLS: dict[str, Any] = {
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "bfloat16"]
 
+KINDS: dict[Any, tuple[Any, str]] = {  # of settings, as they are annotated
+    "int": (int, "a whole number"),
+    "float": (int | float, "a number"),
+    "bool": (bool, "true or false"),
+}
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -91,6 +97,12 @@ class TrainingSettings:
     backend: str | None = None
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.type in KINDS:
+                kind, expected = KINDS[field.type]
+                value = getattr(self, field.name)
+                fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+                self._require(field.name, fits, expected)
         for name in ("epochs", "batch_size", "accumulate"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("weight_decay", "warmup_steps", "gradient_clip", "patience", "seed"):
@@ -102,7 +114,9 @@ class TrainingSettings:
         self._require("schedule", self.schedule in get_args(Schedule), "constant or cosine")
         self._require("precision", self.precision in get_args(Precision), "float32 or bfloat16")
         if self.patience and not self.validation:
-            raise InputError("patience needs validation cells: choose a validation share above 0")
+            raise InputError(
+                "patience needs validation cells: choose a validation share above 0, or patience 0"
+            )
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -371,6 +371,8 @@ def test_what_cannot_be_trained_on_is_refused_before_any_work(
         run("run", settings, data=empty)
     with pytest.raises(InputError, match="no input"):
         run("run", settings, data=[])
+    with pytest.raises(InputError, match="unknown backend 'cuda'"):
+        run("run", pretraining(backend="cuda"))
     with pytest.raises(InputError, match="3 devices were asked for, but this run has 1"):
         run("run", settings, devices=3)
     assert not (tmp_path / "run").exists()
@@ -396,6 +398,10 @@ def test_what_cannot_be_trained_on_is_refused_before_any_work(
         ("precision", "float16", "precision must be float32 or bfloat16"),
         ("optimizer", "sgd", "optimizer must be adam or adamw"),
         ("validation", 1.0, "validation must be at least 0 and below 1"),
+        ("epochs", 2.5, r"epochs must be a whole number, found 2\.5"),
+        ("batch_size", True, "batch_size must be a whole number, found True"),
+        ("learning_rate", "fast", "learning_rate must be a number, found 'fast'"),
+        ("compile", 1, "compile must be true or false, found 1"),
         ("hidden", 1.5, "hidden must lie between 0 and 1"),
         ("pace", 3, "unknown training settings: pace"),
     ],
