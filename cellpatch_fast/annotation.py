@@ -15,10 +15,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def require_threshold(threshold: float) -> None:
-    """Refuse what is no probability."""
+def require_threshold(threshold: float, classes: Sequence[str]) -> None:
+    """Refuse what is no probability, and a class that is called as what is below it."""
     if not 0 <= threshold <= 1:
         raise InputError(f"the threshold is a probability, from 0 to 1; found {threshold}")
+    if threshold and UNKNOWN in classes:
+        raise InputError(
+            f"the model has a class {UNKNOWN!r}, so cells below a threshold could not be told from "
+            "its cells: use no threshold"
+        )
 
 
 def require_overlap(truth: np.ndarray, classes: Sequence[str]) -> None:

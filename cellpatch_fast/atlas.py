@@ -30,7 +30,7 @@ from .model.storage import fingerprint
 from .paths import describe_input, input_paths, output_path
 from .progress import progress_bar
 from .tokenization import tokenize
-from .training.evaluation import Evaluation, evaluate
+from .training.evaluation import Evaluation, evaluate, require_analysis
 
 if TYPE_CHECKING:
     import torch
@@ -232,7 +232,8 @@ def annotate(
         As `embed`; or if the model is no annotator, or none of the true labels is among its
         classes.
     """
-    require_threshold(threshold)
+    if label is not None:
+        require_analysis()
     embedder = Embedder(
         model,
         pooling=pool,
@@ -243,6 +244,7 @@ def annotate(
     )
     assert embedder.annotator is not None
     classes = embedder.annotator.classes
+    require_threshold(threshold, classes)
     truth: list[np.ndarray] = []
 
     def add_labels(writer: EmbeddingWriter) -> None:

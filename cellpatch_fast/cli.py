@@ -86,6 +86,8 @@ def _explain(error: InputError | OSError | MemoryError, parsed: argparse.Namespa
         return str(error)
     if isinstance(error, MemoryError):
         advice = " A smaller --batch-size needs less." if "batch_size" in parsed else ""
+        if "accumulate" in parsed:
+            advice = " A larger --accumulate needs less, and gives the same result."
         return f"not enough memory ({error}).{advice}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (

@@ -31,14 +31,13 @@ BASELINE = "logistic regression on 50 principal components"
 
 
 def pretraining() -> PretrainingSettings:
-    """As many steps as some minutes allow."""
+    """Briefly: just beyond the plateau of predicting each gene's mean."""
     from .training import PretrainingSettings
 
-    return PretrainingSettings.for_few_cells(validation=0.1, seed=SEED)
+    return PretrainingSettings.for_few_cells(epochs=10, validation=0.1, seed=SEED)
 
 
 def finetuning() -> FinetuningSettings:
-    """As `pretraining`."""
     from .training import FinetuningSettings
 
     return FinetuningSettings.for_few_cells(seed=SEED)

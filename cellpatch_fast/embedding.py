@@ -174,7 +174,7 @@ class Embedder:
         )
         with contextlib.closing(iter(loader)) as batches, _evaluating(self.model):
             for batch in batches:
-                with torch.inference_mode(), _memory_errors():
+                with torch.inference_mode(), memory_errors():
                     features, probabilities = self._compute(batch.cells)
                     rows = features.flatten(1).float().cpu().numpy()
                     if self.device.type == "cuda" and self.backend == "triton":
@@ -219,7 +219,7 @@ def _same(device: torch.device, other: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
+def memory_errors() -> Iterator[None]:
     """PyTorch's ways of saying that there is not enough memory become Python's."""
     try:
         yield

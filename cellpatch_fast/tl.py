@@ -160,7 +160,6 @@ def annotate(
     """
     if not key_added:
         raise InputError("key_added is empty: name what is added")
-    require_threshold(threshold)
     embedder = Embedder(
         model,
         pooling=pool,
@@ -171,6 +170,7 @@ def annotate(
     )
     assert embedder.annotator is not None
     classes = embedder.annotator.classes
+    require_threshold(threshold, classes)
     options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
     options |= {"gene_column": gene_column, "input": input}
     found = _compute(embedder, adata, options, "annotation", progress)

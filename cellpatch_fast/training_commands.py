@@ -78,7 +78,11 @@ def _pretrain(parsed: argparse.Namespace) -> None:
         **_run_options(parsed),
     )
     if _leads():
-        best = ", ".join(f"{_words(name)} {value:.4f}" for name, value in history.best.items())
+        best = ", ".join(
+            f"{name.replace('_', ' ')} {value:.4f}"
+            for name, value in history.best.items()
+            if name.startswith(("training", "validation"))
+        )
         print(f"{parsed.output}: {history.epochs} epochs, {history.steps:,} steps; {best}")
 
 
@@ -416,7 +420,3 @@ def _leads() -> bool:
     from .training import distributed
 
     return distributed.rank() == 0
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")

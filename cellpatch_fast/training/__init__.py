@@ -2,9 +2,9 @@
 
 from .evaluation import Evaluation, evaluate
 from .finetuning import Finetuned, finetune
-from .loop import History
 from .pretraining import pretrain
 from .settings import FinetuningSettings, PretrainingSettings
+from .task import History
 
 __all__ = [
     "Evaluation",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from types import TracebackType
 
 import numpy as np
@@ -19,6 +20,8 @@ import torch.distributed as dist
 
 from ..embedding import usable_device
 from ..errors import InputError
+
+LONGEST_WAIT = timedelta(hours=3)  # for the leading process, which alone tests and draws
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,14 @@ class Processes:
         Number of this process, and how many there are.
     device
         Where it computes.
+    owns_group
+        Whether the group of processes was made here, and ends with this.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    owns_group: bool = False
 
     @classmethod
     def join(
@@ -61,7 +67,7 @@ class Processes:
         if devices not in (None, world_size):
             raise InputError(
                 f"{devices} devices were asked for, but this run has {world_size} processes: start "
-                f"it with cellpatch pretrain --devices {devices}, or with torchrun "
+                f"it with the command line's --devices {devices}, or with torchrun "
                 f"--nproc-per-node {devices}"
             )
         if device is None:
@@ -73,9 +79,14 @@ class Processes:
         if place.type == "cuda":
             place = torch.empty(0, device=place).device  # with its number
             torch.cuda.set_device(place)
-        if world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-        return cls(rank(), world_size, place)
+        begins = world_size > 1 and not dist.is_initialized()
+        if begins:
+            dist.init_process_group(
+                "nccl" if place.type == "cuda" else "gloo",
+                timeout=LONGEST_WAIT,
+                device_id=place if place.type == "cuda" else None,
+            )
+        return cls(rank(), world_size, place, begins)
 
     @property
     def leads(self) -> bool:
@@ -105,7 +116,7 @@ class Processes:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if dist.is_initialized():
+        if self.owns_group:
             dist.destroy_process_group()
 
 

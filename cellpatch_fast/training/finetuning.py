@@ -41,9 +41,9 @@ from .data import (
 )
 from .distributed import Processes
 from .evaluation import UNKNOWN, Evaluation, evaluate, require_analysis
-from .loop import History, Task, ranges_of
 from .running import Running, require_possible, run_task, scale_genes, seeded
 from .settings import FinetuningSettings
+from .task import History, Task, ranges_of
 
 if TYPE_CHECKING:
     from ..detect import Expected

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 SETTINGS, CHECKPOINT = "training.json", "checkpoint.pt"
 STEPS, EPOCHS = "steps.csv", "epochs.csv"
+RESULTS = (  # of an earlier run, which would be taken for those of a new one
+    *("metrics.json", "per_class.csv", "confusion.csv", "confusion.png", "confusion.svg"),
+    *("test_predictions.csv", "training_curves.png", "training_curves.svg"),
+)
 FIELDS = {  # of a checkpoint
     *("format_version", "kind", "model", "optimizer", "place", "best", "sizes", "finished"),
 }
@@ -116,7 +120,7 @@ class RunFolder:
         return read_checkpoint(self.path / CHECKPOINT, self.kind)
 
     def _begin(self) -> None:
-        for name in (CHECKPOINT, STEPS, EPOCHS):
+        for name in (CHECKPOINT, STEPS, EPOCHS, *RESULTS):
             (self.path / name).unlink(missing_ok=True)
 
     def _write_settings(self) -> None:

@@ -24,10 +24,8 @@ import logging
 import math
 import os
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,112 +33,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..embedding import memory_errors
 from ..errors import InputError
-from ..loader import CellBatch, CellLoader
-from ..model.storage import StoredModel
+from ..loader import CellBatch
 from ..progress import progress_bar
 from .distributed import Processes
 from .folder import EPOCHS, STEPS, RunFolder
 from .settings import TrainingSettings
+from .task import History, Place, Task
 
 logger = logging.getLogger("cellpatch_fast")
 
 MOST_ROWS = 20_000  # of steps.csv, about: a longer run has a row for every so many steps
 STEP_COLUMNS = ["step", "epoch", "loss", "learning_rate", "gradient_norm", "cells_per_second"]
 TIMED_COLUMNS = {"cells_per_second", "seconds"}  # the only ones that differ from run to run
-
-
-class Task(ABC):
-    """What is trained, and on what.
-
-    Attributes
-    ----------
-    model
-        The model; its parameters with ``requires_grad`` are trained.
-    training, validation
-        Loaders of the cells; ``validation`` is None where there are none.
-    """
-
-    model: StoredModel
-    training: CellLoader
-    validation: CellLoader | None
-    measures: tuple[str, ...]  # beside the loss, of validation
-
-    def train(self) -> None:
-        """Put the model into training mode."""
-        self.model.train()
-
-    @abstractmethod
-    def targets(self, batch: CellBatch) -> int:
-        """Number of predictions of a batch, over which its loss is the mean."""
-
-    @abstractmethod
-    def parts(self, batch: CellBatch, number: int) -> Iterator[Any]:
-        """A batch in ``number`` parts, arguments of `loss`."""
-
-    @abstractmethod
-    def loss(self, part: Any) -> Tensor:
-        """Sum of the losses of a part's predictions."""
-
-    @abstractmethod
-    def tally(self, batch: CellBatch) -> np.ndarray:
-        """float64 sums over a validation batch, which are added over batches and processes."""
-
-    @abstractmethod
-    def summarise(self, sums: np.ndarray) -> dict[str, float]:
-        """``loss`` and `measures` from sums of `tally`."""
-
-    @abstractmethod
-    def score(self, found: dict[str, float]) -> float:
-        """How good a model is, by what `summarise` found: the best one is kept."""
-
-
-@dataclass
-class Place:
-    """Where a run stands.
-
-    Parameters
-    ----------
-    epoch, batch
-        The next batch, within its epoch.
-    step
-        Steps that were made.
-    loss_sum, targets
-        Of the epoch so far: sum of losses, and number of predictions.
-    stale
-        Epochs since the best one.
-    seconds
-        That training took so far.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    targets: float = 0.0
-    stale: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class History:
-    """What a run came to.
-
-    Parameters
-    ----------
-    epochs, steps
-        That were made, by earlier runs in the same folder too.
-    best_epoch, best
-        The epoch, from 1, whose model was kept, and its row of ``epochs.csv``.
-    stopped_early
-        Whether it ended because nothing improved any more.
-    """
-
-    epochs: int
-    steps: int
-    best_epoch: int
-    best: dict[str, float]
-    stopped_early: bool
 
 
 class _Losses(nn.Module):
@@ -266,7 +172,8 @@ class Trainer:
         saved = time.perf_counter()
         with contextlib.closing(iter(loader)) as batches:
             for batch in batches:
-                loss, norm = self._step(batch)
+                with memory_errors():
+                    loss, norm = self._step(batch)
                 place.batch += 1
                 place.step += 1
                 cells = min(self.settings.batch_size, len(batch.rows) * self.processes.world_size)
@@ -395,7 +302,7 @@ class Trainer:
         loader.epoch = 0  # the same masks each time
         self.task.model.eval()
         sums: np.ndarray | float = 0.0
-        with contextlib.closing(iter(loader)) as batches, torch.inference_mode():
+        with contextlib.closing(iter(loader)) as batches, torch.inference_mode(), memory_errors():
             for batch in batches:
                 sums = sums + self.task.tally(batch)
         return self.task.summarise(self.processes.sum(np.atleast_1d(sums)))
@@ -431,11 +338,6 @@ class _Recent:
     @property
     def speed(self) -> float:
         return self._cells / (time.perf_counter() - self._start)
-
-
-def ranges_of(number: int, parts: int) -> list[tuple[int, int]]:
-    """``number`` things in equal parts, as ranges; parts may be empty."""
-    return [(number * i // parts, number * (i + 1) // parts) for i in range(parts)]
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

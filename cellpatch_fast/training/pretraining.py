@@ -23,9 +23,9 @@ from ..model import CellPatch, MaskedGeneModel, fingerprint
 from ..model.storage import local_directory, parts_of
 from .data import describe, new_genes, opened, report, split_blocks
 from .distributed import Processes
-from .loop import History, Task, ranges_of
 from .running import Running, require_possible, run_task, scale_genes, seeded
 from .settings import PretrainingSettings
+from .task import History, Task, ranges_of
 
 if TYPE_CHECKING:
     from ..detect import Expected

@@ -16,8 +16,9 @@ from ..kernels import resolve_backend
 from ..model import CellPatch
 from .distributed import Processes
 from .folder import CHECKPOINT, EPOCHS, STEPS, RunFolder, read_checkpoint, require_run_folder
-from .loop import STEP_COLUMNS, History, Task, Trainer
+from .loop import STEP_COLUMNS, Trainer
 from .settings import TrainingSettings
+from .task import History, Task
 
 logger = logging.getLogger("cellpatch_fast")
 

@@ -59,7 +59,8 @@ class TrainingSettings:
     warmup_steps
         Steps in which the learning rate rises to its value.
     precision
-        Of the products: ``"bfloat16"`` runs them under `torch.autocast`; weights stay float32.
+        Of the products in training: ``"bfloat16"`` runs them under `torch.autocast`; weights stay
+        float32, and so does validation.
     compile
         Have `torch.compile` make one program of a step.
     validation

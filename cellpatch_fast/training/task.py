@@ -1,0 +1,112 @@
+"""What is trained: a task, and where its run stands."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..loader import CellBatch, CellLoader
+from ..model.storage import StoredModel
+
+
+class Task(ABC):
+    """What is trained, and on what.
+
+    Attributes
+    ----------
+    model
+        The model; its parameters with ``requires_grad`` are trained.
+    training, validation
+        Loaders of the cells; ``validation`` is None where there are none.
+    """
+
+    model: StoredModel
+    training: CellLoader
+    validation: CellLoader | None
+    measures: tuple[str, ...]  # beside the loss, of validation
+
+    def train(self) -> None:
+        """Put the model into training mode."""
+        self.model.train()
+
+    @abstractmethod
+    def targets(self, batch: CellBatch) -> int:
+        """Number of predictions of a batch, over which its loss is the mean."""
+
+    @abstractmethod
+    def parts(self, batch: CellBatch, number: int) -> Iterator[Any]:
+        """A batch in ``number`` parts, arguments of `loss`."""
+
+    @abstractmethod
+    def loss(self, part: Any) -> Tensor:
+        """Sum of the losses of a part's predictions."""
+
+    @abstractmethod
+    def tally(self, batch: CellBatch) -> np.ndarray:
+        """float64 sums over a validation batch, which are added over batches and processes."""
+
+    @abstractmethod
+    def summarise(self, sums: np.ndarray) -> dict[str, float]:
+        """``loss`` and `measures` from sums of `tally`."""
+
+    @abstractmethod
+    def score(self, found: dict[str, float]) -> float:
+        """How good a model is, by what `summarise` found: the best one is kept."""
+
+
+@dataclass
+class Place:
+    """Where a run stands.
+
+    Parameters
+    ----------
+    epoch, batch
+        The next batch, within its epoch.
+    step
+        Steps that were made.
+    loss_sum, targets
+        Of the epoch so far: sum of losses, and number of predictions.
+    stale
+        Epochs since the best one.
+    seconds
+        That training took so far.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    targets: float = 0.0
+    stale: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run came to.
+
+    Parameters
+    ----------
+    epochs, steps
+        That were made, by earlier runs in the same folder too.
+    best_epoch, best
+        The epoch, from 1, whose model was kept, and its row of ``epochs.csv``.
+    stopped_early
+        Whether it ended because nothing improved any more.
+    """
+
+    epochs: int
+    steps: int
+    best_epoch: int
+    best: dict[str, float]
+    stopped_early: bool
+
+
+def ranges_of(number: int, parts: int) -> list[tuple[int, int]]:
+    """``number`` things in equal parts, as ranges; parts may be empty."""
+    return [(number * i // parts, number * (i + 1) // parts) for i in range(parts)]
