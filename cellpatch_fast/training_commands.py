@@ -319,7 +319,7 @@ def _add_settings(
     add("--gradient-clip", type=float, metavar="X", help="largest norm, 0 for any (default: 5)")
     add("--schedule", choices=("constant", "cosine"), help="default: constant")
     add("--warmup-steps", type=natural, metavar="N", help="default: 0")
-    add("--precision", choices=("float32", "bfloat16"), help="default: float32")
+    add("--precision", choices=("float32", "bfloat16"), help="on a GPU (default: float32)")
     add("--compile", action="store_true", default=None, help="use torch.compile")
     add(
         "--validation",

@@ -70,6 +70,10 @@ def require_possible(output: Path, settings: TrainingSettings, processes: Proces
         resolve_backend(settings.backend, processes.device)
     except ValueError as error:
         raise InputError(str(error)) from error
+    if settings.precision != "float32" and processes.device.type == "cpu":
+        raise InputError(
+            f"precision {settings.precision} is for GPUs; on a CPU everything is computed in float32"
+        )
 
 
 def scale_genes(model: CellPatchT, factor: float) -> CellPatchT:

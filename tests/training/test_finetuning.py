@@ -165,6 +165,22 @@ def test_64_cells_are_learnt_by_heart(
     assert float(untimed(tmp_path / "run" / "epochs.csv")[-1]["training_loss"]) < 0.02
 
 
+def test_options_come_before_the_file_and_that_before_defaults(
+    file: Path, small_vocabulary: GeneVocabulary, tmp_path: Path
+) -> None:
+    small_vocabulary.save(tmp_path / "vocabulary.json")
+    content = {"model": {"patches": 3, "dim": 6}, "training": {"epochs": 9, "batch_size": 30}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    command = ["finetune", file, "--label", "type", "--output", tmp_path / "run", "--few-cells"]
+    command += ["--config", tmp_path / "config.json", "--vocabulary", tmp_path / "vocabulary.json"]
+    assert cli.main([str(word) for word in [*command, "--epochs", 1, "--balance"]]) == 0
+    settings = json.loads((tmp_path / "run" / "training.json").read_text())["settings"]
+    expected = {"epochs": 1, "batch_size": 30, "hidden": 0.5, "balance": True, "min_cells": 5}
+    assert expected.items() <= settings.items()
+    model = CellPatchAnnotator.from_pretrained(tmp_path / "run")
+    assert (model.config.patches, model.config.value_rounding) == (3, "none")
+
+
 def test_interrupted_runs_go_on(
     start: Finetune, finetuning: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -369,6 +369,8 @@ def test_what_cannot_be_trained_on_is_refused_before_any_work(
     empty.X = sparse.csr_matrix(empty.shape, dtype=np.float32)
     with pytest.raises(InputError, match="all cells are empty"):
         run("run", settings, data=empty)
+    with pytest.raises(InputError, match="precision bfloat16 is for GPUs"):
+        run("run", pretraining(precision="bfloat16"), device="cpu")
     with pytest.raises(InputError, match="no input"):
         run("run", settings, data=[])
     with pytest.raises(InputError, match="unknown backend 'cuda'"):
