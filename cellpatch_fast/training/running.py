@@ -72,7 +72,7 @@ def require_possible(output: Path, settings: TrainingSettings, processes: Proces
         raise InputError(str(error)) from error
     if settings.precision != "float32" and processes.device.type == "cpu":
         raise InputError(
-            f"precision {settings.precision} is for GPUs; on a CPU everything is computed in float32"
+            f"precision {settings.precision} is for GPUs: on a CPU all is computed in float32"
         )
 
 
