@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,9 @@ class CellPatchAnnotator(CellPatch):
         draw_weights(self.head)
 
     @classmethod
-    def from_encoder(cls, encoder: CellPatch, classes: Sequence[str]) -> CellPatchAnnotator:
+    def from_encoder(  # type: ignore[override]
+        cls, encoder: CellPatch, classes: Sequence[str]
+    ) -> Self:
         """An annotator with the weights of an encoder, without its projection, and a new head."""
         config = dataclasses.replace(encoder.config, projection_dim=None)
         model = cls(config, encoder.vocabulary, classes)

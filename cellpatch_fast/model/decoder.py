@@ -61,13 +61,6 @@ class MaskedGeneModel(CellPatch):
         self.decoder = Decoder(config)
         draw_weights(self.decoder)
 
-    @classmethod
-    def from_encoder(cls, encoder: CellPatch) -> MaskedGeneModel:
-        """A model with the weights of an encoder, and a new decoder."""
-        model = cls(encoder.config, encoder.vocabulary)
-        model.load_state_dict(encoder.encoder_state(), strict=False)
-        return model.to(encoder.patches.device, encoder.patches.dtype)
-
     def predict(
         self,
         cells: RaggedCells,

@@ -135,6 +135,13 @@ class CellPatch(StoredModel):
             padded_length=padded_length,
         )
 
+    @classmethod
+    def from_encoder(cls, encoder: CellPatch) -> Self:
+        """A model with the weights of an encoder; what it has besides an encoder is new."""
+        model = cls(encoder.config, encoder.vocabulary)
+        model.load_state_dict(encoder.encoder_state(), strict=False)
+        return model.to(encoder.patches.device, encoder.patches.dtype)
+
     def encode(
         self, cells: RaggedCells, *, mean: bool = False, backend: str | None = None
     ) -> Tensor:

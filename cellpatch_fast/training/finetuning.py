@@ -6,7 +6,6 @@ those that tell how good the result is (test), which nothing is decided by.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from .data import (
     Labels,
     describe,
     digest,
-    new_genes,
     opened,
     read_labels,
     report,
@@ -41,8 +39,9 @@ from .data import (
 )
 from .distributed import Processes
 from .evaluation import UNKNOWN, Evaluation, evaluate, require_analysis
-from .running import Running, require_possible, run_task, scale_genes, seeded
+from .running import Running, require_possible, run_task, seeded
 from .settings import FinetuningSettings
+from .starting import learn_new_genes, loader_options, starting_model
 from .task import History, Task, ranges_of
 
 if TYPE_CHECKING:
@@ -136,13 +135,10 @@ checkpoint_minutes, overwrite, progress
     with Processes.join(device, devices) as processes, seeded(settings.seed, processes):
         require_possible(output, settings, processes)
         require_analysis()
-        encoder = _initial(model, config, vocabulary, settings.gene_scale)
+        encoder = starting_model(CellPatch, model, config, vocabulary, settings.gene_scale)
         identity: dict[str, Any] = {"model": None if model is None else fingerprint(encoder)}
         if add_genes:
-            with opened(data, encoder.vocabulary, encoder.config, options) as streams:
-                encoder.vocabulary = encoder.vocabulary.add(
-                    new_genes(streams), encoder.config.max_genes
-                )
+            learn_new_genes(encoder, data, options)
         with opened(data, encoder.vocabulary, encoder.config, options) as streams:
             report(streams, processes)
             labels = read_labels(streams, label, settings.min_cells)
@@ -192,15 +188,7 @@ def _task(
     processes: Processes,
     threads: int | None,
 ) -> Annotation:
-    common: dict[str, Any] = {
-        "batch_size": settings.batch_size,
-        "seed": settings.seed,
-        "rank": processes.rank,
-        "world_size": processes.world_size,
-        "share_batches": True,
-        "device": processes.device,
-        "threads": threads,
-    }
+    common = loader_options(settings, processes, threads)
     weights = None
     if settings.balance:
         codes = np.full(len(labels.codes), -1)
@@ -296,28 +284,6 @@ class Annotation(Task):
 
     def _codes_of(self, batch: CellBatch) -> Tensor:
         return torch.from_numpy(self._codes[batch.rows]).to(batch.cells.device)
-
-
-def _initial(
-    model: CellPatch | str | Path | None,
-    config: CellPatchConfig | None,
-    vocabulary: GeneVocabulary | None,
-    gene_scale: float,
-) -> CellPatch:
-    """The encoder that training starts from, its own copy."""
-    if model is None:
-        from ..genes import GeneVocabulary
-
-        encoder = CellPatch(config or CellPatchConfig(), vocabulary or GeneVocabulary.human())
-        return scale_genes(encoder, gene_scale)
-    if config is not None or vocabulary is not None:
-        raise InputError(
-            "a model has its own configuration and vocabulary: give a model to start from, or "
-            "config and vocabulary for a new one"
-        )
-    if isinstance(model, str | Path):
-        return CellPatch.from_pretrained(model)
-    return copy.deepcopy(model)
 
 
 def _test(

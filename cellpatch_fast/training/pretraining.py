@@ -6,7 +6,6 @@ the 0 of some genes that are not expressed. The loss is the mean squared error o
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,11 +19,11 @@ from ..config import CellPatchConfig
 from ..errors import InputError
 from ..loader import CellBatch, CellLoader
 from ..model import CellPatch, MaskedGeneModel, fingerprint
-from ..model.storage import local_directory, parts_of
-from .data import describe, new_genes, opened, report, split_blocks
+from .data import describe, opened, report, split_blocks
 from .distributed import Processes
-from .running import Running, require_possible, run_task, scale_genes, seeded
+from .running import Running, require_possible, run_task, seeded
 from .settings import PretrainingSettings
+from .starting import learn_new_genes, loader_options, starting_model
 from .task import History, Task, ranges_of
 
 if TYPE_CHECKING:
@@ -108,29 +107,17 @@ def pretrain(
     options |= {"gene_column": gene_column, "input": input}
     with Processes.join(device, devices) as processes, seeded(settings.seed, processes):
         require_possible(output, settings, processes)
-        started = _initial(model, config, vocabulary, settings.gene_scale)
+        started = starting_model(MaskedGeneModel, model, config, vocabulary, settings.gene_scale)
         identity: dict[str, Any] = {
             "model": None if model is None else fingerprint(started, whole=True)
         }
         if add_genes:
-            with opened(data, started.vocabulary, started.config, options) as streams:
-                started.vocabulary = started.vocabulary.add(
-                    new_genes(streams), started.config.max_genes
-                )
+            learn_new_genes(started, data, options)
         with opened(data, started.vocabulary, started.config, options) as streams:
             report(streams, processes)
             cells = sum(stream.n_cells for stream in streams)
             training, validation = split_blocks(cells, settings)
-            common: dict[str, Any] = {
-                "batch_size": settings.batch_size,
-                "seed": settings.seed,
-                "rank": processes.rank,
-                "world_size": processes.world_size,
-                "share_batches": True,
-                "masking": settings.masking,
-                "device": processes.device,
-                "threads": threads,
-            }
+            common = loader_options(settings, processes, threads) | {"masking": settings.masking}
             task = MaskedGenes(
                 started.to(processes.device).float(),
                 CellLoader(streams, rows=training, shuffle=True, drop_last=True, **common),
@@ -214,29 +201,3 @@ class MaskedGenes(Task):
 def _targets(batch: CellBatch) -> RaggedCells:
     assert batch.targets is not None  # the loader masks
     return batch.targets
-
-
-def _initial(
-    model: CellPatch | str | Path | None,
-    config: CellPatchConfig | None,
-    vocabulary: GeneVocabulary | None,
-    gene_scale: float,
-) -> MaskedGeneModel:
-    """The model that training starts from, its own copy."""
-    if model is None:
-        from ..genes import GeneVocabulary
-
-        made = MaskedGeneModel(config or CellPatchConfig(), vocabulary or GeneVocabulary.human())
-        return scale_genes(made, gene_scale)
-    if config is not None or vocabulary is not None:
-        raise InputError(
-            "a model has its own configuration and vocabulary: give a model to start from, or "
-            "config and vocabulary for a new one"
-        )
-    if isinstance(model, str | Path):
-        directory = local_directory(model)
-        decodes = "decoder." in parts_of(directory)
-        model = (MaskedGeneModel if decodes else CellPatch).from_pretrained(directory)
-    if isinstance(model, MaskedGeneModel):
-        return copy.deepcopy(model)
-    return MaskedGeneModel.from_encoder(model)

@@ -7,13 +7,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from ..errors import InputError
 from ..kernels import resolve_backend
-from ..model import CellPatch
 from .distributed import Processes
 from .folder import CHECKPOINT, EPOCHS, STEPS, RunFolder, read_checkpoint, require_run_folder
 from .loop import STEP_COLUMNS, Trainer
@@ -21,8 +20,6 @@ from .settings import TrainingSettings
 from .task import History, Task
 
 logger = logging.getLogger("cellpatch_fast")
-
-CellPatchT = TypeVar("CellPatchT", bound=CellPatch)
 
 
 @dataclass(frozen=True)
@@ -74,13 +71,6 @@ def require_possible(output: Path, settings: TrainingSettings, processes: Proces
         raise InputError(
             f"precision {settings.precision} is for GPUs: on a CPU all is computed in float32"
         )
-
-
-def scale_genes(model: CellPatchT, factor: float) -> CellPatchT:
-    """Multiply the gene embedding of a new model; returns the model."""
-    with torch.no_grad():
-        model.gene_embedding.weight.mul_(factor)
-    return model
 
 
 def run_task(

@@ -219,7 +219,7 @@ class FinetuningSettings(TrainingSettings):
     @classmethod
     def for_few_cells(cls, **changes: Any) -> FinetuningSettings:
         """For some hundred or thousand cells; see also `CellPatchConfig.for_few_cells`."""
-        fields = {"epochs": 40, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 20}
+        fields = {"epochs": 40, "batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 20}
         fields |= {"hidden": 0.5, "patience": 0}
         return cls(**FEW_CELLS | fields | changes)
 
