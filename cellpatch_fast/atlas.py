@@ -29,6 +29,7 @@ from .io.partial import finished_counts, is_taken
 from .model.storage import fingerprint
 from .paths import describe_input, input_paths, output_path
 from .progress import progress_bar
+from .streams import reading_options
 from .tokenization import tokenize
 from .training.evaluation import Evaluation, evaluate, require_analysis
 
@@ -150,8 +151,7 @@ def embed(
     >>> adata = anndata.read_zarr("atlas.zarr")  # doctest: +SKIP
     """
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
-    reading: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
-    reading |= {"gene_column": gene_column, "input": input}
+    reading = reading_options(layer, use_raw, gene_column, input)
     widths = {KEY: embedder.width}
     return _make(inputs, embedder, output, reading, widths, dtype, overwrite, progress)
 
@@ -256,8 +256,7 @@ def annotate(
             truth.append(read_names(tables, names, label))
             require_overlap(truth[0], classes)
 
-    reading: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
-    reading |= {"gene_column": gene_column, "input": input}
+    reading = reading_options(layer, use_raw, gene_column, input)
     widths = {PROBABILITIES: len(classes)} | ({KEY: embedder.width} if embedding else {})
     extras = {
         "head": fingerprint(embedder.annotator, whole=True),

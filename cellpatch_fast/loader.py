@@ -30,7 +30,7 @@ from .columns import balancing_weights, read_column
 from .errors import InputError
 from .masking import Masked, Masking, Measured, mask
 from .sampling import Chosen, Epoch, Sampling, batches_per_epoch
-from .streams import CellStream, Stream, TokenStream, open_stream
+from .streams import CellStream, Stream, TokenStream, open_stream, reading_options
 from .windows import Assembly, CellBatch, run
 
 if TYPE_CHECKING:
@@ -154,11 +154,10 @@ class CellLoader:
         self._memory_limit, self._masking = memory_limit, masking
         self._opened: list[Stream] = []
         self._closed = False
-        options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
-        options |= {"gene_column": gene_column, "input": input}
+        options = reading_options(layer, use_raw, gene_column, input)
         try:
             self.streams = [
-                self._open(data, vocabulary, config, options) for data in _listed(inputs)
+                self._open(data, vocabulary, config, options) for data in listed_inputs(inputs)
             ]
             self._prepare(weights, rows, obs)
         except BaseException:
@@ -296,7 +295,7 @@ class CellLoader:
         self.close()
 
 
-def _listed(inputs: Any) -> list[Any]:
+def listed_inputs(inputs: Any) -> list[Any]:
     """One input, or several, as a list."""
     several = isinstance(inputs, Sequence) and not isinstance(inputs, str)
     found = list(inputs) if several else [inputs]

@@ -19,7 +19,7 @@ from .errors import InputError
 from .genes import GeneVocabulary
 from .io.sources import CellSource, open_source
 from .loader import CellLoader
-from .streams import open_stream, sample_of
+from .streams import open_stream, reading_options, sample_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -175,8 +175,7 @@ def tokenize(
     """
     vocabulary = GeneVocabulary.human() if vocabulary is None else vocabulary
     config = CellPatchConfig() if config is None else config
-    options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
-    options |= {"gene_column": gene_column, "input": input}
+    options = reading_options(layer, use_raw, gene_column, input)
     with contextlib.closing(open_stream(adata, vocabulary, config, **options)) as stream:
         loader = CellLoader([stream], batch_size=BATCH_CELLS, max_entries=BATCH_ENTRIES)
         batches = list(loader)

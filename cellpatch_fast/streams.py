@@ -246,6 +246,16 @@ def open_stream(
         raise
 
 
+def reading_options(
+    layer: str | None,
+    use_raw: bool,
+    gene_column: str | None,
+    input: Expected,  # noqa: A002
+) -> dict[str, Any]:
+    """How inputs are read, as keyword arguments of `open_stream`."""
+    return {"layer": layer, "use_raw": use_raw, "gene_column": gene_column, "input": input}
+
+
 def sample_of(source: CellSource) -> CellBlock:
     """The first cells of a source, enough to tell what its matrix holds."""
     return next(source.blocks(0, min(SAMPLE_CELLS, source.n_cells), max_entries=MAX_ENTRIES))

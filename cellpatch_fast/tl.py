@@ -17,6 +17,7 @@ from .embedding import Embedder
 from .errors import InputError
 from .model.storage import fingerprint
 from .progress import progress_bar
+from .streams import reading_options
 
 if TYPE_CHECKING:
     import torch
@@ -95,8 +96,7 @@ def embed(
     if not key_added:
         raise InputError("key_added is empty: name the embedding in obsm")
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
-    options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
-    options |= {"gene_column": gene_column, "input": input}
+    options = reading_options(layer, use_raw, gene_column, input)
     found = _compute(embedder, adata, options, "embedding", progress)
     if copy:
         adata = _copy(adata)
@@ -171,8 +171,7 @@ def annotate(
     assert embedder.annotator is not None
     classes = embedder.annotator.classes
     require_threshold(threshold, classes)
-    options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
-    options |= {"gene_column": gene_column, "input": input}
+    options = reading_options(layer, use_raw, gene_column, input)
     found = _compute(embedder, adata, options, "annotation", progress)
     assert found.probabilities is not None
     codes, highest = most_likely(found.probabilities, threshold)

@@ -19,6 +19,7 @@ import pandas as pd
 
 from ..columns import read_names
 from ..errors import InputError
+from ..loader import listed_inputs
 from ..paths import describe_input
 from ..streams import CellStream, Stream, open_stream
 from .distributed import Processes
@@ -49,14 +50,10 @@ def opened(
     InputError
         If there is none, one cannot be used, or they have no entries at all.
     """
-    several = isinstance(inputs, Sequence) and not isinstance(inputs, str)
-    found = list(inputs) if several else [inputs]
-    if not found:
-        raise InputError("no input was given")
     with contextlib.ExitStack() as stack:
         streams = [
             stack.enter_context(contextlib.closing(open_stream(x, vocabulary, config, **options)))
-            for x in found
+            for x in listed_inputs(inputs)
         ]
         if not any(int(stream.rows().offsets[-1]) for stream in streams):
             names = ", ".join(stream.name for stream in streams)

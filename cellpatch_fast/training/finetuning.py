@@ -25,7 +25,7 @@ from ..files import write_whole
 from ..loader import CellBatch, CellLoader
 from ..masking import Masking
 from ..model import CellPatch, CellPatchAnnotator, fingerprint
-from ..streams import Stream
+from ..streams import Stream, reading_options
 from .data import (
     Labels,
     describe,
@@ -130,8 +130,7 @@ checkpoint_minutes, overwrite, progress
     """
     settings = settings or FinetuningSettings()
     output = Path(output)
-    options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
-    options |= {"gene_column": gene_column, "input": input}
+    options = reading_options(layer, use_raw, gene_column, input)
     with Processes.join(device, devices) as processes, seeded(settings.seed, processes):
         require_possible(output, settings, processes)
         require_analysis()

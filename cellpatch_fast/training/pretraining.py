@@ -19,6 +19,7 @@ from ..config import CellPatchConfig
 from ..errors import InputError
 from ..loader import CellBatch, CellLoader
 from ..model import CellPatch, MaskedGeneModel, fingerprint
+from ..streams import reading_options
 from .data import describe, opened, report, split_blocks
 from .distributed import Processes
 from .running import Running, require_possible, run_task, seeded
@@ -103,8 +104,7 @@ def pretrain(
     >>> model = cellpatch_fast.CellPatch.from_pretrained("pretrained")  # doctest: +SKIP
     """
     settings, output = settings or PretrainingSettings(), Path(output)
-    options: dict[str, Any] = {"layer": layer, "use_raw": use_raw}
-    options |= {"gene_column": gene_column, "input": input}
+    options = reading_options(layer, use_raw, gene_column, input)
     with Processes.join(device, devices) as processes, seeded(settings.seed, processes):
         require_possible(output, settings, processes)
         started = starting_model(MaskedGeneModel, model, config, vocabulary, settings.gene_scale)
