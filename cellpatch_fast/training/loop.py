@@ -117,11 +117,19 @@ class Trainer:
             self._optimizer.load_state_dict(checkpoint["optimizer"])
             self.place = Place(**checkpoint["place"])
             self.best = dict(checkpoint["best"])
+            threads = int(checkpoint["threads"])
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             raise InputError(
                 f"the checkpoint of this run does not fit its model ({error}): begin anew with "
                 "--overwrite (overwrite=True)"
             ) from error
+        if self.processes.device.type == "cpu" and threads != torch.get_num_threads():
+            logger.warning(
+                "the run was interrupted with %d threads and goes on with %d: the last bits of its "
+                "weights can differ from those of an uninterrupted run (OMP_NUM_THREADS=%d keeps "
+                "them)",
+                *(threads, torch.get_num_threads(), threads),
+            )
 
     @property
     def finished(self) -> bool:
@@ -315,6 +323,7 @@ class Trainer:
                     "optimizer": self._optimizer.state_dict(),
                     "place": dataclasses.asdict(self.place),
                     "best": self.best,
+                    "threads": torch.get_num_threads(),  # sums are split by it
                     "finished": self.finished,
                 }
             )
