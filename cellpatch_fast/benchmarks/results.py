@@ -32,6 +32,14 @@ GROUPS: dict[str, dict[str, type]] = {
     "atlas": {"cells": int},
     "startup": {"what": str},
 }
+# Details that are numbers, or None, wherever they stand.
+NUMBERS = (
+    *("ignored", "tokens", "batch", "setup_seconds", "first_call_seconds", "peak_bytes"),
+    *("peak_bytes_per_cell", "model_bytes", "cells", "genes", "genes_per_cell"),
+    *("cells_per_second", "genes_per_second", "nonzeros_per_second", "bytes_per_second"),
+    *("flops", "intensity", "roofline_share", "error", "bound", "limit"),
+    *("peak_rss_bytes", "output_bytes", "parameters", "published", "cap"),
+)
 DEVICE = {"type": str, "name": str, "slug": str}
 MODEL = {"ours": bool}
 SLUG = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -97,8 +105,9 @@ class Record:
         if not self.measured and not self.reason:
             raise ValueError(f"{self.name}: {self.status}, without a reason")
         object.__setattr__(self, "details", _plain(self.details, f"{self.name}: details"))
-        if self.measured:
-            _require(self.details, GROUPS[self.group], f"{self.name}: details")
+        needed = GROUPS[self.group].items()
+        needed_here = {key: kind for key, kind in needed if self.measured or key in self.details}
+        _require(self.details, needed_here, f"{self.name}: details")
 
     @property
     def measured(self) -> bool:
@@ -296,6 +305,9 @@ def _require(values: Mapping[str, Any], needed: Mapping[str, type], where: str) 
     for name, kind in needed.items():
         if type(values.get(name)) is not kind:
             raise ValueError(f"{where}: {name!r} must be a {kind.__name__}, found {values}")
+    for name in values.keys() & set(NUMBERS):
+        if not isinstance(values[name], int | float | None):
+            raise ValueError(f"{where}: {name!r} must be a number or None, found {values[name]!r}")
 
 
 def _not_writable(path: Path, error: OSError) -> InputError:
