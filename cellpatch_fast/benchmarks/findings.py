@@ -13,7 +13,7 @@ from .results import Record, Run
 
 TARGET_GENES = 2_000  # of a cell, where ratios are stated
 # How many times as fast as a peer ours is meant to be there, on a CPU.
-TARGET_RATIOS = {"CellPatch original": 20.0, "Geneformer V1": 100.0, "scGPT": 500.0}
+TARGET_RATIOS = {"CellPatch, original": 20.0, "Geneformer V1": 100.0, "scGPT": 500.0}
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 

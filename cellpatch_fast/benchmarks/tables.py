@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CAPPED = "†"
 NOTHING = "–"
+DESCRIPTIONS = ("architecture", "setting", "assumed", "source")  # of a model
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def all_tables(run: Run) -> dict[str, list[Table]]:
     sections = {
         "Aims": target_table(run),
         "Runtime": runtime_tables(run),
-        "Models": model_table(run),
+        "Models": model_tables(run),
         "Training": training_tables(run),
         "Kernels": kernel_tables(run),
         "Loader": loader_table(run),
@@ -117,32 +118,31 @@ def target_table(run: Run) -> list[Table]:
     return [Table("What was aimed for", header, rows, numbers=False)] if rows else []
 
 
-def model_table(run: Run) -> list[Table]:
+def model_tables(run: Run) -> list[Table]:
     """Parameters as counted and as their authors state them, and how each model is run."""
-    if not run.models:
+    models = sorted(run.models.items(), key=lambda model: not model[1]["ours"])
+    if not models:
         return []
-    names = sorted(run.models, key=lambda name: not run.models[name]["ours"])
-    rows = []
-    for name in names:
-        model = run.models[name]
-        cap = model.get("cap")
-        rows.append(
-            [
-                _name(run, name),
-                _count(model.get("parameters")),
-                _count(model.get("published")),
-                _difference(model.get("parameters"), model.get("published")),
-                "all" if cap is None else f"{cap:,}",
-                model.get("architecture") or NOTHING,
-                model.get("setting") or NOTHING,
-                model.get("assumed") or NOTHING,
-            ]
-        )
-    header = [
-        *("model", "parameters", "published", "difference", "genes it takes"),
-        *("architecture", "setting", "assumed"),
+    numbers = [
+        [
+            _name(run, name),
+            _count(model.get("parameters")),
+            _count(model.get("published")),
+            _difference(model.get("parameters"), model.get("published")),
+            "all" if model.get("cap") is None else f"{model['cap']:,}",
+        ]
+        for name, model in models
     ]
-    return [Table("Models, with random weights", header, rows, numbers=False)]
+    kinds = [kind for kind in DESCRIPTIONS if any(model.get(kind) for _, model in models)]
+    texts = [
+        [_name(run, name), *(str(model.get(kind) or NOTHING) for kind in kinds)]
+        for name, model in models
+    ]
+    header = ["model", "parameters", "published", "difference", "genes it takes"]
+    return [
+        Table("Models, with random weights", header, numbers),
+        Table("How each is built and run", ["model", *kinds], texts, numbers=False),
+    ]
 
 
 def training_tables(run: Run) -> list[Table]:
@@ -302,17 +302,15 @@ def _over(record: Record, own: Record | None) -> str:
 
 def _cap_notes(run: Run) -> tuple[str, ...]:
     """Which models of the table ignore genes, beyond how many."""
-    caps: dict[int | None, list[str]] = {}
-    for model in compared(run):
-        if any(ignored(run, record) for record in curve(run, model).values() if record.measured):
-            caps.setdefault(run.models[model].get("cap"), []).append(model)
-    named = [
-        f"{'some' if cap is None else f'{cap:,}'} ({', '.join(models)})"
-        for cap, models in sorted(caps.items(), key=lambda entry: entry[0] or 0)
+    caps = [
+        f"{model}: {'some' if cap is None else f'{cap:,}'}"
+        for model in compared(run)
+        for cap in [run.models[model].get("cap")]
+        if any(ignored(run, record) for record in curve(run, model).values() if record.measured)
     ]
-    if not named:
+    if not caps:
         return ()
-    return (f"{CAPPED} the model ignores the genes of a cell beyond: {'; '.join(named)}.",)
+    return (f"{CAPPED} the model ignores the genes of a cell beyond its cap ({'; '.join(caps)}).",)
 
 
 def _fit_notes(run: Run) -> tuple[str, ...]:
