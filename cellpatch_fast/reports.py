@@ -144,11 +144,14 @@ def _image(caption: str, figure: Figure | str | Path) -> str:
 
 
 def _table(table: pd.DataFrame) -> str:
-    """Numbers with three decimals, to the right; missing values as a dash, texts in full."""
+    """Numbers with three decimals, to the right; missing values as a dash, texts in full.
+
+    Texts that are numbers go to the right where the frame's ``attrs["numbers"]`` says so.
+    """
     import pandas as pd
 
     numbers = len(table.select_dtypes("number").columns) == len(table.columns)
-    kind = "numbers" if numbers else "texts"
+    kind = "numbers" if numbers or table.attrs.get("numbers") else "texts"
     shown = table if numbers else table.astype(object).where(table.notna(), "–")
     named = shown.rename_axis(index=None, columns=table.index.name)  # in the corner, not a row
     with pd.option_context("display.max_colwidth", None):

@@ -23,7 +23,7 @@ from .conftest import GENES, MakeCells
 
 COMMANDS = (
     *("embed", "tokenize", "pretrain", "finetune", "annotate", "new-model", "import-checkpoint"),
-    *("inspect", "demo", "tune"),
+    *("inspect", "demo", "tune", "bench-report"),
 )
 HEAVY = ("torch", "numba", "numpy", "pandas", "anndata", "zarr", "h5py", "scanpy", "tqdm")
 

@@ -48,8 +48,8 @@ class Table:
         """With the caption above and the notes below."""
         rule = "---:" if self.numbers else "---"
         lines = [self.header, ["---", *[rule] * (len(self.header) - 1)], *self.rows]
-        body = "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
-        return "\n\n".join([f"**{_escape(self.caption)}**", body, *map(_escape, self.notes)])
+        body = "\n".join(f"| {' | '.join(map(escape, line))} |" for line in lines)
+        return "\n\n".join([f"**{escape(self.caption)}**", body, *map(escape, self.notes)])
 
     def frame(self) -> pd.DataFrame:
         """As `reports.Section` takes it."""
@@ -115,7 +115,7 @@ def runtime_tables(run: Run) -> list[Table]:
 def target_table(run: Run) -> list[Table]:
     rows = [[target.name, target.aim, target.found, target.verdict] for target in targets(run)]
     header = ["what", "aim", "found", "verdict"]
-    return [Table("What was aimed for", header, rows, numbers=False)] if rows else []
+    return [Table("Aims, and what was found", header, rows, numbers=False)] if rows else []
 
 
 def model_tables(run: Run) -> list[Table]:
@@ -207,7 +207,7 @@ def loader_table(run: Run) -> list[Table]:
         for record in run.of("loader", measured=True)
     ]
     header = ["loader, layout", "million non-zeros/s", "cells/s", "seconds (median)", "20–80 %"]
-    return [Table("Loading", header, rows)] if rows else []
+    return [Table("Loaders and layouts", header, rows)] if rows else []
 
 
 def atlas_table(run: Run) -> list[Table]:
@@ -231,7 +231,7 @@ def startup_table(run: Run) -> list[Table]:
         [record.details["what"], *_spread(record)] for record in run.of("startup", measured=True)
     ]
     header = ["what", "seconds (median)", "20–80 %"]
-    return [Table("Starting", header, rows)] if rows else []
+    return [Table("Times to start", header, rows)] if rows else []
 
 
 def missing_table(run: Run) -> list[Table]:
@@ -357,6 +357,6 @@ def _difference(found: float | None, published: float | None) -> str:
     return f"{found / published - 1:+.1%}" if found != published else "none"
 
 
-def _escape(text: str) -> str:
-    """What Markdown would take for its own."""
+def escape(text: str) -> str:
+    """Text in one line of Markdown, whatever it holds."""
     return re.sub(r"([\\|*_`\[\]<>])", r"\\\1", text).replace("\n", " ")
