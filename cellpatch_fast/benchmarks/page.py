@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..reports import Section, write_page
-from .charts import all_charts
 from .findings import (
     TARGET_GENES,
     curve,
@@ -59,7 +58,7 @@ COMMON = (
 
 
 def write_results_page(
-    run: Run, path: str | Path, charts: Mapping[str, tuple[str, Figure]] | None = None
+    run: Run, path: str | Path, charts: Mapping[str, tuple[str, Figure | Path]]
 ) -> None:
     """Write the page, self-contained, whole or not at all.
 
@@ -70,10 +69,9 @@ def write_results_page(
     path
         Of the .html file.
     charts
-        The result of `all_charts`, where it has been made already.
+        The result of `all_charts`; a figure may be a file's path.
     """
     tables = all_tables(run)
-    charts = all_charts(run) if charts is None else charts
     sections = [Section("In short", headline(run))]
     for name, (title, figures) in TITLES.items():
         shown = {charts[figure][0]: charts[figure][1] for figure in figures if figure in charts}

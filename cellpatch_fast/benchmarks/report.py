@@ -40,21 +40,23 @@ def write_report(run: str | Path, folder: str | Path | None = None) -> list[Path
     folder = source.parent if folder is None else Path(folder)
     require_writable(folder)
     charts = all_charts(loaded)
-    figures = [
-        (folder / f"{source.stem}-{name}.{suffix}", figure)
-        for name, (_, figure) in charts.items()
-        for suffix in FORMATS
-    ]
+    paths = {
+        name: {suffix: folder / f"{source.stem}-{name}.{suffix}" for suffix in FORMATS}
+        for name in charts
+    }
     text, page = (folder / f"{source.stem}.{suffix}" for suffix in ("md", "html"))
     try:
-        for path, figure in figures:
-            save_figure(figure, path)
-        shown = {f"{source.stem}-{name}.png": caption for name, (caption, _) in charts.items()}
+        for name, (_, figure) in charts.items():
+            for path in paths[name].values():
+                save_figure(figure, path)
+        captions = {name: caption for name, (caption, _) in charts.items()}
+        shown = {paths[name]["png"].name: caption for name, caption in captions.items()}
         write_whole(text, markdown(loaded, shown))
-        write_results_page(loaded, page, charts)
+        embedded = {name: (caption, paths[name]["svg"]) for name, caption in captions.items()}
+        write_results_page(loaded, page, embedded)
     except OSError as error:
         raise InputError(f"the report in {folder} could not be finished: {error}") from error
-    return [text, page, *(path for path, _ in figures)]
+    return [text, page, *(path for files in paths.values() for path in files.values())]
 
 
 def markdown(run: Run, figures: dict[str, str]) -> str:

@@ -96,6 +96,8 @@ class Record:
     details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not all(isinstance(text, str) for text in (self.name, self.reason, self.per)):
+            raise TypeError(f"name, reason and per are texts: {self}")
         if self.group not in GROUPS:
             raise ValueError(f"{self.name}: group {self.group!r} is none of {', '.join(GROUPS)}")
         if self.status not in STATUSES:
@@ -295,9 +297,11 @@ def _record(entry: dict[str, Any]) -> Record:
 def _plain(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A copy of what JSON can hold, as it will be read again."""
     try:
-        copy: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
+        copy = json.loads(json.dumps(values, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} cannot be written as JSON: {error}; found {values}") from error
+    if not isinstance(copy, dict):
+        raise TypeError(f"{where} must be a dict, found {values}")
     return copy
 
 
