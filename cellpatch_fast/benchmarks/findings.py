@@ -90,29 +90,35 @@ def peers(run: Run) -> list[str]:
 def speed_up(run: Run, model: str, genes: int) -> float | None:
     """How many times as long as ours a model takes; both have to be measured there."""
     own = ours(run)
-    mine, other = (name and median(run, name, genes) for name in (own, model))
-    return other / mine if mine and other else None
+    if own is None:
+        return None
+    mine, other = median(run, own, genes), median(run, model, genes)
+    return None if mine is None or other is None else other / mine
 
 
 def ratio_genes(run: Run) -> list[int]:
     """Where ratios are shown: at `TARGET_GENES` and at the largest number that ours has."""
-    own = ours(run)
-    found = [genes for genes, record in curve(run, own).items() if record.measured] if own else []
-    return sorted({genes for genes in found if genes in (TARGET_GENES, found[-1])})
+    found = list(_times_of_ours(run))
+    return [genes for genes in found if genes in (TARGET_GENES, found[-1])]
 
 
 def linear_fit(run: Run) -> Fit | None:
     """Of ours; None with fewer than three numbers of genes, through which any line goes."""
-    own = ours(run)
-    points = curve(run, own).values() if own else []
-    measured = [(r.details["genes"], r.seconds.median / 1_000) for r in points if r.seconds]
+    measured = _times_of_ours(run)
     if len(measured) < 3:
         return None
-    genes, seconds = zip(*measured, strict=True)
+    genes, seconds = list(measured), [of_many / 1_000 for of_many in measured.values()]
     per_gene, fixed = statistics.linear_regression(genes, seconds)
     constant = min(seconds) == max(seconds)  # nothing to explain: the line explains it
     r_squared = 1.0 if constant else statistics.correlation(genes, seconds) ** 2
     return Fit(fixed, per_gene, r_squared, tuple(genes))
+
+
+def _times_of_ours(run: Run) -> dict[int, float]:
+    """Seconds per 1,000 cells by genes per cell."""
+    own = ours(run)
+    points = {} if own is None else curve(run, own)
+    return {genes: record.seconds.median for genes, record in points.items() if record.seconds}
 
 
 def targets(run: Run) -> list[Target]:
@@ -161,6 +167,8 @@ def _start(record: Record) -> Target:
 
 def digits(value: float) -> str:
     """Three of them at least, as people write them."""
+    if value == 0:
+        return "0"
     if abs(value) >= 99.95:
         return f"{value:,.0f}"
     return f"{value:#.3g}" if abs(value) >= 1e-4 else f"{value:.2e}"

@@ -89,7 +89,7 @@ def headline(run: Run) -> str:
     """The main results in sentences, only of what was measured."""
     own, ratios = ours(run), ratio_genes(run)
     lines = [f"Measured on {run.device['name']}, {run.date[:10]}."]
-    if own and ratios:
+    if own is not None and ratios:
         genes = TARGET_GENES if TARGET_GENES in ratios else ratios[-1]
         taken = median(run, own, genes)
         lines.append(f"{own} annotates 1,000 cells of {genes:,} genes in {digits(taken or 0)} s.")
@@ -103,7 +103,7 @@ def headline(run: Run) -> str:
     if fit:
         lines.append(
             f"The line through its times, {fit.genes[0]:,} to {fit.genes[-1]:,} genes: "
-            f"{1e6 * fit.fixed:,.3g} µs per cell and {1e9 * fit.per_gene:,.3g} ns per gene, "
+            f"{digits(1e6 * fit.fixed)} µs per cell and {digits(1e9 * fit.per_gene)} ns per gene, "
             f"R² = {fit.r_squared:.4f}."
         )
     missed = [target for target in targets(run) if target.met is False]

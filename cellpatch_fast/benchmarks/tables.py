@@ -318,7 +318,7 @@ def _fit_notes(run: Run) -> tuple[str, ...]:
     if fit is None:
         return ()
     return (
-        f"Ours: {1e6 * fit.fixed:,.3g} µs per cell + {1e9 * fit.per_gene:,.3g} ns per gene, "
+        f"Ours: {digits(1e6 * fit.fixed)} µs per cell + {digits(1e9 * fit.per_gene)} ns per gene, "
         f"R² = {fit.r_squared:.4f} over {fit.genes[0]:,} to {fit.genes[-1]:,} genes.",
     )
 
@@ -359,4 +359,4 @@ def _difference(found: float | None, published: float | None) -> str:
 
 def escape(text: str) -> str:
     """Text in one line of Markdown, whatever it holds."""
-    return re.sub(r"([\\|*_`\[\]<>])", r"\\\1", text).replace("\n", " ")
+    return re.sub(r"([\\|*_`\[\]<>])", r"\\\1", " ".join(text.split()))
