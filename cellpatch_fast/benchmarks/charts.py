@@ -37,7 +37,7 @@ def all_charts(run: Run) -> dict[str, tuple[str, Figure]]:
     made = {
         "runtime": ("Annotation: seconds per 1,000 cells against genes per cell", runtime(run)),
         "memory": ("Annotation: peak memory of a batch against genes per cell", memory(run)),
-        "speed-up": ("How many times as fast as each peer ours is", speed_ups(run)),
+        "speed-up": ("Speed-up of ours over each peer", speed_ups(run)),
         "roofline": ("Our kernels below the ceilings of the device", roofline(run)),
         "scaling": ("From file to embedding store: speed and memory against cells", scaling(run)),
     }
@@ -89,7 +89,7 @@ def speed_ups(run: Run) -> Figure | None:
         axes.set_xlabel(f"times as long as ours, {genes:,} genes per cell", fontsize=FONT)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(-0.6, len(names) - 0.4)
-    add_title(figure, run, "How many times as fast as each peer ours is")
+    add_title(figure, run, "Speed-up of ours over each peer")
     drawn = [curve(run, name).get(genes) for name in names for genes in numbers]
     if any(record.measured and ignored(run, record) for record in drawn if record):
         add_note(figure, "Hatched: the peer does less, it ignores genes beyond its cap.")

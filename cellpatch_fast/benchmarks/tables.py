@@ -109,7 +109,24 @@ def runtime_tables(run: Run) -> list[Table]:
     if memory:
         caption = "Peak memory of a batch, per cell (the model itself not counted)"
         tables.append(Table(caption, header, memory, notes))
-    return tables
+    return tables + _apart_tables(run)
+
+
+def _apart_tables(run: Run) -> list[Table]:
+    """What happens once, which the times leave out, and how many cells a call takes."""
+    rows = []
+    for model in compared(run):
+        found = [r.details for r in curve(run, model).values() if r.measured]
+        kept = ("setup_seconds", "first_call_seconds", "batch")
+        setup, first, batch = ([d[key] for d in found if d.get(key) is not None] for key in kept)
+        if setup or first or batch:
+            cells = (
+                dict.fromkeys(f"{n:,}" for n in (min(batch), max(batch))) if batch else [NOTHING]
+            )
+            seconds = [digits(max(all_)) if all_ else NOTHING for all_ in (setup, first)]
+            rows.append([_name(run, model), *seconds, " to ".join(cells)])
+    header = ["model", "making it, s (longest)", "first call, s (longest)", "cells in a call"]
+    return [Table("Once, and not in the times above", header, rows)] if rows else []
 
 
 def target_table(run: Run) -> list[Table]:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.peers.registry import PEERS
 from cellpatch_fast.benchmarks.findings import (
     TARGET_RATIOS,
     digits,
@@ -71,6 +72,24 @@ def test_caps_and_statuses_are_marked(
     both = status == own == "measured"
     assert ratio == (times(seconds) + mark if both else "–")
     assert any(note.startswith("†") for note in table.notes) == bool(mark and status == "measured")
+
+
+def test_what_happens_once_stands_apart() -> None:
+    once = {"setup_seconds": 0.5, "first_call_seconds": 3.0, "batch": 4_096}
+    made = run(
+        point(OURS, 503, 1.0, **once),
+        point(OURS, 997, 2.0, **once | {"first_call_seconds": 2.0, "batch": 1_024}),
+        point(WHOLE, 503, 2.0, batch=7),
+        point(WHOLE, 997, None, batch=1),
+    )
+    assert runtime_tables(made)[1].rows == [
+        [OURS, "0.500", "3.00", "1,024 to 4,096"],
+        [WHOLE, "–", "–", "7"],
+    ]
+
+
+def test_the_targets_are_about_models_that_there_are() -> None:
+    assert {peer.name for peer in PEERS} > set(TARGET_RATIOS)
 
 
 def test_a_point_that_was_not_tried_is_a_dash() -> None:
