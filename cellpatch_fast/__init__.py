@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import atlas, io, kernels, pl, pp, tl
+    from . import atlas, datasets, io, kernels, pl, pp, tl
     from .cells import RaggedCells
     from .config import CellPatchConfig
     from .errors import InputError
@@ -33,6 +33,7 @@ __all__ = [
     "RaggedCells",
     "accelerate",
     "atlas",
+    "datasets",
     "io",
     "kernels",
     "pl",

@@ -1,6 +1,6 @@
 """The command ``cellpatch``: the parser, and how a command ends.
 
-What the commands do is in `commands`, `training_commands` and `benchmark_commands`.
+What the commands do is in `commands` and the modules beside it.
 
 Parsing imports nothing heavy, so that ``--help`` and mistakes are answered at once. What a user
 can mend (`InputError`, a full disk) is one message on stderr and exit code 1; a wrong command
@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
-from . import benchmark_commands, commands, training_commands
+from . import benchmark_commands, commands, dataset_commands, training_commands
 from .errors import InputError, InputWarning
 
 ADD_COMMANDS = (  # in the order of --help
@@ -25,7 +25,7 @@ ADD_COMMANDS = (  # in the order of --help
     *(training_commands.add_pretrain, training_commands.add_finetune),
     *(training_commands.add_annotate, commands.add_new_model, commands.add_import),
     *(commands.add_inspect, commands.add_demo, commands.add_tune),
-    benchmark_commands.add_bench_report,
+    *(dataset_commands.add_synthetic_atlas, benchmark_commands.add_bench_report),
 )
 
 
