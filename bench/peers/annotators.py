@@ -72,7 +72,7 @@ def require(module: str, package: str) -> Any:
 
 
 @contextlib.contextmanager
-def hidden(name: str) -> Iterator[None]:
+def without_package(name: str) -> Iterator[None]:
     """No top-level package of that name is found inside.
 
     transformers looks for the package `kernels`, and takes this repository's folder for it where

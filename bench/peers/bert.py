@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers.annotators import Annotator, hidden, into_vocabulary, keep, pad, require
+from bench.peers.annotators import Annotator, into_vocabulary, keep, pad, require, without_package
 from cellpatch_fast import RaggedCells
 
 PADDING = 0
@@ -56,7 +56,7 @@ class Bert(Annotator):
 
     def __init__(self, sizes: Sizes, classes: int) -> None:
         super().__init__()
-        with hidden("kernels"):
+        with without_package("kernels"):
             transformers = require("transformers.models.bert.modeling_bert", "transformers")
         self.sizes = sizes
         config = transformers.BertConfig(

@@ -68,7 +68,6 @@ def _making(model: Callable[[int], Annotator]) -> Make:
 
 
 CELLPATCH = "64 patches, d 32, 2 heads, MLP 64; one cross-attention, two self-attention blocks"
-ENTRIES_FIRST = "which genes a cell keeps beyond the cap: the first"
 
 PEERS: tuple[Peer, ...] = (
     Peer(
@@ -104,7 +103,7 @@ PEERS: tuple[Peer, ...] = (
         setting="padded, padding attended to; nn.MultiheadAttention with weights, as released",
         published=None,
         source="the computation of the released code, written anew",
-        assumed=f"{ENTRIES_FIRST}; the annotator without projection, as ours",
+        assumed="a cell beyond the cap keeps its first genes; no projection, as ours",
     ),
     Peer(
         key="scbert",
