@@ -1,8 +1,9 @@
 """Batches to measure kernels with: cells of given lengths, with real gene frequencies.
 
-`bench.cells` models sequencing: gene g is detected at depth s with chance 1 - (1 - p_g)^s, which
-is the chance that a waiting time, exponential with rate -log(1 - p_g), ends before s. A cell of
-exactly n genes is thus the n genes whose times end first, and that is how cells are drawn here.
+In a real cell of depth s a gene with mean m is detected with chance 1 - 1 / (1 + s·m / 2)^2
+(`cellpatch_fast.frequencies`). That is the chance that a waiting time ends before s, which is
+(exp(E / 2) - 1) / (m / 2) with E exponential. A cell of exactly n genes is thus the n genes whose
+times end first, and that is how cells are drawn here.
 
 At most `DISTINCT` cells of a batch are drawn, the rest are repetitions: each has its own memory,
 and tables see the same frequencies.
@@ -19,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.cells import DETECTION, GENES
+from bench.cells import GENES
 from cellpatch_fast import RaggedCells
+from cellpatch_fast.frequencies import mean_counts
 
 DISTINCT = 1024
 AT_ONCE = 64  # cells drawn together; bounds memory
@@ -101,10 +103,7 @@ class Drawing:
         self.device, self.entries, self.genes, self.shorten = device, entries, genes, shorten
         self.rng = np.random.default_rng(0)
         self.generator = torch.Generator(device).manual_seed(0)
-        ranks, shares = np.array(DETECTION).T
-        log_share = np.interp(np.log(np.arange(1, genes + 1)), np.log(ranks), np.log(shares))
-        rates = -np.log1p(-np.exp(log_share).clip(max=1 - 1e-9))
-        self.rates = torch.from_numpy(rates).float().to(device)
+        self.rates = torch.from_numpy(mean_counts(genes) / 2).float().to(device)
         self.tokens = torch.randperm(genes, generator=self.generator, device=device) + 1
 
     def batch(self, case: Case) -> RaggedCells:
@@ -140,7 +139,7 @@ class Drawing:
         times = torch.empty(len(lengths), self.genes, device=self.device)
         times.exponential_(generator=self.generator)
         if not uniform:
-            times /= self.rates
+            times.mul_(0.5).expm1_().div_(self.rates)
         longest = int(lengths.max())
         first = times.topk(longest, dim=1, largest=False).indices  # soonest first
         inside = torch.arange(longest, device=self.device) < lengths[:, None]

@@ -39,7 +39,7 @@ from cellpatch_fast.kernels.cpu.tables import make_scratch
 from cellpatch_fast.kernels.threads import run_blocks
 from numba import njit
 
-from bench.cells import draw_cells, real_cells, write_atlas
+from bench.cells import draw_cells, real_cells
 from bench.peers.original import PaddedPathFormer
 from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, RaggedCells
 
@@ -200,13 +200,14 @@ def measure_linearity(model: CellPatch, rng: np.random.Generator) -> dict[str, A
     }
 
 
-def measure_embed(model: CellPatch, cells: int, rng: np.random.Generator) -> dict[str, float]:
+def measure_embed(model: CellPatch, cells: int) -> dict[str, float]:
     """File to store against the encoder alone on the same cells, already in memory."""
     from cellpatch_fast import atlas, pp
+    from cellpatch_fast.datasets import synthetic_atlas
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "atlas.h5ad"
-        entries = write_atlas(path, cells, 1000, rng)
+        entries = synthetic_atlas(path, cells, genes=1000).entries
         tokens = pp.tokenize(str(path), model.vocabulary, model.config)
         parts = [tokens.slice(i, i + 8192) for i in range(0, cells, 8192)]
 
@@ -307,7 +308,7 @@ def main() -> None:
         "cross-attention": lambda: measure_cross_attention(models, options.data, rng),
         "encoder": lambda: measure_encoder(models["affine"], rng),
         "linearity": lambda: measure_linearity(models["affine"], rng),
-        "embed": lambda: measure_embed(models["affine"], options.cells, rng),
+        "embed": lambda: measure_embed(models["affine"], options.cells),
     }
     for name, measure in measurements.items():
         if options.only in (None, name):
