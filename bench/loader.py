@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.atlas_files import FORMATS, bytes_on_disk, write_atlas_files
 from bench.cpu import processor
+from bench.processes import peak_memory
 from cellpatch_fast.io.chunks_direct import DirectChunks
 from cellpatch_fast.io.chunks_files import Range
 
@@ -228,14 +229,8 @@ def run_alone(options: argparse.Namespace) -> None:
     if options.cold:
         drop_from_cache(path)
     (cells, entries), taken = method.run(path, int(options.cells * method.share))
-    facts = {"cells": cells, "entries": entries, "peak memory MB": peak_memory(), **taken}
+    facts = {"cells": cells, "entries": entries, "peak memory MB": peak_memory() / 2**20, **taken}
     print(json.dumps(facts))
-
-
-def peak_memory() -> float:
-    """Of this process, in MB; ``getrusage`` would count what the process before it had."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def drop_from_cache(path: Path) -> None:

@@ -1,0 +1,18 @@
+"""Group "startup": importing, `cellpatch --help` and the first embedding, in new processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.startup import measure_startup
+
+
+def test_startup(session: Any) -> None:
+    options = session.options
+    for record in measure_startup(
+        options.folder,
+        options.device,
+        repeats=3 if options.quick else 9,
+        time_limit=options.time_limit,
+    ):
+        session.add(record)
