@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cellpatch_fast.config import CellPatchConfig
 from cellpatch_fast.errors import InputError
@@ -267,10 +268,24 @@ def empty(
     No weights are drawn only to be overwritten, and the global random state stays as it is.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             return model_class(config, vocabulary, **extras)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+
+
+class _Undrawn(TorchFunctionMode):
+    """Draws no normal random numbers: without memory for them, PyTorch imports its compiler.
+
+    That took two seconds in every new process that loads a model.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        if function is torch.nn.init.normal_:
+            return keywords["tensor"]  # as PyTorch passes it
+        return function(*arguments, **(keywords or {}))
 
 
 def misfits(expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor]) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,18 @@ def test_loading_draws_no_random_numbers(directory: Path) -> None:
     before = torch.get_rng_state()
     CellPatch.from_pretrained(directory)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loading_does_not_import_the_compiler(directory: Path) -> None:
+    """It would cost each new process two seconds."""
+    code = """if True:
+        import sys, cellpatch_fast
+        cellpatch_fast.CellPatch.from_pretrained(sys.argv[1])
+        print("cellpatch_fast.model.storage" in sys.modules, "torch._dynamo" in sys.modules)
+    """
+    command = [sys.executable, "-c", code, directory]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
 
 
 def test_weights_loaded_in_inference_mode_are_ordinary(directory: Path) -> None:
