@@ -54,16 +54,27 @@ class Work(NamedTuple):
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, toy: bool) -> dict[str, Any]:
-    """Rates per second: bytes copied (read + written), in L2 too, FLOP, exponentials."""
-    effort = Effort(0.0, 1, 1) if toy else Effort(0.5, 10, 100)
+    """Rates per second: bytes copied (read + written), in L2 too, FLOP, exponentials.
+
+    On a CPU products are float32, and exponentials are left out (but for toys, in Triton's
+    interpreter).
+    """
+    on_cpu = device.type == "cpu"
+    if toy:
+        effort, copied, size = Effort(0.0, 1, 1), 1 << 20, 256
+    elif on_cpu:
+        effort, copied, size = Effort(0.5, 3, 20), 1 << 28, 2048
+    else:
+        effort, copied, size = Effort(0.5, 10, 100), 1 << 30, 8192
+    if on_cpu:
+        dtype = torch.float32
+    elif dtype == torch.float32:
+        dtype = torch.float16  # the kernels multiply float32 tables as float16 numbers
     ceilings: dict[str, Any] = {
-        "copy bytes/s": _copy(device, 1 << 20 if toy else 1 << 30, effort),
+        "copy bytes/s": _copy(device, copied, effort),
         "L2 copy bytes/s": None,
-        # the kernels multiply float32 tables as float16 numbers
-        "matrix FLOP/s": _multiply(
-            device, torch.float16 if dtype == torch.float32 else dtype, 256 if toy else 8192, effort
-        ),
-        "exponentials/s": _exponentials(device, toy, effort),
+        "matrix FLOP/s": _multiply(device, dtype, size, effort),
+        "exponentials/s": None if on_cpu and not toy else _exponentials(device, toy, effort),
         "stated exponentials/s": None,
     }
     if device.type == "cuda":

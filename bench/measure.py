@@ -253,19 +253,19 @@ def time_calls(
 ) -> Timing:
     """Call in turn, until the effort is spent; the first round is not counted (if it may be)."""
     if effort.most == 1:
-        (once,) = _durations(calls[:1], 1, device)
+        (once,) = durations_of(calls[:1], 1, device)
         return Timing(once / per_call, once / per_call, once / per_call, 1)
     for call in calls[: effort.fewest]:
         call()
-    (once,) = _durations(calls[:1], 1, device)
+    (once,) = durations_of(calls[:1], 1, device)
     repeats = int(effort.seconds / max(once, 1e-6))
     repeats = min(max(repeats, effort.fewest), effort.most)
-    taken = sorted(seconds / per_call for seconds in _durations(calls, repeats, device))
+    taken = sorted(seconds / per_call for seconds in durations_of(calls, repeats, device))
     low, high = taken[int(0.2 * (repeats - 1))], taken[round(0.8 * (repeats - 1))]
     return Timing(low, statistics.median(taken), high, repeats)
 
 
-def _durations(
+def durations_of(
     calls: Sequence[Callable[[], object]], repeats: int, device: torch.device
 ) -> list[float]:
     """Seconds of each of ``repeats`` calls."""

@@ -1,0 +1,143 @@
+"""One run of `pytest bench`: it collects records, and at the end writes results and report.
+
+Times are taken by the groups' own code (events on a GPU, processes of their own for models) and
+then told to pytest-benchmark, so that its table and ``--benchmark-json`` hold the same numbers: its
+timer is a `Clock` that only a record moves on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench.ceilings import measure_ceilings
+from bench.machine import describe_device, installed
+from bench.options import Options
+from cellpatch_fast.benchmarks.compare import compare, slower_than
+from cellpatch_fast.benchmarks.report import write_report
+from cellpatch_fast.benchmarks.results import Record, Run
+from cellpatch_fast.benchmarks.tables import runtime_tables
+from cellpatch_fast.errors import InputError
+
+
+class Clock:
+    """A timer for pytest-benchmark: it shows the seconds that have been added to it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Session:
+    """What the groups share.
+
+    Parameters
+    ----------
+    options
+        Of the run.
+
+    Attributes
+    ----------
+    models
+        What is said of each model in the results, by name: runtime records need theirs there.
+    records
+        What was added so far.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.models: dict[str, dict[str, Any]] = {}
+        self.records: list[Record] = []
+        self.clock = Clock()
+        self.began = datetime.now(UTC)
+        self.summary: list[str] = []
+
+    @functools.cached_property
+    def ceilings(self) -> dict[str, Any]:
+        """What the device can do at most, measured once in a run."""
+        return measure_ceilings(self.options.device, self.options.dtype, toy=False)
+
+    def add(self, record: Record) -> None:
+        """Keep a record for the results file."""
+        self.records.append(record)
+
+    def skip(self, group: str, name: str, reason: str, **details: Any) -> None:
+        """Record that something was not tried, and skip the test."""
+        self.add(Record(group, name, "skipped", reason, details=details))
+        pytest.skip(reason)
+
+    def record(
+        self, benchmark: BenchmarkFixture, record: Record, durations: Sequence[float] = ()
+    ) -> None:
+        """Keep a record, tell its times to pytest-benchmark, and end the test accordingly.
+
+        Parameters
+        ----------
+        benchmark
+            The test's fixture.
+        record
+            What came of the attempt. The test fails if that is "failed" or "inaccurate", and is
+            skipped if it is not measured for another reason.
+        durations
+            Seconds of each repeat of what is measured.
+        """
+        self.add(record)
+        if record.measured:
+            self._replay(benchmark, durations)
+            benchmark.extra_info |= record.details
+            return
+        benchmark.skipped = True
+        end = pytest.fail if record.status in ("failed", "inaccurate") else pytest.skip
+        end(f"{record.status}: {record.reason}")
+
+    def _replay(self, benchmark: BenchmarkFixture, durations: Iterable[float]) -> None:
+        remaining = iter(list(durations))
+
+        def advance() -> None:
+            self.clock.now += next(remaining, 0.0)
+
+        benchmark.pedantic(advance, rounds=len(list(durations)), iterations=1)
+
+    def finish(self, interrupted: bool) -> int:
+        """Write what there is, and compare; the exit status: 0, or 1 if something is too slow."""
+        if not any(record.measured for record in self.records):
+            self.summary = ["nothing was measured: no results were written"]
+            return 0
+        run = Run(
+            date=self.began.isoformat(timespec="seconds"),
+            device=describe_device(self.options.device),
+            versions=installed(),
+            settings=self.options.settings | {"interrupted": interrupted},
+            ceilings={} if interrupted and "ceilings" not in self.__dict__ else self.ceilings,
+            models=self.models,
+            records=self.records,
+        )
+        path = run.path_in(self.options.results)
+        run.save(path)
+        self.summary = [*(table.markdown() for table in runtime_tables(run)), f"results: {path}"]
+        try:
+            files: list[Path] = write_report(path)
+            self.summary += [f"report: {file}" for file in files if file.suffix in (".md", ".html")]
+        except InputError as error:
+            self.summary.append(f"no report: {error}")
+        return self._compare(run)
+
+    def _compare(self, run: Run) -> int:
+        old, threshold = self.options.compare, self.options.threshold
+        if old is None:
+            return 0
+        comparison = compare(old, run)
+        self.summary.append(comparison.markdown())
+        slower = [] if threshold is None else slower_than(comparison, threshold)
+        if slower:
+            names = ", ".join(row.name for row in slower)
+            self.summary.append(f"more than {threshold:g} × as slow as the older run: {names}")
+        return 1 if slower else 0

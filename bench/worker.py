@@ -1,0 +1,259 @@
+"""One model of the comparison, in a process of its own: makes it, and measures point after point.
+
+A point is a number of genes per cell. Cells have exactly so many genes each, so that padded models
+have no padding (this favours them), and what a model calls `prepare` is not timed. The batch is
+doubled, beginning with one cell, until two doublings in a row have not made the model 5 % faster,
+or time or memory does not allow more. Every size of batch is one `Tried`, sent at once, so that
+what is known survives the process.
+
+A call's input is another one each time, of several that together exceed the cache.
+
+Memory of a batch is that of its inputs and of what a call adds at most: on a GPU counted by
+PyTorch's allocator, on Linux the highest resident size since a reset, less the size before, once
+free memory was given back to the system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import itertools
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bench.machine import cache_bytes
+from bench.measure import durations_of, explain
+from cellpatch_fast import RaggedCells
+
+CLASSES = 11  # of the annotation, as in Zheng68K
+FASTER = 1.05  # than the best so far, for the next size of batch to count as better
+FEWEST, MOST = 3, 100  # repeats
+SEARCH_SHARE = 0.6  # of the time limit, after which no larger batch is begun
+NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+
+
+class Order(NamedTuple):
+    """Which model to make, and how."""
+
+    registry: str
+    key: str
+    device: torch.device
+    dtype: torch.dtype
+    seconds: float  # of measured calls, for the best batch
+
+
+class Point(NamedTuple):
+    """What to measure: the cells in a file, at most so many at once, within so many seconds."""
+
+    file: Path
+    cells: int
+    limit: float
+
+
+@dataclass(frozen=True)
+class Made:
+    """The model is there: how long that took, and its size."""
+
+    seconds: float
+    parameters: int
+    model_bytes: int
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One size of batch, measured: seconds of each call, of the call before them, and memory."""
+
+    batch: int
+    durations: tuple[float, ...]
+    first_call: float
+    peak_bytes: int | None
+
+    @property
+    def per_cell(self) -> float:
+        return statistics.median(self.durations) / self.batch
+
+
+@dataclass(frozen=True)
+class Finished:
+    """No more of this point will follow."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Making or calling the model failed, with the status of a record and one line."""
+
+    status: str
+    reason: str
+
+
+Message = Made | Tried | Finished | Broken
+
+
+def serve(pipe: Connection, order: Order) -> None:
+    """Make the model, then answer each `Point` by messages, until there is None."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    die_first()
+    try:
+        model, made = make(order)
+        pipe.send(made)
+        while (point := pipe.recv()) is not None:
+            cells = read_cells(point.file)
+            pipe.send(Finished())  # from here on the time counts
+            with torch.inference_mode():
+                for tried in search(model, cells, point, order):
+                    pipe.send(tried)
+            pipe.send(Finished())
+    except Exception as failure:
+        pipe.send(Broken(status_of(failure), explain(failure)))
+
+
+def make(order: Order) -> tuple[Any, Made]:
+    peers = importlib.import_module(order.registry).PEERS
+    peer = next(peer for peer in peers if peer.key == order.key)
+    torch.manual_seed(0)
+    started = time.perf_counter()
+    model = peer.make(order.device, order.dtype, CLASSES)
+    if order.device.type == "cuda":
+        torch.cuda.synchronize(order.device)
+    seconds = time.perf_counter() - started
+    parameters = list(model.parameters())
+    size = sum(tensor.nbytes for tensor in [*parameters, *model.buffers()])
+    return model, Made(seconds, sum(map(torch.numel, parameters)), size)
+
+
+def search(model: Any, cells: RaggedCells, point: Point, order: Order) -> Iterator[Tried]:
+    """Measure batches of 1, 2, 4, … cells, and then the best of them for longer."""
+    began = time.monotonic()
+    best: Tried | None = None
+    worse = 0
+    for batch in itertools.takewhile(lambda size: size <= point.cells, _doubling()):
+        until = began + point.limit
+        try:
+            tried = measure(model, cells, batch, order, order.seconds / 8, until)
+        except Exception as failure:
+            if best is None or status_of(failure) != "out of memory":
+                raise
+            break
+        yield tried
+        improved = best is None or tried.per_cell * FASTER < best.per_cell
+        best = tried if best is None or tried.per_cell < best.per_cell else best
+        worse = 0 if improved else worse + 1
+        spent = time.monotonic() - began
+        # the next batch takes twice as long at most, with the calls before its repeats
+        next_takes = 2 * tried.per_cell * batch * (FEWEST + 2)
+        if worse == 2 or spent + next_takes > SEARCH_SHARE * point.limit:
+            break
+    assert best is not None
+    again = order.seconds + best.per_cell * best.batch * (FEWEST + 2)
+    if sum(best.durations) < order.seconds and time.monotonic() - began + again < point.limit:
+        yield measure(model, cells, best.batch, order, order.seconds, began + point.limit)
+
+
+def measure(
+    model: Any, cells: RaggedCells, batch: int, order: Order, seconds: float, until: float
+) -> Tried:
+    """Time calls of so many cells: three at least, if they can end before ``until``."""
+    device = order.device
+    inputs = iter(inputs_of(model, cells, batch))
+    sets = [next(inputs)]
+    one = sum(tensor.nbytes for tensor in sets[0])
+    (first,) = durations_of([lambda: model(*sets[0])], 1, device)
+    with peak_memory(device) as peak:
+        (once,) = durations_of([lambda: model(*sets[0])], 1, device)
+    extra = peak()
+    peak_bytes = None if extra is None else extra + one
+    left = int((until - time.monotonic()) / max(once, 1e-9)) - 1
+    repeats = min(max(int(seconds / max(once, 1e-6)), FEWEST), MOST, left)
+    if repeats < 1:
+        return Tried(batch, (once,), first, peak_bytes)
+    needed = max(2, -(-2 * cache_bytes(device) // one))
+    sets += itertools.islice(inputs, min(needed, repeats) - 1)
+    calls = [_calling(model, each) for each in sets]
+    return Tried(batch, tuple(durations_of(calls, repeats, device)), first, peak_bytes)
+
+
+def inputs_of(model: Any, cells: RaggedCells, batch: int) -> Iterator[tuple[Tensor, ...]]:
+    """Prepared batches without end, each of its own memory.
+
+    All cells come before any comes again.
+    """
+    order = torch.arange(0)
+    while True:
+        while len(order) < batch:
+            order = torch.cat([order, torch.randperm(len(cells))])
+        chosen, order = order[:batch], order[batch:]
+        yield model.prepare(cells.take(chosen))
+
+
+def read_cells(file: Path) -> RaggedCells:
+    tensors = load_file(file)
+    return RaggedCells(tensors["offsets"], tensors["genes"], tensors["values"])
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """What is allocated inside at most, in bytes; None where the system does not tell."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+        return
+    before = reset_peak()
+    yield lambda: None if before is None else max(0, _resident("VmHWM") - before)
+
+
+def reset_peak() -> int | None:
+    """Give free memory back, and have the system count the peak anew; resident bytes now."""
+    if sys.platform != "linux":
+        return None
+    with contextlib.suppress(OSError, AttributeError):  # another C library keeps what it keeps
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _resident("VmRSS")
+
+
+def die_first() -> None:
+    """Where the system's memory runs out, it is this process that is killed, not the run."""
+    with contextlib.suppress(OSError):  # not Linux, or not allowed
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def status_of(failure: Exception) -> str:
+    if isinstance(failure, ImportError):
+        return "skipped"
+    no_memory = isinstance(failure, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(failure, RuntimeError) and any(text in str(failure) for text in NO_MEMORY)
+    )
+    return "out of memory" if no_memory else "failed"
+
+
+def _doubling() -> Iterator[int]:
+    return (1 << power for power in itertools.count())
+
+
+def _calling(model: Any, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    return lambda: model(*inputs)
+
+
+def _resident(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) * 1024
