@@ -340,14 +340,16 @@ def _drawn(law: Law, cells: int, seed: int) -> Iterator[_Drawn]:
 def _draw(law: Law, key: np.uint64, start: int, stop: int) -> list[_Drawn]:
     """The cells ``start : stop``; in several parts if they are much longer than expected."""
     from .datasets_compiled import draw_cells
+    from .packing import digit_bits
 
     parts = []
+    digit = digit_bits(len(law.columns))
     while start < stop:
         room = BLOCK_ENTRIES * 5 // 4 + len(law.columns)  # one cell fits at least
         columns, counts = np.empty(room, np.int32), np.empty(room, np.float32)
         types, donors = np.empty((2, stop - start), np.int16)
         lengths = np.empty(stop - start, np.int64)
-        done = draw_cells(law, key, start, stop, types, donors, lengths, columns, counts)
+        done = draw_cells(law, digit, key, start, stop, types, donors, lengths, columns, counts)
         offsets = np.concatenate([[0], np.cumsum(lengths[:done])])
         entries = slice(0, offsets[-1])
         parts.append(

@@ -4,8 +4,7 @@ A gene with mean 2·x has a count that is the sum of two geometric numbers, so i
 chance 1 − 1 / (1 + x)². Genes are visited from the most common to the rarest. Common ones are asked
 one by one. Rare ones would mostly be asked in vain: there, an exponential number says where the
 next candidate is, as if all genes of a stretch were as common as its first, and the candidate is
-accepted with the share to which it is rarer. A bitmap of what was found is then read in the order
-of columns, which is how a cell comes out sorted.
+accepted with the share to which it is rarer. What was found is sorted by column, in two digits.
 
 Random numbers come from a cell's own sequences (SplitMix64), so it does not matter which cells are
 drawn together.
@@ -20,14 +19,12 @@ import numpy as np
 from numba import njit
 
 from .masking_compiled import hash_integer
+from .packing import sort_by_digit
 
 __all__ = ["Law", "draw_cells", "hash_seed"]
 
-ONE = np.uint64(1)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step
-DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)  # its product with 2^i differs in the top 6 bits
-PLACES = np.zeros(64, np.uint8)  # i, by those bits
-PLACES[[((1 << i) * int(DE_BRUIJN) % 2**64) >> 58 for i in range(64)]] = np.arange(64)
+LOW = np.uint64(2**32 - 1)
 
 ASKED = 0.04  # x from which each gene is asked; detected with chance 0.24
 INVERTED = 4.0  # x up to which a count is found by going up the distribution, step by step
@@ -59,6 +56,7 @@ def hash_seed(seed: int) -> Any:
 @njit(nogil=True, cache=True)
 def draw_cells(
     law: Any,
+    digit: int,  # bits, see `packing`
     key: Any,  # uint64, see `hash_seed`
     start: int,
     stop: int,
@@ -70,10 +68,12 @@ def draw_cells(
 ) -> int:
     """Draw the cells from ``start`` while there is room for any cell; how many were drawn."""
     genes = len(law.columns)
-    detected = np.zeros((genes + 63) // 64, np.uint64)  # a bit for each column
-    found = np.empty(genes, np.float32)  # its count
     hits = np.empty(genes + 1, np.int64)  # ranks of detected genes
     beyond = np.empty(genes)  # [r]: what the count of a detected gene follows from
+    own = np.zeros(genes, np.bool_)  # [r]: whether it is a marker of the cell's type
+    found = np.empty(genes, np.int32), np.empty(genes, np.float32)  # columns, counts; by rank
+    half_sorted = np.empty(genes, np.int32), np.empty(genes, np.float32)
+    places = np.empty(1 << digit, np.uint32)
     end = 0
     for cell in range(start, stop):
         if end + genes > len(columns):
@@ -97,25 +97,27 @@ def draw_cells(
         number = _search(
             law.halves, efficiencies, law.stretches[first:], depth, state, number, hits, beyond
         )
+        markers = law.markers[kind]
+        own[markers] = True
         state = hash_integer(state)
-        _count(
-            law.halves, efficiencies, law.columns, depth, state, hits[:number], beyond,
-            detected, found,
-        )  # fmt: skip
+        number = _count(
+            law.halves, efficiencies, law.columns, depth, state, hits[:number], beyond, own, *found
+        )
+        own[markers] = False
         state = hash_integer(state)
-        for rank in law.markers[kind]:  # drawn anew, with the mean that they have here
-            column = law.columns[rank]
-            detected[column >> 6] &= ~(ONE << np.uint64(column & 63))
+        for rank in markers:
             x = depth * law.fold * law.halves[rank] * efficiencies[rank]
             count = _sum_of_geometric(x, state)
             state += GOLDEN * np.uint64(2)
-            if count:
-                detected[column >> 6] |= ONE << np.uint64(column & 63)
-                found[column] = count
+            found[0][number], found[1][number] = law.columns[rank], count
+            number += count > 0
 
-        begin, end = end, _collect(detected, found, columns, counts, end)
-        types[cell - start], donors[cell - start] = kind, donor
-        lengths[cell - start] = end - begin
+        half = half_sorted[0][:number], half_sorted[1][:number]
+        sort_by_digit(found[0][:number], found[1][:number], *half, places, 0)
+        to = columns[end : end + number], counts[end : end + number]
+        sort_by_digit(*half, *to, places, digit)
+        types[cell - start], donors[cell - start], lengths[cell - start] = kind, donor, number
+        end += number
     return stop - start
 
 
@@ -125,12 +127,22 @@ def _ask(
 ) -> int:
     """Find the detected ones of the first ``asked`` genes; how many they are.
 
-    In two loops without branches: compilers make vector instructions of the first.
+    In loops without branches: compilers make vector instructions of the first. A random number has
+    bits for two genes.
     """
-    for rank in range(asked):
+    half = asked // 2
+    for rank in range(half):
+        number = hash_integer(state + GOLDEN * np.uint64(rank))
+        one = (float(np.int64(number >> np.uint64(32))) + 0.5) * 2.0**-32
         square = (1 + depth * halves[rank] * efficiencies[rank]) ** 2
-        number = _uniform(state + GOLDEN * np.uint64(rank))
-        beyond[rank] = number if number * square < square - 1 else 2.0
+        beyond[rank] = one if one * square < square - 1 else 2.0
+        other = (float(np.int64(number & LOW)) + 0.5) * 2.0**-32
+        square = (1 + depth * halves[half + rank] * efficiencies[half + rank]) ** 2
+        beyond[half + rank] = other if other * square < square - 1 else 2.0
+    if asked % 2:
+        one = _uniform(state - GOLDEN)
+        square = (1 + depth * halves[asked - 1] * efficiencies[asked - 1]) ** 2
+        beyond[asked - 1] = one if one * square < square - 1 else 2.0
     end = 0
     for rank in range(asked):
         hits[end] = rank
@@ -181,10 +193,12 @@ def _count(
     state: Any,
     hits: Any,
     beyond: Any,
-    detected: Any,
-    found: Any,
-) -> None:
-    """Give the detected genes their counts."""
+    own: Any,
+    found_columns: Any,
+    found_counts: Any,
+) -> int:
+    """Give detected genes their counts, but for ``own`` ones; returns how many were found."""
+    end = 0
     for rank in hits:
         x = depth * halves[rank] * efficiencies[rank]
         count = 0
@@ -194,9 +208,9 @@ def _count(
                 state += GOLDEN * np.uint64(2)
         else:
             count = _invert(x, beyond[rank])
-        column = columns[rank]
-        detected[column >> 6] |= ONE << np.uint64(column & 63)
-        found[column] = count
+        found_columns[end], found_counts[end] = columns[rank], count
+        end += not own[rank]
+    return end
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -230,25 +244,14 @@ def _invert(x: float, beyond: float) -> int:
     With q = x / (1 + x), the chance of more than k is q^(k + 1) · (1 + (k + 1) · (1 − q)).
     """
     miss = 1 / (1 + x)
-    power = (1 - miss) * (1 - miss)
+    hit = 1 - miss
+    power = hit * hit
     count = 1
-    while power * (1 + (count + 1) * miss) >= beyond:
-        power *= 1 - miss
-        count += 1
+    for k in range(2, 5):  # most counts; without branches, which could not be foreseen
+        count += power * (1 + k * miss) >= beyond
+        power *= hit
+    if count == 4:
+        while power * (1 + (count + 1) * miss) >= beyond:
+            power *= hit
+            count += 1
     return count
-
-
-@njit(nogil=True, cache=True)
-def _collect(detected: Any, found: Any, columns: Any, counts: Any, end: int) -> int:
-    """Append what was detected, in the order of columns, and forget it; returns the new end."""
-    for word in range(len(detected)):
-        bits = detected[word]
-        if bits:
-            detected[word] = np.uint64(0)
-            while bits:
-                lowest = bits & (~bits + ONE)
-                column = word * 64 + PLACES[(lowest * DE_BRUIJN) >> np.uint64(58)]
-                columns[end], counts[end] = column, found[column]
-                end += 1
-                bits ^= lowest
-    return end

@@ -46,6 +46,7 @@ def test_is_counts_of_human_genes_in_canonical_form(atlas: anndata.AnnData) -> N
     assert matrix.shape == (CELLS, len(human_genes().ensembl_ids))
     assert matrix.has_canonical_format
     assert matrix.dtype == np.float32
+    assert matrix.indptr.dtype == matrix.indices.dtype == np.int32
     assert (matrix.data >= 1).all()
     assert (matrix.data == matrix.data.round()).all()
     assert atlas.var_names.tolist() == list(human_genes().ensembl_ids)
@@ -122,13 +123,13 @@ def test_frequencies_are_those_measured_in_pbmc_3k() -> None:
 
 def test_a_simple_classifier_finds_the_types(atlas: anndata.AnnData) -> None:
     from sklearn.decomposition import TruncatedSVD
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.pipeline import make_pipeline
 
     scale = 1e4 / np.asarray(atlas.X.sum(1)).ravel()
     logs = sp.csr_matrix(sp.diags(scale) @ atlas.X).log1p()
     types, training = atlas.obs["cell_type"].to_numpy(), np.arange(CELLS) % 3 > 0
-    model = make_pipeline(TruncatedSVD(20, random_state=0), LogisticRegression(max_iter=200))
+    model = make_pipeline(TruncatedSVD(20, random_state=0), LinearDiscriminantAnalysis())
     model.fit(logs[training], types[training])
     assert model.score(logs[~training], types[~training]) > 0.9
     assert 1 / TYPES < (types == "type 1").mean() < 0.5  # what guessing the largest would give
@@ -171,10 +172,7 @@ def test_formats_compressions_blocks_threads_and_chunks_leave_no_trace(
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     monkeypatch.setattr(appending, "CHUNK", 997)
     monkeypatch.setattr(appending, "SHARD_CHUNKS", 3)
-    for name, compression in [
-        ("b.h5ad", "lzf"), ("c.h5ad", "gzip"),
-        ("d.zarr", None), ("e.zarr", "lz4"), ("f.zarr", "zstd"),
-    ]:  # fmt: skip
+    for name, compression in [("b.h5ad", "gzip"), ("c.zarr", None), ("d.zarr", "zstd")]:
         synthetic_atlas(tmp_path / name, 307, compression=compression, **SMALL)
         assert_same(read(tmp_path / name), expected)
 
@@ -208,12 +206,11 @@ def test_offsets_have_64_bits_where_entries_may_need_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Columns too: SciPy fails on matrices that have both."""
-    few = read(synthetic_atlas(tmp_path / f"few-{name}", 29, **SMALL).path)
     monkeypatch.setattr(datasets, "MOST_ENTRIES", 1_000)
-    many = read(synthetic_atlas(tmp_path / name, 29, **SMALL).path)
-    assert few.X.indptr.dtype == few.X.indices.dtype == np.int32
-    assert many.X.indptr.dtype == many.X.indices.dtype == np.int64
-    assert_same(few, many)
+    many = read(synthetic_atlas(tmp_path / name, 29, **SMALL).path).X
+    assert many.indptr.dtype == many.indices.dtype == np.int64
+    assert np.diff(many.indptr).min() > 0
+    assert many.indptr[-1] == len(many.indices) == len(many.data)
 
 
 # Whole, or not at all
