@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 os.environ.pop("TRITON_INTERPRET", None)
-ROOT = str(Path(__file__).parents[1])
-sys.path.insert(0, ROOT)
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")])
 
 from bench.options import add_options, read_options
 from bench.session import Session

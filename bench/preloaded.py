@@ -1,13 +1,10 @@
-"""What the processes of models have imported when they start: they are forked from one that has."""
+"""What models import from other packages, ahead of the processes that are forked for them."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 
-import bench.peers.registry
-import bench.worker
-import cellpatch_fast.model.annotator  # noqa: F401
 from bench.peers.annotators import without_package
 
 with contextlib.suppress(ImportError), without_package("kernels"):

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +29,14 @@ from safetensors.torch import save_file
 from bench import worker
 from bench.batches import DISTINCT, Drawing
 from bench.options import Options
+from bench.peers.registry import ENVIRONMENT, Peer
 from bench.processes import timing_of
 from bench.worker import Broken, Made, Message, Order, Point, Tried
 from cellpatch_fast.benchmarks.results import Record
 
-if TYPE_CHECKING:
-    from bench.peers.registry import Peer
-
-MAKING_LIMIT = 120.0  # seconds to make a model, and to read cells
+PREPARING_LIMIT = 120.0  # seconds to make a model, or to read cells
 MAX_ENTRIES = 2_000_000  # of the cells that are drawn for a point
+FORKED = sys.platform == "linux"  # processes for a CPU
 SECONDS, QUICK_SECONDS = 1.0, 0.3  # of measured calls at the best batch
 
 
@@ -50,16 +52,15 @@ class Process:
     """A model in a process of its own."""
 
     def __init__(self, order: Order) -> None:
-        forked = sys.platform == "linux" and order.device.type == "cpu"
-        context = multiprocessing.get_context("forkserver" if forked else "spawn")
-        if forked:
-            multiprocessing.get_context("forkserver").set_forkserver_preload(["bench.preloaded"])
+        context: ForkServerContext | SpawnContext = multiprocessing.get_context("spawn")
+        if FORKED and order.device.type == "cpu":
+            context = multiprocessing.get_context("forkserver")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=worker.serve, args=(theirs, order), daemon=True)
         self.process.start()
         theirs.close()
         try:
-            made = self.receive(time.monotonic() + MAKING_LIMIT, MAKING_LIMIT)
+            made = self.receive(PREPARING_LIMIT)
         except Ended:
             self.close()
             raise
@@ -71,20 +72,22 @@ class Process:
         tried: list[Tried] = []
         try:
             self.pipe.send(point)
-            self.receive(time.monotonic() + MAKING_LIMIT, MAKING_LIMIT)
-            until = time.monotonic() + point.limit
-            while isinstance(message := self.receive(until, point.limit), Tried):
+            self.receive(PREPARING_LIMIT)
+            began = time.monotonic()
+            while isinstance(message := self.receive(point.limit, began), Tried):
                 tried.append(message)
         except Ended as end:
             self.close()
             return tried, end
         return tried, None
 
-    def receive(self, until: float, limit: float) -> Message:
-        """The next message; an `Ended` where there is none."""
+    def receive(self, limit: float, began: float | None = None) -> Message:
+        """The next message, within so many seconds; an `Ended` where there is none."""
+        spent = 0.0 if began is None else time.monotonic() - began
         try:
-            if not self.pipe.poll(max(0.0, until - time.monotonic())):
-                raise Ended("out of time", f"limit {limit:g} s")
+            if not self.pipe.poll(max(0.0, limit - spent)):
+                doing = "to make it: " if began is None else ""
+                raise Ended("out of time", f"{doing}limit {limit:g} s")
             message: Message = self.pipe.recv()
         except (EOFError, OSError) as error:
             self.process.join()
@@ -119,8 +122,12 @@ class Runtime:
         self.peer: Peer | None = None
         # Of this peer: its process, what was found, and what ended it for larger numbers of genes.
         self.process: Process | None = None
+        self.made: Made | None = None
         self.found: list[tuple[Record, Sequence[float]]] = []
         self.ended: Ended | None = None
+
+        if FORKED and options.device.type == "cpu":
+            start_forkserver(options)
 
     def measure(self, peer: Peer, genes: int) -> tuple[Record, Sequence[float]]:
         """The record of a point, in seconds per 1,000 cells, and the same of every call."""
@@ -171,6 +178,8 @@ class Runtime:
             end = failure
         if end is not None:
             self.process = None  # it is gone
+            if end.status == "failed":
+                tried = []  # a mistake, whatever came before it
             if not tried:
                 self.ended = Ended(end.status, f"{end.reason} (already at {genes:,} genes)")
         return tried, end
@@ -184,6 +193,7 @@ class Runtime:
         best = tried[-1] if again else min(tried, key=lambda one: one.per_cell)
         seconds = [1_000 * duration / best.batch for duration in best.durations]
         peak = best.peak_bytes
+        assert self.made is not None
         details |= {
             "batch": best.batch,
             "setup_seconds": self.made.seconds,
@@ -211,6 +221,24 @@ class Runtime:
     @functools.cached_property
     def drawing(self) -> Drawing:
         return Drawing(torch.device("cpu"), MAX_ENTRIES)
+
+
+def start_forkserver(options: Options) -> None:
+    """The process that models' processes are forked from, with what they import and are set to."""
+    modules = ["bench.worker", options.registry]
+    if any(peer.package for peer in options.peers):
+        modules.append("bench.preloaded")
+    multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
+    kept = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    try:
+        forkserver.ensure_running()
+    finally:  # other benchmarks' processes are as users start them
+        for name, value in kept.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def described(peer: Peer) -> dict[str, Any]:
