@@ -44,7 +44,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     clock = config.stash[SESSION].clock
-    for item in items:
+    folder = Path(__file__).parent
+    for item in filter(lambda item: folder in item.path.parents, items):
         group = item.path.stem.removeprefix("test_")
         item.add_marker(pytest.mark.benchmark(timer=clock, group=group))
 

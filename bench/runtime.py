@@ -35,7 +35,7 @@ from bench.worker import Broken, Made, Message, Order, Point, Tried
 from cellpatch_fast.benchmarks.results import Record
 
 PREPARING_LIMIT = 120.0  # seconds to make a model, or to read cells
-MAX_ENTRIES = 2_000_000  # of the cells that are drawn for a point
+ENTRIES, QUICK_ENTRIES = 16_000_000, 2_000_000  # of the cells that are drawn for a point, at most
 FORKED = sys.platform == "linux"  # processes for a CPU
 SECONDS, QUICK_SECONDS = 1.0, 0.3  # of measured calls at the best batch
 
@@ -210,7 +210,8 @@ class Runtime:
     def _file(self, genes: int) -> Path:
         """Cells of exactly so many genes, the same for every model."""
         if genes not in self.files:
-            number = min(self.options.cells, DISTINCT, max(8, MAX_ENTRIES // genes))
+            entries = QUICK_ENTRIES if self.options.quick else ENTRIES
+            number = min(self.options.cells, DISTINCT, max(8, entries // genes))
             cells = self.drawing.cells(np.full(number, genes))
             tensors = {"offsets": cells.offsets, "genes": cells.genes, "values": cells.values}
             path = self.options.folder / f"cells-of-{genes}-genes.safetensors"
@@ -220,7 +221,7 @@ class Runtime:
 
     @functools.cached_property
     def drawing(self) -> Drawing:
-        return Drawing(torch.device("cpu"), MAX_ENTRIES)
+        return Drawing(torch.device("cpu"), ENTRIES)
 
 
 def start_forkserver(options: Options) -> None:

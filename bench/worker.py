@@ -34,13 +34,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.machine import cache_bytes
-from bench.measure import durations_of, explain
+from bench.measure import Effort, durations_of, explain
 from cellpatch_fast import RaggedCells
 
 CLASSES = 11  # of the annotation, as in Zheng68K
 FASTER = 1.05  # than the best so far, for the next size of batch to count as better
-FEWEST, MOST = 3, 100  # repeats
-SEARCH_SHARE = 0.6  # of the time limit, after which no larger batch is begun
+FEWEST = 3  # repeats
+SEARCHED, MEASURED = 20, 100  # repeats at most: of each size, and of the best
+SEARCH_TIME = 1 / 3  # of the seconds that the best is measured for, for each size
+SEARCH_SHARE = 0.6  # of the time that the first call leaves, after which no larger batch is begun
 NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 
@@ -82,7 +84,7 @@ class Tried:
 
     @property
     def per_cell(self) -> float:
-        """Seconds by which sizes are compared: of the fastest call, which other work disturbs least."""
+        """Seconds in the fastest call, which other work disturbs least: for comparing sizes."""
         return min(self.durations) / self.batch
 
 
@@ -110,7 +112,7 @@ def serve(pipe: Connection, order: Order) -> None:
         model, made = make(order)
         pipe.send(made)
         while (point := pipe.recv()) is not None:
-            cells = read_cells(point.file)
+            cells = read_cells(point.file).to(order.device)
             pipe.send(Finished())  # from here on the time counts
             with torch.inference_mode():
                 for tried in search(model, cells, point, order):
@@ -129,6 +131,8 @@ def make(order: Order) -> tuple[Any, Made]:
     if order.device.type == "cuda":
         torch.cuda.synchronize(order.device)
     seconds = time.perf_counter() - started
+    gc.collect()
+    gc.freeze()  # later collections leave out what is there now
     parameters = list(model.parameters())
     size = sum(tensor.nbytes for tensor in [*parameters, *model.buffers()])
     return model, Made(seconds, sum(map(torch.numel, parameters)), size)
@@ -136,37 +140,40 @@ def make(order: Order) -> tuple[Any, Made]:
 
 def search(model: Any, cells: RaggedCells, point: Point, order: Order) -> Iterator[Tried]:
     """Measure batches of 1, 2, 4, … cells, and then the best of them for longer."""
-    began = time.monotonic()
+    short = Effort(order.seconds * SEARCH_TIME, FEWEST, SEARCHED)
+    long = Effort(order.seconds, FEWEST, MEASURED)
+    until = time.monotonic() + point.limit
     best: Tried | None = None
-    worse = 0
+    worse, compiling = 0, 0.0
     for batch in itertools.takewhile(lambda size: size <= point.cells, _doubling()):
-        until = began + point.limit
         try:
-            tried = measure(model, cells, batch, order, order.seconds / 8, until)
+            tried = measure(model, cells, batch, order.device, short, until)
         except Exception as failure:
             if best is None or status_of(failure) != "out of memory":
                 raise
+            if order.device.type == "cuda":
+                torch.cuda.empty_cache()
             break
         yield tried
         improved = best is None or tried.per_cell * FASTER < best.per_cell
         best = tried if best is None or tried.per_cell < best.per_cell else best
         worse = 0 if improved else worse + 1
-        spent = time.monotonic() - began
+        compiling = max(compiling, tried.first_call)
+        left = until - time.monotonic()
         # the next batch takes twice as long at most, with the calls before its repeats
         next_takes = 2 * tried.per_cell * batch * (FEWEST + 2)
-        if worse == 2 or spent + next_takes > SEARCH_SHARE * point.limit:
+        if worse == 2 or next_takes > left - (1 - SEARCH_SHARE) * (point.limit - compiling):
             break
     assert best is not None
     again = order.seconds + best.per_cell * best.batch * (FEWEST + 2)
-    if sum(best.durations) < order.seconds and time.monotonic() - began + again < point.limit:
-        yield measure(model, cells, best.batch, order, order.seconds, began + point.limit)
+    if sum(best.durations) < order.seconds and time.monotonic() + again < until:
+        yield measure(model, cells, best.batch, order.device, long, until)
 
 
 def measure(
-    model: Any, cells: RaggedCells, batch: int, order: Order, seconds: float, until: float
+    model: Any, cells: RaggedCells, batch: int, device: torch.device, effort: Effort, until: float
 ) -> Tried:
-    """Time calls of so many cells: three at least, if they can end before ``until``."""
-    device = order.device
+    """Time calls of so many cells; fewer than the effort's where those would not end in time."""
     inputs = iter(inputs_of(model, cells, batch))
     sets = [next(inputs)]
     one = sum(tensor.nbytes for tensor in sets[0])
@@ -176,7 +183,7 @@ def measure(
     extra = peak()
     peak_bytes = None if extra is None else extra + one
     left = int((until - time.monotonic()) / max(once, 1e-9)) - 1
-    repeats = min(max(int(seconds / max(once, 1e-6)), FEWEST), MOST, left)
+    repeats = min(max(int(effort.seconds / max(once, 1e-6)), effort.fewest), effort.most, left)
     if repeats < 1:
         return Tried(batch, (once,), first, peak_bytes)
     needed = max(2, -(-2 * cache_bytes(device) // one))
@@ -190,10 +197,10 @@ def inputs_of(model: Any, cells: RaggedCells, batch: int) -> Iterator[tuple[Tens
 
     All cells come before any comes again.
     """
-    order = torch.arange(0)
+    order = torch.arange(0, device=cells.device)
     while True:
         while len(order) < batch:
-            order = torch.cat([order, torch.randperm(len(cells))])
+            order = torch.cat([order, torch.randperm(len(cells), device=cells.device)])
         chosen, order = order[:batch], order[batch:]
         yield model.prepare(cells.take(chosen))
 
