@@ -1,8 +1,9 @@
 """How long one waits for the first result, in new processes.
 
 Whole processes are timed, the start of Python included. They take turns, so that a noisy machine
-disturbs all alike, and the first round does not count: it reads files from the disk, and compiles
-kernels where no earlier process has (their code is kept on disk).
+disturbs all alike; what takes more than a second is repeated less often. The first round does not
+count: it reads files from the disk, and compiles kernels where no earlier process has (their code
+is kept on disk).
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def untrained(folder: Path) -> Path:
 def measure_startup(
     folder: Path, device: torch.device, *, repeats: int, time_limit: float
 ) -> Iterator[Record]:
-    """A record for each of `starts`."""
+    """A record for each of `starts`, repeated so often, those above a second a third as often."""
     measured = starts(folder, device)
     first: dict[str, float] = {}
     taken: dict[str, list[float]] = {start.what: [] for start in measured}
@@ -76,6 +77,8 @@ def measure_startup(
     for repeat in range(repeats + 1):
         for start in measured:
             if start.what in failed:
+                continue
+            if repeat > max(2, repeats // 3) and first[start.what] > 1:
                 continue
             done = run_python(*start.arguments, limit=time_limit)
             if isinstance(done, Failed):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from bench.atlas_runs import QUICK_SIZES, SIZES, measure_atlases
+from bench.session import Session
 
 
-def test_atlas(session: Any) -> None:
+def test_atlas(session: Session) -> None:
     options = session.options
-    sizes = QUICK_SIZES if options.quick else SIZES
     for record in measure_atlases(
-        options.folder, options.device, sizes, time_limit=options.time_limit
+        options.folder,
+        options.device,
+        QUICK_SIZES if options.quick else SIZES,
+        repeats=1 if options.quick else 3,
+        time_limit=options.time_limit,
     ):
         session.add(record)

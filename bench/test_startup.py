@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from bench.session import Session
 from bench.startup import measure_startup
 
 
-def test_startup(session: Any) -> None:
+def test_startup(session: Session) -> None:
     options = session.options
     for record in measure_startup(
         options.folder,
         options.device,
-        repeats=3 if options.quick else 9,
+        repeats=5 if options.quick else 9,
         time_limit=options.time_limit,
     ):
         session.add(record)
