@@ -37,7 +37,8 @@ from numcodecs.delta import Delta
 from numcodecs.zstd import Zstd
 
 from bench.cells import draw_cells
-from bench.cpu import median, processor
+from bench.cpu import median
+from bench.machine import processor
 from cellpatch_fast.io.codecs_compiled import accumulate
 from cellpatch_fast.io.token_writer import CHUNK_ENTRIES
 

@@ -40,6 +40,7 @@ from cellpatch_fast.kernels.threads import run_blocks
 from numba import njit
 
 from bench.cells import draw_cells, real_cells
+from bench.machine import processor
 from bench.peers.original import PaddedPathFormer
 from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, RaggedCells
 
@@ -272,13 +273,6 @@ def report(results: dict[str, Any]) -> str:
             f"ratio {embed['ratio']:.2f}",
         ]
     return "\n".join(lines)
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.atlas_files import FORMATS, bytes_on_disk, write_atlas_files
-from bench.cpu import processor
+from bench.machine import processor
 from bench.processes import peak_memory
 from cellpatch_fast.io.chunks_direct import DirectChunks
 from cellpatch_fast.io.chunks_files import Range

@@ -37,7 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import curves
-from bench.cpu import processor
+from bench.machine import processor
 from bench.report import table
 from cellpatch_fast import CellLoader, CellPatch, CellPatchConfig, GeneVocabulary, tl
 from cellpatch_fast.model import MaskedGeneModel

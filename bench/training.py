@@ -37,7 +37,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.cells import GENES, draw_cells
-from bench.cpu import median, processor, timed, with_values
+from bench.cpu import median, timed, with_values
+from bench.machine import processor
 from bench.peers.original import PaddedPathFormer, PaddedPathFormerLp
 from bench.report import table
 from cellpatch_fast import CellPatchConfig, GeneVocabulary, RaggedCells

@@ -34,7 +34,8 @@ from cellpatch_fast.kernels.entry_attention import ragged_self_attention
 from cellpatch_fast.kernels.ragged import RaggedAttention
 
 from bench.cells import GENES, draw_cells
-from bench.cpu import median, processor, timed, with_values
+from bench.cpu import median, timed, with_values
+from bench.machine import processor
 from bench.peers.original import PaddedPathFormer
 from bench.report import table
 from cellpatch_fast import RaggedCells
