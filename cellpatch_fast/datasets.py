@@ -120,7 +120,8 @@ def synthetic_atlas(
     cells
         How many.
     genes
-        Median number of genes per cell, up to 20,000. No cell is expected to have above 25,000.
+        Median number of genes per cell, up to 20,000; markers add some. No cell is expected to have
+        above 25,000.
     spread
         Standard deviation of its logarithm, up to 2.
     cell_types
@@ -177,7 +178,6 @@ def synthetic_atlas(
     }
     arguments = {"cells": cells, "genes": genes, "spread": float(spread), **kinds._asdict()}
     arguments |= {"seed": seed, "cellpatch-fast": version("cellpatch-fast")}
-    started = time.perf_counter()
     done = entries = 0
     with (
         made_whole(path) as unfinished,
@@ -193,6 +193,7 @@ def synthetic_atlas(
             compression=compression,
         ) as writer,
     ):
+        started = time.perf_counter()
         for drawn in _drawn(law, cells, seed):
             number = len(drawn.types)
             codes = {
@@ -206,7 +207,7 @@ def synthetic_atlas(
             done += number
             entries += len(drawn.columns)
         writer.finish()
-    seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started
     return SyntheticAtlas(path, cells, len(law.columns), entries, cell_types, batches, seconds)
 
 
