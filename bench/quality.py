@@ -254,12 +254,10 @@ def measure(data: Dataset, seed: int, folder: Path, recipe: Recipe) -> dict[str,
     config = replace(recipe.config, max_genes=vocabulary.size)
     torch.manual_seed(seed)
     untrained = MaskedGeneModel(config, vocabulary)
-    with torch.no_grad():
-        untrained.gene_embedding.weight *= pretraining.gene_scale
     training_cells = data.cells[parts == "train"].copy()
-    pretrain(training_cells, folder / "pretrained", model=untrained, settings=pretraining)
+    begin: dict[str, Any] = {"config": config, "vocabulary": vocabulary}
+    pretrain(training_cells, folder / "pretrained", settings=pretraining, **begin)
     pretrained = MaskedGeneModel.from_pretrained(folder / "pretrained")
-    begin = {"config": config, "vocabulary": vocabulary}
     return {
         "logistic regression": logistic_regression(data, parts),
         "from scratch": annotation(data, parts, folder / "scratch", finetuning, **begin),

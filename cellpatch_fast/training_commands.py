@@ -333,7 +333,14 @@ def _add_settings(
         metavar="N",
         help=f"stop after N epochs without improvement; 0 for never (default: {patience})",
     )
-    add("--gene-scale", type=float, metavar="X", help="of a new model's genes (default: 1)")
+    add("--gene-rate", type=float, metavar="X", help="times the learning rate (default: 1)")
+    add("--encoder-rate", type=float, metavar="X", help="the same, of its rest (default: 1)")
+    add(
+        "--whitened",
+        action="store_true",
+        default=None,
+        help="start a new model's attention where it tells cells apart",
+    )
     add("--seed", type=natural, metavar="N", help="default: 0")
     add(
         "--deterministic",

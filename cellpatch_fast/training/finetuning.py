@@ -41,7 +41,7 @@ from .distributed import Processes
 from .evaluation import UNKNOWN, Evaluation, evaluate, require_analysis
 from .running import Running, require_possible, run_task, seeded
 from .settings import FinetuningSettings
-from .starting import learn_new_genes, loader_options, starting_model
+from .starting import learn_new_genes, loader_options, starting_model, whiten_attention
 from .task import History, Task, ranges_of
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ checkpoint_minutes, overwrite, progress
     with Processes.join(device, devices) as processes, seeded(settings.seed, processes):
         require_possible(output, settings, processes)
         require_analysis()
-        encoder = starting_model(CellPatch, model, config, vocabulary, settings.gene_scale)
+        encoder = starting_model(CellPatch, model, config, vocabulary)
         identity: dict[str, Any] = {"model": None if model is None else fingerprint(encoder)}
         if add_genes:
             learn_new_genes(encoder, data, options)
@@ -157,6 +157,8 @@ checkpoint_minutes, overwrite, progress
             annotator = CellPatchAnnotator.from_encoder(encoder, labels.classes)
             annotator = annotator.to(processes.device).float()
             task = _task(annotator, streams, rows, labels, settings, processes, threads)
+            if model is None and settings.whitened:
+                whiten_attention(annotator, task.training, settings, processes)
             identity |= {
                 "data": describe(streams),
                 **{name: value for name, value in options.items() if value},

@@ -45,6 +45,7 @@ RESULTS = (  # of an earlier run, which would be taken for those of a new one
 )
 FIELDS = {  # of a checkpoint
     *("format_version", "kind", "model", "optimizer", "place", "best", "sizes", "finished"),
+    "threads",
 }
 
 

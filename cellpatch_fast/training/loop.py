@@ -36,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..embedding import memory_errors
 from ..errors import InputError
 from ..loader import CellBatch
+from ..model import CellPatch
 from ..progress import progress_bar
 from .distributed import Processes
 from .folder import EPOCHS, STEPS, RunFolder
@@ -94,7 +95,7 @@ class Trainer:
         self._checkpoint_seconds = 60 * checkpoint_minutes
         optimizer = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
         self._optimizer = optimizer(
-            [p for p in task.model.parameters() if p.requires_grad],
+            _groups(task.model, settings),
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             fused=True,
@@ -108,6 +109,7 @@ class Trainer:
         if processes.world_size > 1:
             self._replica = DistributedDataParallel(self._losses)
         self._steps_per_epoch = len(task.training)
+        self._rate = settings.learning_rate
         self._log_steps = -(-self._steps_per_epoch * settings.epochs // MOST_ROWS)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
@@ -203,7 +205,7 @@ class Trainer:
             "step": place.step,
             "epoch": place.epoch + 1,
             "loss": recent.loss,
-            "learning_rate": self._optimizer.param_groups[0]["lr"],
+            "learning_rate": self._rate,
             "gradient_norm": norm,
             "cells_per_second": recent.speed,
         }
@@ -230,9 +232,9 @@ class Trainer:
             raise InputError(self._not_finite(mean))
         if settings.gradient_clip:
             nn.utils.clip_grads_with_norm_(weights, settings.gradient_clip, gradient_norm)
-        steps = self._steps_per_epoch * settings.epochs
+        self._rate = settings.rate(place.step, self._steps_per_epoch * settings.epochs)
         for group in self._optimizer.param_groups:
-            group["lr"] = settings.rate(place.step, steps)
+            group["lr"] = self._rate * group["times"]
         self._optimizer.step()
         place.loss_sum += total_loss
         place.targets += total
@@ -281,7 +283,7 @@ class Trainer:
             "step": place.step,
             "training_loss": place.loss_sum / place.targets,
             **{f"validation_{name}": found.get(name) for name in ("loss", *self.task.measures)},
-            "learning_rate": self._optimizer.param_groups[0]["lr"],
+            "learning_rate": self._rate,
             "seconds": place.seconds,
         }
         score = self.task.score(found) if found else math.inf
@@ -372,6 +374,21 @@ def _with_last(items: Iterator[Any]) -> Generator[tuple[Any, bool]]:
         yield before, False
         before = item
     yield before, True
+
+
+def _groups(model: CellPatch, settings: TrainingSettings) -> list[dict[str, Any]]:
+    """The optimiser's groups: weights to train, and ``times``, their learning rate's multiple."""
+    encoder = model.encoder_state().keys()
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, weight in model.named_parameters():
+        times = 1.0
+        if name == "gene_embedding.weight":
+            times = settings.gene_rate
+        elif name in encoder:
+            times = settings.encoder_rate
+        if weight.requires_grad:
+            groups.setdefault(times, []).append(weight)
+    return [{"params": weights, "times": times} for times, weights in groups.items()]
 
 
 @contextlib.contextmanager

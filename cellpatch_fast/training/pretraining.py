@@ -24,7 +24,7 @@ from .data import describe, opened, report, split_blocks
 from .distributed import Processes
 from .running import Running, require_possible, run_task, seeded
 from .settings import PretrainingSettings
-from .starting import learn_new_genes, loader_options, starting_model
+from .starting import learn_new_genes, loader_options, starting_model, whiten_attention
 from .task import History, Task, ranges_of
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def pretrain(
     options = reading_options(layer, use_raw, gene_column, input)
     with Processes.join(device, devices) as processes, seeded(settings.seed, processes):
         require_possible(output, settings, processes)
-        started = starting_model(MaskedGeneModel, model, config, vocabulary, settings.gene_scale)
+        started = starting_model(MaskedGeneModel, model, config, vocabulary)
         identity: dict[str, Any] = {
             "model": None if model is None else fingerprint(started, whole=True)
         }
@@ -124,6 +124,8 @@ def pretrain(
                 CellLoader(streams, rows=validation, **common) if len(validation) else None,
                 settings,
             )
+            if model is None and settings.whitened:
+                whiten_attention(task.model, task.training, settings, processes)
             identity |= {
                 "data": describe(streams),
                 **{name: value for name, value in options.items() if value},

@@ -19,7 +19,7 @@ Optimizer = Literal["adam", "adamw"]
 # What pretraining and fine-tuning have in common on some hundred or thousand cells. The paper's
 # settings are for millions; what these are worth is in bench/RESULTS.md, "Quality".
 FEW_CELLS: dict[str, Any] = {
-    "optimizer": "adamw", "weight_decay": 1e-2, "schedule": "cosine", "gene_scale": 3.0,
+    "optimizer": "adamw", "schedule": "cosine", "whitened": True, "gene_rate": 10.0,
 }  # fmt: skip
 
 Schedule = Literal["constant", "cosine"]
@@ -68,9 +68,14 @@ class TrainingSettings:
         for none.
     patience
         Stop after so many epochs without improvement on the validation cells; 0 never stops.
-    gene_scale
-        Of a new model: standard deviation of its gene embedding before training. At 1, as in the
-        original, attention begins nearly uniform, and few cells do not teach it to select.
+    gene_rate, encoder_rate
+        Learning rates of the gene embedding, and of the rest of the encoder, as multiples of
+        ``learning_rate``. A gene's row learns from the cells that express it, but every cell moves
+        the rest, and with it the features of all cells at once.
+    whitened
+        Of a new model: choose the output projection of its cross-attention such that what it finds
+        in the first cells has mean 0, variance 1 and no correlations. Drawn at random, as in the
+        original, a patch finds the mean of a cell's genes, which is nearly the same for all cells.
     seed
         Of weights, order, masks and dropout.
     deterministic
@@ -92,7 +97,9 @@ class TrainingSettings:
     compile: bool = False
     validation: float = 0.05
     patience: int = 0
-    gene_scale: float = 1.0
+    gene_rate: float = 1.0
+    encoder_rate: float = 1.0
+    whitened: bool = False
     seed: int = 0
     deterministic: bool = False
     backend: str | None = None
@@ -108,8 +115,8 @@ class TrainingSettings:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("weight_decay", "warmup_steps", "gradient_clip", "patience", "seed"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
-        self._require("gene_scale", 0 < self.gene_scale < math.inf, "positive")
-        self._require("learning_rate", 0 < self.learning_rate < math.inf, "positive")
+        for name in ("learning_rate", "gene_rate", "encoder_rate"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "positive")
         self._require("validation", 0 <= self.validation < 1, "at least 0 and below 1")
         self._require("optimizer", self.optimizer in get_args(Optimizer), "adam or adamw")
         self._require("schedule", self.schedule in get_args(Schedule), "constant or cosine")
@@ -171,7 +178,8 @@ class PretrainingSettings(TrainingSettings):
     @classmethod
     def for_few_cells(cls, **changes: Any) -> PretrainingSettings:
         """For some hundred or thousand cells; see also `CellPatchConfig.for_few_cells`."""
-        fields = {"epochs": 25, "batch_size": 16, "learning_rate": 3e-3, "warmup_steps": 50}
+        fields = {"epochs": 20, "batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 50}
+        fields |= {"weight_decay": 1e-2, "encoder_rate": 0.3}
         return cls(**FEW_CELLS | fields | changes)
 
     @property
@@ -219,8 +227,8 @@ class FinetuningSettings(TrainingSettings):
     @classmethod
     def for_few_cells(cls, **changes: Any) -> FinetuningSettings:
         """For some hundred or thousand cells; see also `CellPatchConfig.for_few_cells`."""
-        fields = {"epochs": 40, "batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 20}
-        fields |= {"hidden": 0.5, "patience": 0}
+        fields = {"epochs": 30, "batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 20}
+        fields |= {"weight_decay": 0.3, "encoder_rate": 0.1, "hidden": 0.5, "patience": 0}
         return cls(**FEW_CELLS | fields | changes)
 
     def __post_init__(self) -> None:

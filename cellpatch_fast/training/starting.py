@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 
+from .. import kernels
 from ..config import CellPatchConfig
 from ..errors import InputError
+from ..loader import CellLoader
 from ..model import CellPatch
 from ..model.storage import local_directory, parts_of
 from .data import new_genes, opened
@@ -19,6 +24,9 @@ from .settings import TrainingSettings
 if TYPE_CHECKING:
     from ..genes import GeneVocabulary
 
+WHITENED_CELLS = 512  # enough for the covariance of 32 numbers, which 64 patches of each have
+LEAST_VARIANCE = 1e-4  # of the largest: what varies less is noise, and stays small
+
 CellPatchT = TypeVar("CellPatchT", bound=CellPatch)
 
 
@@ -27,7 +35,6 @@ def starting_model(
     model: CellPatch | str | Path | None,
     config: CellPatchConfig | None,
     vocabulary: GeneVocabulary | None,
-    gene_scale: float,
 ) -> CellPatchT:
     """The model that training starts from, the run's own.
 
@@ -38,8 +45,6 @@ def starting_model(
     model
         A model or its directory; None for a new one of ``config`` and ``vocabulary``, by default
         the paper's and the human genes.
-    gene_scale
-        What the gene embedding of a new one is multiplied with.
 
     Raises
     ------
@@ -49,10 +54,7 @@ def starting_model(
     if model is None:
         from ..genes import GeneVocabulary
 
-        made = kind(config or CellPatchConfig(), vocabulary or GeneVocabulary.human())
-        with torch.no_grad():
-            made.gene_embedding.weight.mul_(gene_scale)
-        return made
+        return kind(config or CellPatchConfig(), vocabulary or GeneVocabulary.human())
     if config is not None or vocabulary is not None:
         raise InputError(
             "a model has its own configuration and vocabulary: give a model to start from, or "
@@ -65,6 +67,52 @@ def starting_model(
     else:
         model = copy.deepcopy(model)
     return model if isinstance(model, kind) else kind.from_encoder(model)
+
+
+@torch.inference_mode()
+def whiten_attention(
+    model: CellPatch, loader: CellLoader, settings: TrainingSettings, processes: Processes
+) -> None:
+    """Have what the cross-attention of a new model adds to the patches tell cells apart.
+
+    Attended values [c, p, D] of the first cells get mean 0 and the identity as covariance, by the
+    output projection: its drawn matrix follows the (symmetric) whitening matrix.
+
+    Parameters
+    ----------
+    model
+        Its output projection is replaced.
+    loader
+        Of the cells to begin with: `WHITENED_CELLS`, of all processes together.
+    settings, processes
+        Of the run.
+    """
+    weights, projection = model.encoder_weights(), model.cross_block.attention.out_proj
+    dim = model.config.dim
+    sums = np.zeros(1 + dim + dim * dim)  # number, sum, and sum of products
+    with contextlib.closing(iter(loader)) as batches:
+        for batch in itertools.islice(batches, -(-WHITENED_CELLS // settings.batch_size)):
+            cells = batch.cells
+            found, _ = kernels.patch_attention(
+                weights, cells.offsets, cells.genes, cells.values, backend=settings.backend
+            )
+            found = found[cells.lengths > 0].flatten(0, 1).double()  # [c · p, D]
+            parts = [found.new_tensor([len(found)]), found.sum(0), (found.T @ found).flatten()]
+            sums += torch.cat(parts).numpy(force=True)
+    number, total, products = np.split(processes.sum(sums), [1, 1 + dim])
+    if not number:
+        return
+    mean = total / number
+    covariance = products.reshape(dim, dim) / number - np.outer(mean, mean)
+    variances, directions = np.linalg.eigh(covariance)
+    if variances[-1] <= 0:
+        return
+    variances = variances.clip(min=LEAST_VARIANCE * variances[-1])
+    drawn = projection.weight.numpy(force=True).astype(np.float64)
+    matrix = drawn @ (directions / np.sqrt(variances)) @ directions.T
+    matrix *= np.sqrt(dim / np.square(drawn).sum())
+    projection.weight.copy_(torch.from_numpy(matrix))
+    projection.bias.copy_(torch.from_numpy(-matrix @ mean))
 
 
 def learn_new_genes(model: CellPatch, data: Any, options: dict[str, Any]) -> None:

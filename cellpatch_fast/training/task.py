@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ..loader import CellBatch, CellLoader
-from ..model.storage import StoredModel
+from ..model import CellPatch
 
 
 class Task(ABC):
@@ -25,7 +25,7 @@ class Task(ABC):
         Loaders of the cells; ``validation`` is None where there are none.
     """
 
-    model: StoredModel
+    model: CellPatch
     training: CellLoader
     validation: CellLoader | None
     measures: tuple[str, ...]  # beside the loss, of validation

@@ -119,7 +119,7 @@ def test_loading_does_not_import_the_compiler(directory: Path) -> None:
         cellpatch_fast.CellPatch.from_pretrained(sys.argv[1])
         print("cellpatch_fast.model.storage" in sys.modules, "torch._dynamo" in sys.modules)
     """
-    command = [sys.executable, "-c", code, directory]
+    command = [sys.executable, "-c", code, str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False"]
 

@@ -142,6 +142,23 @@ def test_interrupted_runs_end_with_the_bits_of_uninterrupted_ones(
     assert (run("part", settings) / "epochs.csv").stat().st_mtime  # finished: nothing to do
 
 
+def test_another_number_of_threads_is_told(
+    run: Pretrain, pretraining: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a CPU, sums are split by it, so the last bits can differ."""
+    before = torch.get_num_threads()
+    run("run", pretraining(epochs=1))
+    torch.set_num_threads(before + 1)
+    try:
+        run("run", pretraining(epochs=2))
+    finally:
+        torch.set_num_threads(before)
+    assert f"interrupted with {before} threads and goes on with {before + 1}" in caplog.text
+    caplog.clear()
+    run("run", pretraining(epochs=3))  # written with one more
+    assert f"goes on with {before}:" in caplog.text
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs kill -9")
 def test_killed_runs_end_with_the_bits_of_uninterrupted_ones(
     run: Pretrain, pretraining: Settings, file: Path, config: CellPatchConfig, tmp_path: Path,
@@ -174,7 +191,7 @@ def test_two_processes_take_the_course_of_one(
 ) -> None:  # fmt: skip
     """Of one with the double batch: a batch is a batch, whoever computes its parts."""
     config = replace(config, attention_dropout=0.0, decoder_dropout=0.0)
-    settings = pretraining()
+    settings = pretraining(whitened=True, gene_rate=3.0, encoder_rate=0.5)
     alone = run("alone", settings, config=config)
     command = command_of(tmp_path / "two", file, config, settings, small_vocabulary, tmp_path)
     command += ["--devices", "2", "--device", "cpu"]
