@@ -17,7 +17,6 @@ import torch
 from cellpatch_fast.benchmarks.results import Record, Run, Timing
 
 ROOT = Path(__file__).parents[2]
-FAKES = "tests.bench.fake_models"
 
 
 def pytest_bench(*arguments: str | Path) -> tuple[int, str]:
@@ -35,18 +34,43 @@ def pytest_bench(*arguments: str | Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+def older_run(path: Path, name: str) -> Path:
+    """A results file in which one benchmark took next to no time."""
+    seconds = Timing(1e-12, 1e-12, 1e-12, 1)
+    run = Run(
+        date="2026-01-01T00:00:00",
+        device={"type": "cpu", "name": "another", "slug": "another"},
+        versions={},
+        settings={},
+        ceilings={},
+        models={},
+        records=[Record("startup", name, "measured", seconds=seconds, details={"what": ""})],
+    )
+    run.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, Path]:
+    """Exit code, output and folder of a small run of two models, with a faster one to compare."""
+    folder = tmp_path_factory.mktemp("results")
+    old = older_run(folder / "old.json", "runtime/CellPatch (ours)/53")
+    code, output = pytest_bench(
+        *("--models", "ours,cellpatch-original", "--genes", "101,53", "--cells", "3"),
+        *("--results", folder, "--benchmark-json", folder / "plugin.json"),
+        *("--compare", old, "--threshold", "1.5"),
+    )
+    return code, output, folder
+
+
 def results_in(folder: Path) -> Path:
     (path,) = folder.glob("*/*.json")
     return path
 
 
-def test_a_run_leaves_results_and_their_report(tmp_path: Path) -> None:
-    code, output = pytest_bench(
-        *("--models", "ours,cellpatch-original", "--genes", "101,53", "--cells", "3"),
-        *("--results", tmp_path, "--benchmark-json", tmp_path / "plugin.json"),
-    )
-    assert code == 0, output
-    path = results_in(tmp_path)
+def test_a_run_leaves_results(finished: tuple[int, str, Path]) -> None:
+    _, output, folder = finished
+    path = results_in(folder)
     run = Run.load(path)
     names = [
         f"runtime/{model}/{genes}"
@@ -67,57 +91,77 @@ def test_a_run_leaves_results_and_their_report(tmp_path: Path) -> None:
         assert record.details["first_call_seconds"] > 0
         assert record.details["model_bytes"] > 4 * 60_000 * 32  # the table of genes
         assert run.models[record.details["model"]]["parameters"] > 60_000 * 32
+    assert f"results: {path}" in output
+    assert "4 passed" in output
+
+
+def test_a_run_leaves_a_report(finished: tuple[int, str, Path]) -> None:
+    _, output, folder = finished
+    path = results_in(folder)
     for suffix in (".md", ".html", "-runtime.png", "-runtime.svg"):
         assert path.with_name(path.stem + suffix).stat().st_size > 0
-    assert str(path) in output
+    assert f"report: {path.with_suffix('.html')}" in output
     assert "| CellPatch, original |" in output
-    # pytest-benchmark has the same times
-    benchmarks = json.loads((tmp_path / "plugin.json").read_text())["benchmarks"]
-    medians = [record.seconds.median for record in run.records]
+
+
+def test_pytest_benchmark_has_the_same_times(finished: tuple[int, str, Path]) -> None:
+    folder = finished[2]
+    benchmarks = json.loads((folder / "plugin.json").read_text())["benchmarks"]
+    records = Run.load(results_in(folder)).records
+    medians = [record.seconds.median for record in records]
     assert [found["stats"]["median"] for found in benchmarks] == pytest.approx(medians)
 
 
+def test_a_run_that_is_too_slow_fails(finished: tuple[int, str, Path]) -> None:
+    code, output, _ = finished
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert "Warning: the runs differ in their device" in output
+    assert "more than 1.5 × as slow as the older run: runtime/CellPatch (ours)/53" in output
+
+
 @pytest.fixture(scope="module")
-def fake_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, Run]:
-    """A run of models that fail in every way, compared with one in which ours took no time."""
-    folder = tmp_path_factory.mktemp("fakes")
-    old = Run(
-        date="2026-01-01T00:00:00",
-        device={"type": "cpu", "name": "another", "slug": "another"},
-        versions={},
-        settings={},
-        ceilings={},
-        models={"the quick one": {"ours": True}},
-        records=[
-            Record(
-                *("runtime", "runtime/the quick one/101", "measured"),
-                seconds=Timing(1e-12, 1e-12, 1e-12, 1),
-                details={"model": "the quick one", "genes": 101},
-            )
-        ],
-    )
-    old.save(folder / "old.json")
-    code, output = pytest_bench(
-        *("--registry", FAKES, "--genes", "101,307,401", "--cells", "2", "--time-limit", "1.5"),
-        *("--results", folder, "--compare", folder / "old.json", "--threshold", "1.5"),
-        *("--deselect", "bench/test_runtime_vs_genes.py::test_annotation[wrong-307]"),
-        *("--deselect", "bench/test_runtime_vs_genes.py::test_annotation[wrong-401]"),
-    )
-    return code, output, Run.load(results_in(folder))
+def bench() -> Iterator[SimpleNamespace]:
+    """The benchmarks' modules, found by processes as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        patch.setenv("PYTHONPATH", str(ROOT))
+        names = ("options", "runtime", "session")
+        yield SimpleNamespace(**{name: importlib.import_module(f"bench.{name}") for name in names})
+
+
+Read = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def read(bench: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Read:
+    """``read(arguments...)``: the options of a command line."""
+    folder = tmp_path_factory.mktemp("options")
+
+    def read(*arguments: str | Path) -> Any:
+        parser = pytest.Parser(_ispytest=True)
+        bench.options.add_options(parser)
+        if "--results" not in arguments:
+            arguments += ("--results", folder / "results")
+        option = parser.parse(["bench", *map(str, arguments)])
+        return bench.options.read_options(SimpleNamespace(option=option), folder)
+
+    return read
 
 
 Found = Callable[[str], dict[int, Record]]
 
 
 @pytest.fixture(scope="module")
-def found(fake_run: tuple[int, str, Run]) -> Found:
-    """``found(key)``: a model's records by genes."""
-    records = fake_run[2].of("runtime")
-    return lambda key: {
-        record.details["genes"]: record
-        for record in records
-        if record.details["model"] == f"the {key} one"
-    }
+def found(bench: SimpleNamespace, read: Read) -> Iterator[Found]:
+    """``found(key)``: the records of one of the fake models, by genes."""
+    options = read(
+        *("--device", "cpu", "--registry", "tests.bench.fake_models", "--genes", "101,307,401"),
+        *("--cells", "2", "--time-limit", "1.5"),
+    )
+    peers = {peer.key: peer for peer in options.peers}
+    runtime = bench.runtime.Runtime(options, {})
+    yield lambda key: {genes: runtime.measure(peers[key], genes)[0] for genes in options.genes}
+    runtime.close()
 
 
 def test_a_point_beyond_the_time_limit_is_out_of_time_and_so_are_larger_ones(found: Found) -> None:
@@ -150,6 +194,7 @@ def test_a_missing_package_skips_its_model(found: Found) -> None:
 
 def test_equal_sequences_are_measured_once(found: Found) -> None:
     first, *others = found("capped").values()
+    assert first.measured
     assert first.details["ignored"] == 101 - 53
     for record in others:
         assert record.seconds == first.seconds
@@ -157,39 +202,18 @@ def test_equal_sequences_are_measured_once(found: Found) -> None:
         assert record.details["ignored"] == record.details["genes"] - 53
 
 
-def test_a_failed_model_and_a_slower_one_fail_the_run(fake_run: tuple[int, str, Run]) -> None:
-    code, output, run = fake_run
-    assert code == 1
-    assert "failed: ValueError: a mistake in the model" in output
-    assert "more than 1.5 × as slow as the older run: runtime/the quick one/101" in output
-    assert "Warning: the runs differ in their device" in output
-    assert len(run.records) == 3 * 8 - 2
+def test_a_mistake_in_a_model_fails_its_points(found: Found) -> None:
+    records = found("wrong")
+    assert {record.status for record in records.values()} == {"failed"}
+    assert records[101].reason == "ValueError: a mistake in the model"
 
 
-@pytest.fixture(scope="module")
-def options() -> Iterator[Any]:
-    """The benchmarks' module of options."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-        yield importlib.import_module("bench.options")
-
-
-Read = Callable[..., Any]
-
-
-@pytest.fixture
-def read(options: Any, tmp_path: Path) -> Read:
-    """``read(arguments...)``: the options of a command line."""
-
-    def read(*arguments: str | Path) -> Any:
-        parser = pytest.Parser(_ispytest=True)
-        options.add_options(parser)
-        if "--results" not in arguments:
-            arguments += ("--results", tmp_path / "results")
-        option = parser.parse(["bench", *map(str, arguments)])
-        return options.read_options(SimpleNamespace(option=option), tmp_path)
-
-    return read
+def test_a_run_that_measured_nothing_writes_nothing(bench: SimpleNamespace, read: Read) -> None:
+    session = bench.session.Session(read("--device", "cpu"))
+    session.add(Record("runtime", "runtime/ours/53", "out of time", "limit 1 s"))
+    assert session.finish(interrupted=False) == 0
+    assert session.summary == ["nothing was measured: no results were written"]
+    assert not list(session.options.results.iterdir())
 
 
 def refused(read: Read, *arguments: str | Path) -> str:
