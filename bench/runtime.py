@@ -31,6 +31,7 @@ from bench.batches import DISTINCT, Drawing
 from bench.options import Options
 from bench.peers.registry import ENVIRONMENT, Peer
 from bench.processes import timing_of
+from bench.session import described
 from bench.worker import Broken, Made, Message, Order, Point, Tried
 from cellpatch_fast.benchmarks.results import Record
 
@@ -126,7 +127,9 @@ class Runtime:
         self.found: list[tuple[Record, Sequence[float]]] = []
         self.ended: Ended | None = None
 
-        if FORKED and options.device.type == "cpu":
+        if options.device.type == "cuda":
+            torch.cuda.empty_cache()  # of what was measured before, in this process
+        elif FORKED:
             start_forkserver(options)
 
     def measure(self, peer: Peer, genes: int) -> tuple[Record, Sequence[float]]:
@@ -240,9 +243,3 @@ def start_forkserver(options: Options) -> None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def described(peer: Peer) -> dict[str, Any]:
-    """What the results say of a model; its parameters are counted once it is there."""
-    told = ("ours", "cap", "published", "architecture", "setting", "assumed", "source")
-    return {"key": peer.key, "parameters": None} | {key: getattr(peer, key) for key in told}

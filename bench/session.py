@@ -8,6 +8,7 @@ timer is a `Clock` that only a record moves on.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -19,6 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.ceilings import measure_ceilings
 from bench.machine import describe_device, installed
 from bench.options import Options
+from bench.peers.registry import Peer
 from cellpatch_fast.benchmarks.compare import compare, slower_than
 from cellpatch_fast.benchmarks.report import write_report
 from cellpatch_fast.benchmarks.results import Record, Run
@@ -47,7 +49,8 @@ class Session:
     Attributes
     ----------
     models
-        What is said of each model in the results, by name: runtime records need theirs there.
+        What the results say of each model, by name; `described` says all but its parameters. Those
+        chosen that a record names in its details are added in the end.
     records
         What was added so far.
     """
@@ -113,26 +116,36 @@ class Session:
         if not any(record.measured for record in self.records):
             self.summary = ["nothing was measured: no results were written"]
             return 0
-        run = Run(
+        run = self._run(interrupted)
+        path = run.path_in(self.options.results)
+        self.summary = [table.markdown() for table in runtime_tables(run)]
+        statuses = Counter(record.status for record in self.records)
+        lines = [", ".join(f"{count} {status}" for status, count in statuses.items())]
+        lines += [f"failed: {r.name}: {r.reason}" for r in self.records if r.status == "failed"]
+        try:
+            run.save(path)
+            lines.append(f"results: {path}")
+            written = [file for file in write_report(path) if file.suffix in (".md", ".html")]
+            lines += [f"report: {file}" for file in written]
+        except InputError as error:
+            lines.append(f"error: {error}")
+            return 1
+        finally:
+            self.summary.append("\n".join(lines))
+        return self._compare(run)
+
+    def _run(self, interrupted: bool) -> Run:
+        named = {record.details.get("model") for record in self.records}
+        others = [peer for peer in self.options.peers if peer.name in named - self.models.keys()]
+        return Run(
             date=self.began.isoformat(timespec="seconds"),
             device=describe_device(self.options.device),
             versions=installed(),
             settings=self.options.settings | {"interrupted": interrupted},
             ceilings={} if interrupted and "ceilings" not in self.__dict__ else self.ceilings,
-            models=self.models,
+            models=self.models | {peer.name: described(peer) for peer in others},
             records=self.records,
         )
-        path = run.path_in(self.options.results)
-        self.summary = [table.markdown() for table in runtime_tables(run)]
-        try:
-            run.save(path)
-            self.summary.append(f"results: {path}")
-            written = [file for file in write_report(path) if file.suffix in (".md", ".html")]
-            self.summary += [f"report: {file}" for file in written]
-        except InputError as error:
-            self.summary.append(f"error: {error}")
-            return 1
-        return self._compare(run)
 
     def _compare(self, run: Run) -> int:
         old, threshold = self.options.compare, self.options.threshold
@@ -145,3 +158,9 @@ class Session:
             names = ", ".join(row.name for row in slower)
             self.summary.append(f"more than {threshold:g} × as slow as the older run: {names}")
         return 1 if slower else 0
+
+
+def described(peer: Peer) -> dict[str, Any]:
+    """What the results say of a model; its parameters are counted once it is there."""
+    told = ("ours", "cap", "published", "architecture", "setting", "assumed", "source")
+    return {"key": peer.key, "parameters": None} | {key: getattr(peer, key) for key in told}
