@@ -44,7 +44,10 @@ FEWEST = 3  # repeats
 SEARCHED, MEASURED = 20, 100  # repeats at most: of each size, and of the best
 SEARCH_TIME = 1 / 5  # of the seconds that the best is measured for, for each size
 SEARCH_SHARE = 0.6  # of the time that the first call leaves, after which no larger batch is begun
-NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+NO_MEMORY = (
+    *("not enough memory", "can't allocate memory", "out of memory"),
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 class Order(NamedTuple):
@@ -90,6 +93,11 @@ class Tried:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """The cells of a point are there: from now on its time counts."""
+
+
+@dataclass(frozen=True)
 class Finished:
     """No more of this point will follow."""
 
@@ -102,23 +110,26 @@ class Broken:
     reason: str
 
 
-Message = Made | Tried | Finished | Broken
+Message = Made | Ready | Tried | Finished | Broken
 
 
 def serve(pipe: Connection, order: Order) -> None:
-    """Make the model, then answer each `Point` by messages, until there is None."""
+    """Make the model, then answer each `Point` by messages, as long as someone asks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     die_first()
     try:
         model, made = make(order)
         pipe.send(made)
-        while (point := pipe.recv()) is not None:
+        while True:
+            point: Point = pipe.recv()
             cells = read_cells(point.file).to(order.device)
-            pipe.send(Finished())  # from here on the time counts
+            pipe.send(Ready())
             with torch.inference_mode():
                 for tried in search(model, cells, point, order):
                     pipe.send(tried)
             pipe.send(Finished())
+    except EOFError:
+        return
     except Exception as failure:
         pipe.send(Broken(status_of(failure), explain(failure)))
 

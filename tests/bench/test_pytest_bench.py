@@ -216,6 +216,19 @@ def test_a_run_that_measured_nothing_writes_nothing(bench: SimpleNamespace, read
     assert not list(session.options.results.iterdir())
 
 
+def test_an_interrupted_run_writes_what_it_has(
+    bench: SimpleNamespace, read: Read, tmp_path: Path
+) -> None:
+    session = bench.session.Session(read("--device", "cpu", "--results", tmp_path))
+    seconds = Timing(0.3, 0.5, 0.7, 3)
+    record = Record("startup", "startup/x", "measured", seconds=seconds, details={"what": "x"})
+    session.add(record)
+    assert session.finish(interrupted=True) == 0
+    run = Run.load(results_in(tmp_path))
+    assert run.records == [record]
+    assert run.settings["interrupted"]
+
+
 def refused(read: Read, *arguments: str | Path) -> str:
     with pytest.raises(pytest.UsageError) as error:
         read(*arguments)
