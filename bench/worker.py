@@ -42,7 +42,7 @@ CLASSES = 11  # of the annotation, as in Zheng68K
 FASTER = 1.05  # than the best so far, for the next size of batch to count as better
 FEWEST = 3  # repeats
 SEARCHED, MEASURED = 20, 100  # repeats at most: of each size, and of the best
-SEARCH_TIME = 1 / 5  # of the seconds that the best is measured for, for each size
+SEARCH_TIME = 1 / 10  # of the seconds that the best is measured for, for each size
 SEARCH_SHARE = 0.6  # of the time that the first call leaves, after which no larger batch is begun
 NO_MEMORY = (
     *("not enough memory", "can't allocate memory", "out of memory"),
