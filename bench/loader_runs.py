@@ -20,11 +20,12 @@ from cellpatch_fast.benchmarks.results import Record
 FORMATS = ("zarr", "h5ad-none")  # anndata's defaults
 CHOSEN = ("CellLoader", "CellLoader, shuffled", "anndata slices", "h5py slices, scanpy")
 GENES = 1_500  # of a cell, the median
+CELLS = {True: (10_000, 1), False: (300_000, 5)}  # and repeats, by whether the run is quick
 
 
 def measure_loaders(options: Options) -> Iterator[Record]:
     """A record of each method and format."""
-    cells, repeats = (10_000, 3) if options.quick else (300_000, 5)
+    cells, repeats = CELLS[options.quick]
     written = write_atlas_files(options.folder, cells, GENES, FORMATS)
     paths = {"tokens": options.folder / "tokens.zarr", **written.paths}
     if not paths["tokens"].exists():

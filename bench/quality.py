@@ -246,32 +246,39 @@ def neighbour_agreement(data: Dataset, model: CellPatch) -> dict[str, float]:
     return found
 
 
-def measure(data: Dataset, seed: int, folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Everything about one data set with one split."""
+def measure(
+    data: Dataset, seed: int, folder: Path, recipe: Recipe, *, pretraining: bool = True
+) -> dict[str, Any]:
+    """Everything about one data set with one split; without what needs ``pretraining``, if so."""
     parts, vocabulary = split(data, seed), data.vocabulary
     recipe = recipe.with_seed(seed)
-    pretraining, finetuning = recipe.pretraining, recipe.finetuning
     config = replace(recipe.config, max_genes=vocabulary.size)
+    begin: dict[str, Any] = {"config": config, "vocabulary": vocabulary}
+    found: dict[str, Any] = {
+        "logistic regression": logistic_regression(data, parts),
+        "from scratch": annotation(data, parts, folder / "scratch", recipe.finetuning, **begin),
+    }
+    if not pretraining:
+        return found
     torch.manual_seed(seed)
     untrained = MaskedGeneModel(config, vocabulary)
     training_cells = data.cells[parts == "train"].copy()
-    begin: dict[str, Any] = {"config": config, "vocabulary": vocabulary}
-    pretrain(training_cells, folder / "pretrained", settings=pretraining, **begin)
+    pretrain(training_cells, folder / "pretrained", settings=recipe.pretraining, **begin)
     pretrained = MaskedGeneModel.from_pretrained(folder / "pretrained")
-    return {
-        "logistic regression": logistic_regression(data, parts),
-        "from scratch": annotation(data, parts, folder / "scratch", finetuning, **begin),
-        "pretrained": annotation(data, parts, folder / "annotator", finetuning, model=pretrained),
-        "reconstruction": reconstruction(data, parts, pretrained, pretraining),
+    return found | {
+        "pretrained": annotation(
+            data, parts, folder / "annotator", recipe.finetuning, model=pretrained
+        ),
+        "reconstruction": reconstruction(data, parts, pretrained, recipe.pretraining),
         "neighbours before": neighbour_agreement(data, untrained),
         "neighbours after": neighbour_agreement(data, pretrained),
     }
 
 
 def median(found: Sequence[Any]) -> Any:
-    """The median of each number in dictionaries of dictionaries."""
+    """The median of each number in dictionaries of dictionaries, of those that have it."""
     if isinstance(found[0], dict):
-        return {name: median([each[name] for each in found]) for name in found[0]}
+        return {name: median([each[name] for each in found if name in each]) for name in found[0]}
     return float(np.median(found))
 
 
@@ -292,10 +299,12 @@ def report(results: dict[str, Any]) -> str:
     methods = ("logistic regression", "from scratch", "pretrained")
     body = []
     for name, found in results["data"].items():
+        pretrained = sum("pretrained" in seed for seed in found["seeds"])
         for measure_name in ("accuracy", "macro F1"):
             values = [found["median"][method][measure_name] for method in methods]
-            body.append([f"{name}, {measure_name}", *(f"{value:.3f}" for value in values)])
-    lines += table(["annotation of test cells", *methods], body)
+            row = [f"{name}, {measure_name}", *(f"{value:.3f}" for value in values)]
+            body.append([*row, str(pretrained)])
+    lines += table(["annotation of test cells", *methods, "seeds of pretrained"], body)
     body = []
     for name, found in results["data"].items():
         error, means = found["median"]["reconstruction"].values()
@@ -322,22 +331,35 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with further data sets")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
+        "--pretrained",
+        type=int,
+        nargs="+",
+        help="pretrain so many of the seeds, for each data set in turn; all without it",
+    )
+    parser.add_argument(
         "--folder", type=Path, help="keep the runs here; go on where there are some"
     )
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     recipe, seeds, steps = (TOY, 1, 20) if options.toy else (RECIPE, options.seeds, CURVE_STEPS)
     datasets = read_datasets(options.data)
+    if options.pretrained and (
+        min(options.pretrained) < 1 or len(options.pretrained) != len(datasets)
+    ):
+        names = ", ".join(dataset.name for dataset in datasets)
+        parser.error(f"--pretrained takes a number of seeds, 1 at least, for each of {names}")
     if options.toy:
         datasets = [dataset.some(TOY_CELLS) for dataset in datasets]
     data: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         loss = loss_curves(datasets[0], steps, folder / "curves", recipe)
-        for dataset in datasets:
+        for number, dataset in enumerate(datasets):
             found = []
             for seed in range(seeds):
-                found.append(measure(dataset, seed, folder / dataset.name / str(seed), recipe))
+                run = folder / dataset.name / str(seed)
+                pretraining = options.pretrained is None or seed < options.pretrained[number]
+                found.append(measure(dataset, seed, run, recipe, pretraining=pretraining))
                 print(f"{dataset.name}, seed {seed}: {json.dumps(found[-1])}", file=sys.stderr)
             data[dataset.name] = {"median": median(found), "seeds": found}
     results: dict[str, Any] = {
