@@ -11,7 +11,7 @@ def test_startup(session: Session) -> None:
     for record in measure_startup(
         options.folder,
         options.device,
-        repeats=5 if options.quick else 9,
+        repeats=3 if options.quick else 9,
         time_limit=options.time_limit,
     ):
         session.add(record)

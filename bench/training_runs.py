@@ -18,7 +18,7 @@ from bench.peers.registry import PEERS
 from bench.processes import timing_of
 from cellpatch_fast.benchmarks.results import Record
 
-QUICK = training.Sizes(pretraining_cells=128, finetuning_cells=256, repeats=3)
+QUICK = training.Sizes(pretraining_cells=64, finetuning_cells=128, repeats=3)
 FULL = training.Sizes(repeats=5)
 OURS = next(peer.name for peer in PEERS if peer.ours)
 ORIGINAL = next(peer.name for peer in PEERS if peer.key == "cellpatch-original")
