@@ -109,7 +109,6 @@ class Trainer:
         if processes.world_size > 1:
             self._replica = DistributedDataParallel(self._losses)
         self._steps_per_epoch = len(task.training)
-        self._rate = settings.learning_rate
         self._log_steps = -(-self._steps_per_epoch * settings.epochs // MOST_ROWS)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
@@ -199,13 +198,16 @@ class Trainer:
                     saved = time.perf_counter()
         place.seconds += time.perf_counter() - saved
 
+    def _rate(self, step: int) -> float:
+        return self.settings.rate(step, self._steps_per_epoch * self.settings.epochs)
+
     def _row(self, recent: _Recent, norm: float) -> dict[str, Any]:
         place = self.place
         return {
             "step": place.step,
             "epoch": place.epoch + 1,
             "loss": recent.loss,
-            "learning_rate": self._rate,
+            "learning_rate": self._rate(place.step - 1),
             "gradient_norm": norm,
             "cells_per_second": recent.speed,
         }
@@ -232,9 +234,8 @@ class Trainer:
             raise InputError(self._not_finite(mean))
         if settings.gradient_clip:
             nn.utils.clip_grads_with_norm_(weights, settings.gradient_clip, gradient_norm)
-        self._rate = settings.rate(place.step, self._steps_per_epoch * settings.epochs)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate * group["times"]
+            group["lr"] = self._rate(place.step) * group["times"]
         self._optimizer.step()
         place.loss_sum += total_loss
         place.targets += total
@@ -283,7 +284,7 @@ class Trainer:
             "step": place.step,
             "training_loss": place.loss_sum / place.targets,
             **{f"validation_{name}": found.get(name) for name in ("loss", *self.task.measures)},
-            "learning_rate": self._rate,
+            "learning_rate": self._rate(place.step - 1),
             "seconds": place.seconds,
         }
         score = self.task.score(found) if found else math.inf

@@ -159,6 +159,26 @@ def test_another_number_of_threads_is_told(
     assert f"goes on with {before}:" in caplog.text
 
 
+def test_runs_interrupted_while_validating_end_with_the_same_bits_too(
+    run: Pretrain, pretraining: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All steps of the epoch are done, but it is not: the checkpoint is of its last step."""
+    settings = pretraining(schedule="cosine")
+    whole = run("whole", settings)
+    validate = Trainer._validate
+
+    def interrupt(self: Trainer) -> dict[str, float]:
+        if self.place.epoch == 1:
+            raise KeyboardInterrupt
+        return validate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_validate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run("part", settings, checkpoint_minutes=0)
+    assert_same_run(run("part", settings), whole)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs kill -9")
 def test_killed_runs_end_with_the_bits_of_uninterrupted_ones(
     run: Pretrain, pretraining: Settings, file: Path, config: CellPatchConfig, tmp_path: Path,
