@@ -36,7 +36,7 @@ CPU_CASES = (
     *(Case(f"{n:,}", constant(n)) for n in (500, 2000, 8000)),
     Case("log-normal", log_normal),
 )
-GROUP_SECONDS = {True: 45.0, False: 400.0}  # no method is started later, by whether it is quick
+GROUP_SECONDS = {True: 35.0, False: 400.0}  # no method is started later, by whether it is quick
 STATUSES = {"measured": "measured", "inaccurate": "inaccurate", "not run": "out of time"}
 
 

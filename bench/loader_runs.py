@@ -18,9 +18,13 @@ from cellpatch_fast import atlas
 from cellpatch_fast.benchmarks.results import Record
 
 FORMATS = ("zarr", "h5ad-none")  # anndata's defaults
-CHOSEN = ("CellLoader", "CellLoader, shuffled", "anndata slices", "h5py slices, scanpy")
+# By whether the run is quick: what is read, how many cells and how often.
+CHOSEN = {
+    True: ("CellLoader", "anndata slices"),
+    False: ("CellLoader", "CellLoader, shuffled", "anndata slices", "h5py slices, scanpy"),
+}
+CELLS = {True: (10_000, 1), False: (300_000, 5)}
 GENES = 1_500  # of a cell, the median
-CELLS = {True: (10_000, 1), False: (300_000, 5)}  # and repeats, by whether the run is quick
 
 
 def measure_loaders(options: Options) -> Iterator[Record]:
@@ -34,7 +38,7 @@ def measure_loaders(options: Options) -> Iterator[Record]:
         (method, name)
         for method in METHODS
         for name in method.formats
-        if method.name in CHOSEN and name in paths
+        if method.name in CHOSEN[options.quick] and name in paths
     ]
     runs: dict[tuple[str, str], list[dict[str, float]]] = {}
     failed: dict[tuple[str, str], Failed] = {}

@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 DEFAULT_GENES = "500,1000,2000,4000,8000,16000"
 # Cells of a batch at most, and seconds for a point.
 QUICK_CELLS, FULL_CELLS, GPU_CELLS = 512, 4_096, 16_384
-QUICK_LIMIT, FULL_LIMIT = 10.0, 120.0
+QUICK_LIMIT, FULL_LIMIT = 5.0, 120.0
 
 
 @dataclass(frozen=True)

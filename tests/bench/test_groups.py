@@ -107,7 +107,7 @@ def test_a_loader_is_measured_in_a_process_of_its_own(
     runs = module("loader_runs")
     monkeypatch.setattr(runs, "CELLS", {True: (97, 1)})
     monkeypatch.setattr(runs, "FORMATS", ("zarr",))
-    monkeypatch.setattr(runs, "CHOSEN", ("CellLoader, shuffled",))
+    monkeypatch.setattr(runs, "CHOSEN", {True: ("CellLoader, shuffled",)})
     monkeypatch.setattr(runs, "GENES", 31)
     (record,) = runs.measure_loaders(options)
     assert record.name == "loader/CellLoader, shuffled/tokens"
