@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cellpatch_fast import CellPatchConfig, RaggedCells
+from cellpatch_fast.benchmarks.findings import TARGET_RATIOS
 
 CLASSES = 11
 CELLPATCH = ("ours", "cellpatch-flash", "cellpatch-original")
@@ -34,6 +35,10 @@ def test_all_are_registered_once_and_ours_first(peers: SimpleNamespace) -> None:
     assert tuple(peer.key for peer in peers.registry.PEERS) == KEYS
     assert [peer.ours for peer in peers.registry.PEERS] == [True] + [False] * (len(KEYS) - 1)
     assert len({peer.name for peer in peers.registry.PEERS}) == len(KEYS)
+
+
+def test_the_targets_are_about_models_that_there_are(peers: SimpleNamespace) -> None:
+    assert {peer.name for peer in peers.registry.PEERS} > set(TARGET_RATIOS)
 
 
 @pytest.fixture(scope="module")

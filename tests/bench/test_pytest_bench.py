@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,13 +21,18 @@ ROOT = Path(__file__).parents[2]
 
 
 def pytest_bench(*arguments: str | Path) -> tuple[int, str]:
-    """Exit code and output of `pytest bench` with the group "runtime" alone."""
+    """Exit code and output of `pytest bench` with the group "runtime" alone.
+
+    pytest-benchmark measures nothing in a worker of pytest-xdist, as this process may be one.
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "bench/test_runtime_vs_genes.py"),
             *("--device", "cpu", "-p", "no:cacheprovider", *map(str, arguments)),
         ],
         cwd=ROOT,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
