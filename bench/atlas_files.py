@@ -8,8 +8,8 @@ compared. Each is what its library would write by default:
   shards of 1 GiB before compression, Blosc LZ4 level 3 with shuffle, column numbers as uint16;
 - ``h5ad-gzip``, ``h5ad-lzf``, ``h5ad-none``: .h5ad with that compression, chunks chosen by h5py.
 
-10,000 cells are drawn and repeated in random order, too far from each other for a compressor to
-notice; their counts differ each time. Any range of entries can be made by itself, so arrays are
+A part of the cells are drawn and repeated in random order, too far from each other for a compressor
+to notice; their counts differ each time. Any range of entries can be made by itself, so arrays are
 written piece by piece, of at most `PIECE` entries or one shard; that takes up to 1.2 GB of memory.
 """
 
@@ -59,9 +59,9 @@ class Atlas:
     drawn: np.ndarray
 
     @classmethod
-    def draw(cls, cells: int, genes: int, seed: int = 0) -> Atlas:
+    def draw(cls, cells: int, genes: int, drawn_cells: int, seed: int = 0) -> Atlas:
         rng = np.random.default_rng(seed)
-        offsets, tokens = draw_cells(min(DRAWN_CELLS, cells), genes, rng)
+        offsets, tokens = draw_cells(min(drawn_cells, cells), genes, rng)
         counts = rng.geometric(0.5, min(DRAWN_COUNTS, cells * genes)).astype(np.float32)
         return cls(offsets, tokens - 1, counts, rng.integers(0, len(offsets) - 1, cells))
 
@@ -106,6 +106,8 @@ def write_atlas_files(
     genes: int = 1_500,
     formats: Sequence[str] | None = None,
     progress: Callable[[str], None] = lambda line: None,
+    *,
+    drawn_cells: int = DRAWN_CELLS,
 ) -> AtlasFiles:
     """Write the atlas in each format, except where the file is there already.
 
@@ -119,9 +121,11 @@ def write_atlas_files(
         Keys of `FORMATS`; all without it.
     progress
         Is told what was written and how long it took.
+    drawn_cells
+        How many cells differ, at most; 1,000 take about two seconds to draw.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    atlas = Atlas.draw(cells, genes)
+    atlas = Atlas.draw(cells, genes, drawn_cells)
     entries = int(atlas.offsets[-1])
     paths = {}
     for name in formats or FORMATS:

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,9 @@ class Finished(NamedTuple):
         return found
 
 
-def run_python(*arguments: str | Path, limit: float | None = None) -> Finished | Failed:
+def run_python(
+    *arguments: str | Path, limit: float | None = None, environment: Mapping[str, str] | None = None
+) -> Finished | Failed:
     """Run Python from the repository's root.
 
     Parameters
@@ -46,6 +48,8 @@ def run_python(*arguments: str | Path, limit: float | None = None) -> Finished |
         Of the interpreter: ``"-c"`` and code, or ``"-m"``, a module and its arguments.
     limit
         Seconds after which it is ended.
+    environment
+        Variables that it has besides those of this process.
     """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     started = time.perf_counter()
@@ -53,7 +57,7 @@ def run_python(*arguments: str | Path, limit: float | None = None) -> Finished |
         done = subprocess.run(
             [sys.executable, *map(str, arguments)],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(environment or {}),
             capture_output=True,
             text=True,
             timeout=limit,

@@ -27,14 +27,13 @@ def bench() -> Iterator[ModuleType]:
         module = importlib.import_module("bench.atlas_files")
         patch.setattr(module, "PIECE", 1_009)
         patch.setattr(module, "DRAWN_COUNTS", 499)
-        patch.setattr(module, "DRAWN_CELLS", 53)
         patch.setattr(module, "SHARD_BYTES", 20_000)
         yield module
 
 
 @pytest.fixture(scope="module")
 def files(bench: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> object:
-    return bench.write_atlas_files(tmp_path_factory.mktemp("atlas"), CELLS, GENES)
+    return bench.write_atlas_files(tmp_path_factory.mktemp("atlas"), CELLS, GENES, drawn_cells=53)
 
 
 def read(path: Path) -> anndata.AnnData:

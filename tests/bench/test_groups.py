@@ -34,7 +34,7 @@ def kernels(module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
     """Of few genes, cells and entries."""
     runs, batches = module("kernel_runs"), module("batches")
     monkeypatch.setattr(runs, "GENES", 401)
-    monkeypatch.setattr(runs, "CPU_ENTRIES", 211)
+    monkeypatch.setattr(runs, "CPU_ENTRIES", {True: 211})
     monkeypatch.setattr(runs, "CHECKED_LENGTHS", (1, 37, 5))
     monkeypatch.setattr(runs, "CPU_CASES", (batches.Case("2,000", batches.constant(53)),))
     monkeypatch.setattr(runs, "Drawing", lambda device, entries: batches.Drawing(
@@ -88,7 +88,7 @@ def test_both_models_train_both_tasks(
     module: Callable[[str], ModuleType], options: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = module("training_runs")
-    monkeypatch.setattr(runs, "QUICK", module("training").TOY)
+    monkeypatch.setattr(runs, "QUICK", runs.Sizes(5, 4, genes=40, repeats=1))
     records = list(runs.measure_training(options))
     assert [record.name for record in records] == [
         f"training/{task}/{model}"
@@ -99,6 +99,19 @@ def test_both_models_train_both_tasks(
         assert record.details["cells"] == cells
         rate = record.details["cells_per_second"]
         assert rate * record.seconds.median == pytest.approx(cells)
+    assert [record.details.get("cells_at_once") in (4, 5) for record in records] == [
+        False, True, False, False,
+    ]  # fmt: skip
+
+
+def test_training_that_ends_early_is_recorded(
+    module: Callable[[str], ModuleType], options: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = module("training_runs")
+    monkeypatch.setattr(runs, "PATIENCE", 1e-6)
+    records = list(runs.measure_training(options))
+    assert len(records) == 4
+    assert {record.status for record in records} == {"out of time"}
 
 
 def test_a_loader_is_measured_in_a_process_of_its_own(
@@ -106,7 +119,6 @@ def test_a_loader_is_measured_in_a_process_of_its_own(
 ) -> None:
     runs = module("loader_runs")
     monkeypatch.setattr(runs, "CELLS", {True: (97, 1)})
-    monkeypatch.setattr(runs, "FORMATS", ("zarr",))
     monkeypatch.setattr(runs, "CHOSEN", {True: ("CellLoader, shuffled",)})
     monkeypatch.setattr(runs, "GENES", 31)
     (record,) = runs.measure_loaders(options)
