@@ -99,7 +99,7 @@ def make_step(
     model: nn.Module, losses: list[Callable[[], Tensor]], *, lr: float, weight_decay: float
 ) -> Step:
     """Clipped gradients of the sum of some losses, computed one after the other, and Adam."""
-    optimiser = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
+    optimiser = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     device = next(model.parameters()).device
     model.train()
 

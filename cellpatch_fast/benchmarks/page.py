@@ -40,11 +40,13 @@ TITLES = {  # of sections, by their name in `all_tables`; the figures that they 
 }
 METHODS = {  # by group
     "runtime": "Runtime is that of annotation: from genes and values on the device to the logits "
-    "of every cell, without gradients. Not timed, for any model: reading, ranking, sampling and "
-    "padding, which favours those that need them. All weights are random, of the architecture "
-    "that is stated; the number of cells in a call is chosen for each model. A model that ignores "
-    "genes beyond its cap is timed as it is, on the genes that it takes.",
-    "training": "A training step is forward, backward and the optimiser's step.",
+    "of every cell, without gradients. Cells have exactly so many genes: nobody computes padding. "
+    "Not timed, for any model: reading, ranking, sampling and padding, which favours those that "
+    "need them. All weights are random, of the architecture that is stated; the number of cells "
+    "in a call is chosen for each model. A model that ignores genes beyond its cap is timed as it "
+    "is, on the genes that it takes.",
+    "training": "A training step is forward, backward and the optimiser's step. The original "
+    "pretrains in parts of a batch, of the size that is fastest of some.",
     "kernels": "Kernels are first compared with a float64 reference on a small batch; one that is "
     "too inaccurate gets no speed.",
     "atlas": "Atlases are generated; time goes from the file to the finished embedding store.",
