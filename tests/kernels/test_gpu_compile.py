@@ -20,7 +20,7 @@ from filelock import FileLock
 
 SCRIPT = Path(__file__).parents[2] / "bench/kernel_resources.py"
 ARCHITECTURES = (80, 90, 100)
-TYPES = ("float32", "bfloat16", "float16")
+TYPES = ("float32", "bfloat16")  # what float16 is compiled to is bfloat16's code but for the format
 KERNELS = ("encode_cells", "attend_chunks", "weigh_entries")
 RAGGED = ("attend_slots", "differentiate_slots")  # of any attention, forward and backward
 SUMS = ("merge_slots", "sum_pieces", "sum_slots")  # without products, alike for all types
@@ -60,11 +60,9 @@ def names(rows: Rows) -> list[str]:
 
 def test_every_kernel_compiles_for_every_architecture_and_type(compiled: Rows) -> None:
     found = {(row["architecture"], row["type"], row["kernel"]) for row in compiled}
-    expected = set(itertools.product(ARCHITECTURES, TYPES, KERNELS))
-    # float16 is bfloat16's code but for the format
-    expected |= set(itertools.product(ARCHITECTURES, ("float32", "bfloat16"), RAGGED))
+    expected = set(itertools.product(ARCHITECTURES, TYPES, KERNELS + RAGGED))
     assert found == expected | set(itertools.product(ARCHITECTURES, ["bfloat16"], SUMS))
-    for name, kernel in itertools.product(("float32", "bfloat16"), RAGGED):
+    for name, kernel in itertools.product(TYPES, RAGGED):
         of_kernel = [r for r in compiled if (r["type"], r["kernel"]) == (name, kernel)]
         widths = {(row["architecture"], row["head_dim"]) for row in of_kernel}
         assert widths == set(itertools.product(ARCHITECTURES, (16, 128)))
@@ -104,7 +102,7 @@ def test_exponentials_bound_the_loop_over_entries_in_16_bit_types(compiled: Rows
     """
     kernels = ("encode_cells", "attend_chunks")
     loops = [row for row in compiled if row["type"] != "float32" and row["kernel"] in kernels]
-    assert len(loops) == 12
+    assert len(loops) == 6
     assert all(row["issue clocks per entry"] < 10.5 for row in loops)
     loops = [row for row in loops if row["architecture"] < 100]
     slow = [r for r in loops if r["issue clocks per entry"] >= r["exp clocks per entry"]]
