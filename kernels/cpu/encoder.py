@@ -1,8 +1,9 @@
 """The whole encoder on a CPU: what `kernels.encode` calls.
 
 Cells are shared out among threads in blocks; each cell is computed by one thread from its tokens
-to its patch features, so a cell's bits depend on nothing but the cell. Tables are kept for the
-weights used last, see `kept.Kept`.
+to its patch features, so a cell's bits depend on nothing but the cell. Tokens and values are
+converted to what the kernels read block by block, so that this takes no memory for each entry of
+the batch. Tables are kept for the weights used last, see `kept.Kept`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Prepared(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Inputs and outputs of one call."""
+    """Inputs and outputs of one call of compiled code."""
 
     offsets: np.ndarray  # int64 [c + 1]
     genes: np.ndarray  # int32 [n]
@@ -69,20 +70,16 @@ def encode(
 ) -> Encoded:
     """As `reference.encode`, in float32, without gradients. See there for shapes."""
     tables, blocks = kept.of(weights)
-    cells, entries = len(offsets) - 1, len(genes)
-    heads, patches = tables.heads, tables.patches
+    cells, heads, patches, width = len(offsets) - 1, tables.heads, tables.patches, blocks.output_dim
+    places = np.ascontiguousarray(offsets.numpy(), np.int64)
+    counts = np.zeros(cells, np.float32) if pads is None else pads.float().contiguous().numpy()
     wanted = int(attention)
     self_blocks = blocks.depth - 1
-    batch = Batch(
-        np.ascontiguousarray(offsets.numpy(), np.int64),
-        np.ascontiguousarray(genes.numpy()).astype(np.int32, copy=False),
-        values.float().contiguous().numpy(),
-        np.zeros(cells, np.float32) if pads is None else pads.float().contiguous().numpy(),
-        np.empty(cells * patches * blocks.output_dim, np.float32),
-        np.empty(wanted * entries * heads * patches, np.float32),
-        np.empty(wanted * cells * heads * patches, np.float32),
-        np.empty(wanted * cells * self_blocks * heads * patches * patches, np.float32),
-    )
+    features = np.empty((cells, patches * width), np.float32)
+    cross_attention = np.empty((wanted * len(genes), heads * patches), np.float32)
+    pad_attention = np.empty((wanted * cells, heads * patches), np.float32)
+    self_attention = np.empty((wanted * cells, self_blocks * heads * patches**2), np.float32)
+    values = values.detach()  # `torch.no_grad` is not in force in other threads
     discrete = not values.dtype.is_floating_point
 
     announce_compilation(_encode, 20)
@@ -92,20 +89,30 @@ def encode(
     def task(start: int, stop: int) -> None:
         if not hasattr(own, "scratch"):
             own.scratch = make_scratch(tables), make_block_scratch(blocks)
-        _encode(batch, tables, blocks, *own.scratch, discrete, attention, start, stop)
+        first, last = places[start], places[stop]
+        batch = Batch(
+            places[start : stop + 1] - first,
+            genes[first:last].contiguous().numpy().astype(np.int32, copy=False),
+            values[first:last].float().contiguous().numpy(),
+            counts[start:stop],
+            features[start:stop].reshape(-1),
+            cross_attention[first:last].reshape(-1),
+            pad_attention[start:stop].reshape(-1),
+            self_attention[start:stop].reshape(-1),
+        )
+        _encode(batch, tables, blocks, *own.scratch, discrete, attention, 0, stop - start)
 
     run_blocks(task, cells, _cells_per_task(cells))
-    features = torch.from_numpy(batch.features).view(cells, patches, blocks.output_dim)
+    found = torch.from_numpy(features).view(cells, patches, width)
     if mean:
-        features = mean_over_patches(features)
+        found = mean_over_patches(found)
     if not attention:
-        return Encoded(features)
-    stacked = torch.from_numpy(batch.self_attention)
-    stacked = stacked.view(cells, self_blocks, heads, patches, patches)
+        return Encoded(found)
+    stacked = torch.from_numpy(self_attention).view(cells, self_blocks, heads, patches, patches)
     return Encoded(
-        features,
-        torch.from_numpy(batch.cross_attention).view(entries, heads, patches),
-        torch.from_numpy(batch.pad_attention).view(cells, heads, patches),
+        found,
+        torch.from_numpy(cross_attention).view(-1, heads, patches),
+        torch.from_numpy(pad_attention).view(cells, heads, patches),
         tuple(stacked.unbind(1)),
     )
 

@@ -237,3 +237,17 @@ def test_backward_through_the_operator_itself_is_refused(
     weights.genes.requires_grad_()
     with pytest.raises(RuntimeError):
         torch.ops.cellpatch.encode(*arguments(weights, cells, None, False))[0].sum().backward()
+
+
+def test_values_that_ask_for_gradients_are_encoded_without_them(
+    random_weights: MakeWeights, random_cells: MakeCells
+) -> None:
+    """On every thread, whatever the settings of the others: 67 cells are several tasks."""
+    weights, cells = random_weights(), random_cells([3] * 67)
+    values = cells.values.float()
+    given = (weights, cells.offsets, cells.genes)
+    expected = encode(*given, values).features
+    with torch.no_grad():
+        found = encode(*given, values.requires_grad_()).features
+    assert torch.equal(found, expected)
+    assert not found.requires_grad
