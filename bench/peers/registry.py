@@ -41,7 +41,8 @@ class Peer:
         Takes a device, a dtype and the number of classes. Raises an ImportError that names what to
         install where its package is missing.
     tokens
-        The length of the sequence that is computed for a cell of so many genes.
+        The length of the sequence that is computed for a cell of so many genes: two numbers of
+        genes with the same are measured once.
     cap
         The most genes of a cell that it takes, the others are ignored; None: it takes all.
     architecture, setting
@@ -186,7 +187,9 @@ PEERS: tuple[Peer, ...] = (
         key="scfoundation-decoder",
         name="scFoundation with decoder",
         make=_making(lambda classes: scfoundation.ScFoundation(classes, decoder=True)),
-        tokens=lambda genes: scfoundation.PUBLISHED.genes + 2,
+        tokens=lambda genes: (
+            scfoundation.PUBLISHED.tokens(genes) + scfoundation.PUBLISHED.genes + 2
+        ),
         cap=scfoundation.PUBLISHED.genes,
         architecture="as its encoder, then Performer, 6 layers, d 512, 8 heads of 64, over all "
         "19,266 tokens",

@@ -33,7 +33,7 @@ class Sizes:
     hidden: int = 256  # of the head
 
     def tokens(self, genes: int) -> int:
-        """Tokens of the encoder; the decoder computes all genes and 2 always."""
+        """Tokens of the encoder; the decoder computes all genes and 2 always, in addition."""
         return min(genes, self.genes) + 2
 
 
