@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.processes import Failed, peak_memory, run_python, timing_of
+from bench.processes import COMPILING, Failed, peak_memory, run_python, timing_of
 from bench.startup import example
 from cellpatch_fast.benchmarks.results import Record
 
@@ -72,7 +72,7 @@ def measure_atlas(
     for _ in range(repeats):
         done = run_python(
             *("-m", "bench.atlas_runs", warm_up, atlas, model, folder, str(device)),
-            limit=time_limit + 60,  # to start, and to warm up
+            limit=time_limit + COMPILING,  # to start, and to warm up
         )
         if isinstance(done, Failed):
             return Record("atlas", f"atlas/{cells}", *done, details={"cells": cells})

@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.atlas_files import write_atlas_files
 from bench.loader import METHODS, Method
 from bench.options import Options
-from bench.processes import Failed, run_python, timing_of
+from bench.processes import COMPILING, Failed, run_python, timing_of
 from cellpatch_fast import atlas
 from cellpatch_fast.benchmarks.results import Record
 
@@ -59,7 +59,7 @@ def measure_loaders(options: Options) -> Iterator[Record]:
 def _run(method: Method, path: Path, cells: int, limit: float) -> dict[str, float] | Failed:
     """Facts of one run; ``limit`` in seconds is that of a point, of which a process warms up."""
     alone = ("--alone", method.name, path, "--cells", str(cells))
-    done = run_python("-m", "bench.loader", *alone, limit=3 * limit)
+    done = run_python("-m", "bench.loader", *alone, limit=3 * limit + COMPILING)
     return done if isinstance(done, Failed) else done.facts
 
 

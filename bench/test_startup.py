@@ -12,6 +12,6 @@ def test_startup(session: Session) -> None:
         options.folder,
         options.device,
         repeats=3 if options.quick else 9,
-        time_limit=3 * options.time_limit,  # a first embedding compiles or loads the kernels
+        time_limit=3 * options.time_limit,  # a first embedding imports much and loads the kernels
     ):
         session.add(record)

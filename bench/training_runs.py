@@ -19,7 +19,7 @@ from bench import training
 from bench.cpu import timed
 from bench.options import Options
 from bench.peers.registry import ENVIRONMENT, PEERS
-from bench.processes import Failed, run_python, timing_of
+from bench.processes import COMPILING, Failed, run_python, timing_of
 from cellpatch_fast.benchmarks.results import Record
 from cellpatch_fast.masking import Masked
 
@@ -47,7 +47,7 @@ def measure_training(options: Options) -> Iterator[Record]:
     sizes, device = QUICK if options.quick else FULL, options.device
     done = run_python(
         *("-m", "bench.training_runs", str(device), json.dumps(sizes)),
-        limit=PATIENCE * options.time_limit,
+        limit=PATIENCE * options.time_limit + COMPILING,
         environment=ENVIRONMENT if device.type == "cpu" else {},
     )
     for task, cells in zip(TASKS, (sizes.pretraining_cells, sizes.finetuning_cells), strict=True):

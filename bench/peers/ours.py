@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bench.peers.annotators import Annotator
@@ -18,6 +19,13 @@ class CellPatch(Annotator):
         super().__init__()
         names = [f"class {i}" for i in range(classes)]
         self.model = CellPatchAnnotator(config, GeneVocabulary.human(), names)
+
+    def compile_kernels(self) -> None:
+        """Annotate a cell of one gene: on a new machine that takes half a minute, once."""
+        one = torch.ones(1, dtype=torch.uint8)
+        cells = RaggedCells(torch.tensor([0, 1]), one.to(torch.uint16), one)
+        with torch.inference_mode():
+            self(*self.prepare(cells))
 
     def prepare(self, cells: RaggedCells) -> tuple[Tensor, ...]:
         cells = cells.to(self.device)
