@@ -48,15 +48,15 @@ def measure_kernels(options: Options, ceilings: dict[str, Any]) -> Iterator[Reco
     model = PaddedPathFormer(GENES + 1).eval().requires_grad_(False).to(device)
     heads = model.sizes[1]
     work = Work.of(model.pathway_token.shape[1], heads, model.sizes[0] // heads, dtype)
-    until = time.monotonic() + GROUP_SECONDS[options.quick]
     if device.type == "cuda":
+        until = time.monotonic() + GROUP_SECONDS[options.quick]
         chosen = argparse.Namespace(
             toy=False, until=until, only="^2,000$" if options.quick else None
         )
         rows = measure_all(model, device, dtype, chosen)
         most = roofline(ceilings, work)["roofline"]
     else:
-        rows = _on_cpu(model, dtype, until, quick=options.quick)
+        rows = _on_cpu(model, dtype, quick=options.quick)
         work = work._replace(flop=2 * 2 * work.exponentials * model.sizes[0] // heads)
         most = min(
             ceilings["matrix FLOP/s"] / work.flop,
@@ -85,15 +85,16 @@ def our_cpu_methods(weights: EncoderWeights) -> Iterator[Method]:
     yield Method("encoder", "ours", "", functools.partial(prepared, run), ours=True)
 
 
-def _on_cpu(
-    model: PaddedPathFormer, dtype: torch.dtype, until: float, *, quick: bool
-) -> Iterator[Row]:
+def _on_cpu(model: PaddedPathFormer, dtype: torch.dtype, *, quick: bool) -> Iterator[Row]:
     from cellpatch_fast.model.live import _live_weights
 
     drawing = Drawing(torch.device("cpu"), CPU_ENTRIES[quick])
     small = drawing.cells(torch.tensor(CHECKED_LENGTHS).numpy())
     weights = _live_weights(model, project_out=True)
     methods = [*our_cpu_methods(weights)]
+    for method in methods:  # on a new machine this compiles for a minute
+        method.prepare(small)()
+    until = time.monotonic() + GROUP_SECONDS[quick]
     others = [m for m in attention.methods(weights, dtype) if m.name in ON_A_CPU]
     methods += [m for m in others if m.form == "plain" or not quick]
     methods += [m for m in original_methods(model, dtype) if m.form == "float32"]

@@ -142,6 +142,7 @@ def make(order: Order) -> tuple[Any, Made]:
         importlib.import_module("bench.preloaded")  # importing is not making
     started = time.perf_counter()
     model = peer.make(order.device, order.dtype, CLASSES)
+    model.compile_kernels()
     if order.device.type == "cuda":
         torch.cuda.synchronize(order.device)
     seconds = time.perf_counter() - started

@@ -38,6 +38,9 @@ class Annotator(nn.Module, ABC):
     def prepare(self, cells: RaggedCells) -> tuple[Tensor, ...]:
         """The tensors that the model is called with, on its device; it returns [cells, classes]."""
 
+    def compile_kernels(self) -> None:
+        """Where kernels have to be compiled, which is part of making the model: compile them."""
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device

@@ -77,20 +77,13 @@ def _making(model: Callable[[int], Annotator]) -> Make:
     return lambda device, dtype, classes: build(lambda: model(classes), device, dtype)
 
 
-def _making_ours(device: torch.device, dtype: torch.dtype, classes: int) -> Annotator:
-    """Compiling is part of making, not of the first measured point."""
-    model = build(lambda: CellPatch(classes), device, dtype)
-    model.compile_kernels()
-    return model
-
-
 CELLPATCH = "64 patches, d 32, 2 heads, MLP 64; one cross-attention, two self-attention blocks"
 
 PEERS: tuple[Peer, ...] = (
     Peer(
         key="ours",
         name="CellPatch (ours)",
-        make=_making_ours,
+        make=_making(CellPatch),
         tokens=lambda genes: genes,
         cap=None,
         architecture=CELLPATCH,

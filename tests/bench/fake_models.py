@@ -17,17 +17,24 @@ CAP = 53
 
 
 class Fake(Annotator):
-    """A linear layer over values, and a deed at every call, which is told the input [c, n]."""
+    """A linear layer over values, and a deed at every call, which is told the input [c, n].
+
+    It cannot be called before its kernels are compiled.
+    """
 
     def __init__(self, deed: Callable[[Tensor], object], classes: int) -> None:
         super().__init__()
-        self.deed = deed
+        self.deed, self.compiled = deed, False
         self.head = torch.nn.Linear(1, classes)
 
     def prepare(self, cells: RaggedCells) -> tuple[Tensor, ...]:
         return (cells.to_padded()[1].float(),)
 
+    def compile_kernels(self) -> None:
+        self.compiled = True
+
     def forward(self, values: Tensor) -> Tensor:
+        assert self.compiled
         self.deed(values)
         logits: Tensor = self.head(values.mean(1, keepdim=True))
         return logits
