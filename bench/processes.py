@@ -15,9 +15,7 @@ from typing import Any, NamedTuple
 from cellpatch_fast.benchmarks.results import Timing
 
 ROOT = Path(__file__).parents[1]
-COMPILING = (
-    120.0  # seconds that a process is given besides: the first on a machine compiles kernels
-)
+COMPILING = 120.0  # seconds beside a limit: the first process on a machine compiles kernels
 
 
 class Failed(NamedTuple):

@@ -2,16 +2,15 @@
 
 Whole steps (forward, loss, backward, clipping, Adam) as `bench.training` makes them, in one process
 with the settings of memory that suit the original (`ENVIRONMENT`), the two in turn, so that a noisy
-machine disturbs both alike. The original takes a pretraining batch in parts whose gradients add up,
-because it holds all pairs of prompts; of some sizes of part the fastest counts.
+machine disturbs both alike.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -21,21 +20,9 @@ from bench.options import Options
 from bench.peers.registry import ENVIRONMENT, PEERS
 from bench.processes import COMPILING, Failed, run_python, timing_of
 from cellpatch_fast.benchmarks.results import Record
-from cellpatch_fast.masking import Masked
 
-
-class Sizes(NamedTuple):
-    pretraining_cells: int = 512
-    finetuning_cells: int = 256
-    genes: int = 1000  # of a cell, the median
-    repeats: int = 5
-
-
-QUICK = Sizes(pretraining_cells=32, finetuning_cells=64, repeats=3)
-FULL = Sizes()
-# Cells that the original pretrains with at a time, by kind of device. On two cores a step of 64
-# cells took 2.2 s in parts of 4, 2.5 s in parts of 16, 3.0 s at once.
-PARTS = {"cpu": (4, 64), "cuda": (64, 128, 256)}
+QUICK = training.Sizes(pretraining_cells=32, finetuning_cells=64, repeats=3)
+FULL = training.Sizes(repeats=5)
 PATIENCE = 20  # the group may take so many times as long as a point of other groups
 OURS = next(peer.name for peer in PEERS if peer.ours)
 ORIGINAL = next(peer.name for peer in PEERS if peer.key == "cellpatch-original")
@@ -53,7 +40,7 @@ def measure_training(options: Options) -> Iterator[Record]:
     for task, cells in zip(TASKS, (sizes.pretraining_cells, sizes.finetuning_cells), strict=True):
         for model in (OURS, ORIGINAL):
             name = f"training/{task}/{model}"
-            details = {"model": model, "task": task, "cells": cells, "genes": sizes.genes}
+            details = {"model": model, "task": task, "cells": cells, "genes": sizes.length}
             if isinstance(done, Failed):
                 yield Record("training", name, *done, details=details)
                 continue
@@ -63,13 +50,13 @@ def measure_training(options: Options) -> Iterator[Record]:
             yield Record("training", name, "measured", seconds=seconds, per="step", details=details)
 
 
-def train_alone(device: torch.device, sizes: Sizes) -> dict[str, Any]:
+def train_alone(device: torch.device, sizes: training.Sizes) -> dict[str, Any]:
     """By task and model, the seconds of each step, and of the original the size of a part."""
-    masked = training.hide(training.draw(sizes.pretraining_cells, sizes.genes))
-    part, original = fastest_parts(masked, PARTS[device.type], device)
+    masked = training.hide(training.draw(sizes.pretraining_cells, sizes.length))
+    part, original = training.fastest_original_pretraining(masked, device)
     pretraining = timed(training.our_pretraining(masked, device), original, repeats=sizes.repeats)
     del original
-    cells = training.draw(sizes.finetuning_cells, sizes.genes)
+    cells = training.draw(sizes.finetuning_cells, sizes.length)
     labels = torch.arange(len(cells)) % training.CLASSES
     steps = [
         make(cells, labels, device)
@@ -85,16 +72,6 @@ def train_alone(device: torch.device, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def fastest_parts(
-    masked: Masked, parts: Sequence[int], device: torch.device
-) -> tuple[int, training.Step]:
-    """The original's pretraining steps in parts of so many cells: the fastest of one call each."""
-    cells = len(masked.encoder)
-    sizes = sorted({min(part, cells) for part in parts})
-    steps = [training.original_pretraining(masked, size, device) for size in sizes]
-    taken = timed(*steps, repeats=1)
-    return min(zip(taken, sizes, steps, strict=True), key=lambda found: found[0])[1:]
-
-
 if __name__ == "__main__":
-    print(json.dumps(train_alone(torch.device(sys.argv[1]), Sizes(*json.loads(sys.argv[2])))))
+    chosen = training.Sizes(*json.loads(sys.argv[2]))
+    print(json.dumps(train_alone(torch.device(sys.argv[1]), chosen)))

@@ -88,7 +88,7 @@ def test_both_models_train_both_tasks(
     module: Callable[[str], ModuleType], options: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = module("training_runs")
-    monkeypatch.setattr(runs, "QUICK", runs.Sizes(5, 4, genes=40, repeats=1))
+    monkeypatch.setattr(runs, "QUICK", module("training").TOY)
     records = list(runs.measure_training(options))
     assert [record.name for record in records] == [
         f"training/{task}/{model}"
