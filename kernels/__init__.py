@@ -15,6 +15,7 @@ from . import attention_ops, decoder, differentiable, ops, reference
 from .attention import Attended, ragged_cross_attention, ragged_gather_cross_attention
 from .backends import Backend, resolve_backend
 from .checks import check_cells, check_prompts
+from .differentiable import needs_gradient
 from .entry_attention import ragged_attention, ragged_self_attention
 from .reference import Encoded
 from .weights import BlockWeights, DecoderWeights, EncoderWeights
@@ -85,7 +86,10 @@ def encode(
     -------
     Encoded
         Features [cells, patches, E], with ``mean`` [cells, E], float32 but for the reference;
-        and, if asked for, attention weights.
+        and, if asked for, attention weights. Where no gradients are needed, a cell's have the same
+        bits in any batch by Numba, and by Triton if the encoder fits into its fused kernel (64
+        patches, a width of 64, MLPs of 128); but Triton's weights of self-attention are PyTorch's,
+        as is all that the reference computes: the same to rounding.
 
     Raises
     ------
@@ -206,6 +210,8 @@ def patch_attention(
     log_sum_exp
         [cells, heads, patches]: of a cell's scores; -inf for an empty cell.
 
+    Where no gradients are needed, a cell's have the same bits in any batch by Numba and Triton.
+
     Raises
     ------
     ValueError
@@ -243,12 +249,6 @@ def synchronize(device: torch.device | str | int | None = None) -> None:
     torch.cuda.synchronize(device)
     index = torch.cuda.current_device() if device is None else torch.device(device).index
     raise_faults(torch.device("cuda", index or 0))
-
-
-def needs_gradient(weights: EncoderWeights, values: Tensor) -> bool:
-    """Whether autograd would record an encoding."""
-    inputs = (*weights.tensors(), values)
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
 
 def _choose(

@@ -5,9 +5,11 @@ embedding and the projections: two products of [genes, D] by [D, D], 0.2 GFLOP a
 once per step. The cross-attention is the operator of `attention.py`, which never holds anything of
 size entries x patches. What follows works on one tile of patches per cell and is the reference's.
 
-On a CPU these tables are made of the genes that occur in the batch: of 70,000 a small batch has a
-few thousand, and the products of all of them, forward and backward, took longer than the attention
-of 64 cells.
+On a CPU only the rows of the genes that occur in the batch are used: of 70,000 a small batch has a
+few thousand. In training these rows alone are projected, because the products of all of them,
+forward and backward, took longer than the attention of 64 cells; a processor's library may round a
+row otherwise when it comes with others, so there a cell's result depends on its batch, by rounding.
+Where nothing is recorded, the whole tables are projected once and kept, and it does not.
 
 Two things become ordinary inputs of the operator here:
 
@@ -28,6 +30,7 @@ from torch import Tensor
 from . import reference
 from .attention import attend
 from .checks import integer_range
+from .kept import Kept
 from .ragged import RaggedAttention
 from .reference import Encoded
 from .weights import EncoderWeights
@@ -66,10 +69,15 @@ def patch_attention(
     entries = _Entries(offsets, genes, values, None)
     if pads is not None:
         entries = _with_pads(entries, pads)
-    table = weights.genes
-    if genes.device.type == "cpu" and not torch.compiler.is_compiling():
-        table, entries = _of_those_that_occur(table, entries)
-    projected = _project(weights._replace(genes=table))
+    if genes.device.type == "cuda" or torch.compiler.is_compiling():
+        projected = _project(weights)
+    else:
+        rows, entries = _rows_that_occur(len(weights.genes), entries)
+        if needs_gradient(weights, values):
+            projected = _project(weights._replace(genes=weights.genes[rows]))
+        else:
+            whole = kept.of(weights)
+            projected = whole._replace(key=whole.key[rows], value=whole.value[rows])
     found = attend(
         RaggedAttention(
             query=projected.query,
@@ -88,6 +96,12 @@ def patch_attention(
         backend,
     )
     return found.output.flatten(2), found.log_sum_exp
+
+
+def needs_gradient(weights: EncoderWeights, values: Tensor) -> bool:
+    """Whether autograd would record an encoding."""
+    inputs = (*weights.tensors(), values)
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
 
 class _Projected(NamedTuple):
@@ -121,6 +135,9 @@ def _project(weights: EncoderWeights) -> _Projected:
     )
 
 
+kept = Kept(_project)
+
+
 class _Entries(NamedTuple):
     offsets: Tensor  # [c + 1]
     genes: Tensor  # [n]
@@ -148,15 +165,16 @@ def _with_pads(entries: _Entries, pads: Tensor) -> _Entries:
     )
 
 
-def _of_those_that_occur(table: Tensor, entries: _Entries) -> tuple[Tensor, _Entries]:
-    """The rows [r, D] of the genes in a batch, in order, and entries that name them by place."""
+def _rows_that_occur(genes: int, entries: _Entries) -> tuple[Tensor | slice, _Entries]:
+    """Which of a table's rows a batch needs, ascending, and entries that name them by place."""
+    everything = slice(None)
     if not len(entries.genes):
-        return table, entries
+        return everything, entries
     lowest, highest = integer_range(entries.genes)
-    if lowest < 0 or highest >= len(table):
-        return table, entries  # the operator says what is wrong
-    genes = entries.genes.long()  # [n]
-    occurs = torch.zeros(len(table), dtype=torch.bool)
-    occurs[genes] = True
+    if lowest < 0 or highest >= genes:
+        return everything, entries  # the operator says what is wrong
+    tokens = entries.genes.long()  # [n]
+    occurs = torch.zeros(genes, dtype=torch.bool)
+    occurs[tokens] = True
     places = occurs.cumsum(0) - 1  # [g]
-    return table[occurs.nonzero().squeeze(1)], entries._replace(genes=places[genes])
+    return occurs.nonzero().squeeze(1), entries._replace(genes=places[tokens])

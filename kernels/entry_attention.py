@@ -91,8 +91,9 @@ def ragged_attention(
 
     Notes
     -----
-    A cell's result on the CPU is the same, bit for bit, whatever batch it is in, and so are its
-    gradients. On CUDA, gradients are deterministic under
+    A cell's result by the backend numba is the same, bit for bit, whatever batch it is in, and so
+    are its gradients; by others (the reference, which computes float64, too) it is to rounding. On
+    CUDA, gradients are deterministic under
     ``torch.use_deterministic_algorithms(True)``.
 
     Examples

@@ -5,9 +5,10 @@ idle that way, so there the chunks of cells are summed in programs of their own 
 the same. What is launched depends on shapes alone, never on what tensors hold, so nothing waits
 for the device and all of it can be captured in a CUDA graph.
 
-The fused kernel is made for encoders whose tile of patches fits in registers (`fits`). Others, and
-whoever asks for attention weights, get the cross-attention from the kernel and the rest from
-PyTorch.
+The fused kernel is made for encoders whose tile of patches fits in registers (`fits`). Others get
+the cross-attention from the kernel and the rest from PyTorch, and so do the weights of
+self-attention: PyTorch's products choose their order of summation by the number of cells, so there
+a cell's results depend on its batch, by rounding.
 """
 
 from __future__ import annotations
@@ -73,20 +74,23 @@ def encode(
         If an earlier batch was found to be wrong, or this one already was (in the interpreter).
     """
     launch = _Launch(weights, offsets, genes, values, pads, dtype, split, configuration)
-    if attention or not fits(weights):
-        attended, normalizers = launch.attend()
-        finished = reference.finish(_in_float32(weights), attended)
+    fused = fits(weights)
+    if fused and not attention:
+        return Encoded(launch.encode(mean))
+    attended, normalizers = launch.attend()
+    finished = reference.finish(_in_float32(weights), attended)
+    if fused:  # once more, for the bits that features have without attention weights
+        features = launch.encode(mean)
+    else:
         features = finished.features
-        if mean:
-            features = reference.mean_over_patches(features)
-        if not attention:
-            return Encoded(features)
-        return finished._replace(
-            features=features,
-            cross_attention=launch.weigh(normalizers),
-            pad_attention=launch.weigh_pads(normalizers),
-        )
-    return Encoded(launch.encode(mean))
+        features = reference.mean_over_patches(features) if mean else features
+    if not attention:
+        return Encoded(features)
+    return finished._replace(
+        features=features,
+        cross_attention=launch.weigh(normalizers),
+        pad_attention=launch.weigh_pads(normalizers),
+    )
 
 
 def patch_attention(

@@ -10,6 +10,10 @@ from cellpatch_fast.kernels.entry_attention import ragged_self_attention
 from torch import Tensor
 
 TOLERANCE = 1e-5
+# What half precision costs in any case, in units of its rounding: each result is rounded once; for
+# gradients the output, rounded too, is multiplied by its gradient and that is taken away from what
+# may be of the same size. (Of 2,863 draws of small shapes the most was 0.8 and 2.8.)
+ROUNDINGS = 1, 4
 LENGTHS = [5, 0, 19, 1]
 HEADS, HEAD_DIM = 3, 7
 HALF = [torch.float16, torch.bfloat16]
@@ -82,7 +86,10 @@ def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
 
 
 def assert_right(found: list[Tensor], inputs: Inputs, **options: Any) -> None:
-    """float32 to 1e-5; half precision to twice the error of PyTorch in that precision."""
+    """float32 to 1e-5; half precision to twice the error of PyTorch in that precision.
+
+    Of a few numbers PyTorch may round none: then to `ROUNDINGS`.
+    """
     expected = exact(inputs, **options)
     dtype = inputs[0].dtype
     assert all(x.dtype == dtype for x in found)
@@ -90,7 +97,8 @@ def assert_right(found: list[Tensor], inputs: Inputs, **options: Any) -> None:
         assert max(errors(found, expected)) <= TOLERANCE
         return
     rough = errors(with_gradients(inputs, backend="reference", **options), expected)
-    limits = [2 * limit for limit in rough]
+    unit = torch.finfo(dtype).eps / 2
+    limits = [max(2 * e, count * unit) for e, count in zip(rough, ROUNDINGS, strict=True)]
     assert all(e <= limit for e, limit in zip(errors(found, expected), limits, strict=True))
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from cellpatch_fast.kernels import Encoded, EncoderWeights, reference
+from cellpatch_fast.kernels import Encoded, EncoderWeights, patch_attention, reference
 from torch import Tensor
 
 from cellpatch_fast.cells import RaggedCells
+
+from .conftest import TOLERANCE, move
 
 MakeWeights = Callable[..., EncoderWeights]
 MakeCells = Callable[..., RaggedCells]
@@ -42,18 +45,51 @@ def sample(
 Sample = tuple[EncoderWeights, RaggedCells, Tensor]
 
 
-@pytest.mark.parametrize("attention", [False, True])
-def test_alone_and_in_a_batch(sample: Sample, run: Run, all_parts: Parts, attention: bool) -> None:
+def alone(sample: Sample, run: Run, **options: Any) -> list[Encoded]:
+    """The result of each cell in a batch of its own."""
     weights, cells, pads = sample
-    whole = run(weights, cells, pads, attention=attention)
-    alone = [
-        run(weights, cells.slice(i, i + 1), pads[i : i + 1], attention=attention)
-        for i in range(len(cells))
+    return [
+        run(weights, cells.slice(i, i + 1), pads[i : i + 1], **options) for i in range(len(cells))
     ]
-    assert torch.equal(torch.cat([one.features for one in alone]), whole.features)
-    if attention:
-        for expected, *found in zip(all_parts(whole), *map(all_parts, alone), strict=True):
+
+
+def test_alone_and_in_a_batch(sample: Sample, run: Run) -> None:
+    together = torch.cat([one.features for one in alone(sample, run)])
+    assert torch.equal(together, run(*sample).features)
+
+
+def test_attention_weights_alone_and_in_a_batch(
+    sample: Sample, run: Run, all_parts: Parts, backend: str, cell_errors: Errors
+) -> None:
+    """The same bits, features included; but Triton's weights of self-attention are PyTorch's.
+
+    Those are within 1e-5 of the exact ones either way, so within twice that of each other.
+    """
+    whole = run(*sample, attention=True)
+    assert torch.equal(whole.features, run(*sample).features)
+    each = [all_parts(one) for one in alone(sample, run, attention=True)]
+    for part, (expected, *found) in enumerate(zip(all_parts(whole), *each, strict=True)):
+        if backend == "triton" and part >= 3:
+            assert cell_errors(torch.cat(found), expected).max() <= 2 * TOLERANCE
+        else:
             assert torch.equal(torch.cat(found), expected)
+
+
+def test_the_cross_attention_alone_and_in_a_batch(
+    sample: Sample, backend: str, device: torch.device
+) -> None:
+    weights, cells, pads = sample
+
+    def attend(first: int, last: int) -> tuple[Tensor, Tensor]:
+        some = cells.slice(first, last).to(device)
+        return patch_attention(
+            move(weights, device), some.offsets, some.genes, some.values,
+            pads=pads[first:last].to(device), backend=backend,
+        )  # fmt: skip
+
+    each = [attend(i, i + 1) for i in range(len(cells))]
+    for whole, *parts in zip(attend(0, len(cells)), *each, strict=True):
+        assert torch.equal(torch.cat(parts), whole)
 
 
 def test_in_any_order(sample: Sample, run: Run) -> None:
