@@ -166,8 +166,8 @@ def decode(
     -------
     Tensor
         Predicted values [entries], in the order of the prompts; float32, but float64 for weights
-        of float64, and the weights' dtype for the reference. On a CPU a cell's have the same bits
-        in any batch, but for the reference.
+        of float64, and the weights' dtype for the reference. A cell's are the same in any batch to
+        rounding.
 
     Raises
     ------

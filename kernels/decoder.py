@@ -2,17 +2,13 @@
 
 A prompt is a row of the gene embedding, and its query a projection of that row: both come from one
 look-up in a table that is projected once per call, [genes, 2 D]. With 60,000 genes that is 0.06
-billion multiply-adds. Fewer prompts than genes would be projected faster after the look-up than
-before it, but a prediction shall not depend on how many others there are, and a matrix product may
-round a row by the number of rows: so it is always the table.
+billion multiply-adds, and a step of training has more prompts than the data have genes.
 
 Both attentions are ragged (`entry_attention.py`): nothing is padded, and nothing of the size of
 prompts x patches, or prompts x prompts, is kept for the backward.
 
-A cell's predictions have the same bits in any batch, on a CPU. The products of rows that remain
-allow it, as measured for 3 to 5,000 rows in MKL, with two exceptions that are avoided here: a
-product with very few rows goes another way (see `_with_company`), and one with a single column does
-so by the number of rows, so that the last one is a sum of products.
+A cell's predictions are the same in any batch to rounding, not bit for bit: the products of rows
+are PyTorch's, and on some processors these round a row by the number of rows.
 """
 
 from __future__ import annotations
@@ -25,8 +21,6 @@ from .entry_attention import ragged_attention, ragged_self_attention
 from .reference import finish_block
 from .weights import DecoderWeights
 
-FEWEST_ROWS = 16  # of a matrix product on a CPU; 1 and 2 were found to go another way
-
 
 def decode(
     weights: DecoderWeights,
@@ -38,9 +32,6 @@ def decode(
     max_length: int | None,
 ) -> Tensor:
     """As `reference.decode`; at least float32."""
-    entries = len(genes)
-    if entries < FEWEST_ROWS and genes.device.type == "cpu":
-        features, offsets, genes = _with_company(features, offsets, genes)
     x, query = _look_up(weights, genes)  # [n, D], [n, h, d]
     key, value = _project_patches(weights, features)  # [c · p, h, d] each
     cells, patches, _ = features.shape
@@ -54,8 +45,8 @@ def decode(
         attended = ragged_self_attention(query, key, value, offsets, max_length=max_length)
         x = finish_block(block, x, attended.flatten(1))
     x = F.dropout(x, dropout)
-    predicted = (x * weights.output_weight).sum(-1) + weights.output_bias
-    return predicted[:entries].to(torch.promote_types(predicted.dtype, torch.float32))
+    predicted = F.linear(x, weights.output_weight, weights.output_bias).squeeze(-1)
+    return predicted.to(torch.promote_types(predicted.dtype, torch.float32))
 
 
 def _look_up(weights: DecoderWeights, genes: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,14 +73,3 @@ def _project_patches(weights: DecoderWeights, features: Tensor) -> list[Tensor]:
 def _split(projected: Tensor, parts: int, heads: int) -> list[Tensor]:
     """[n, parts · D] as that many [n, h, d]."""
     return list(projected.unflatten(-1, (parts, heads, -1)).unbind(1))
-
-
-def _with_company(
-    features: Tensor, offsets: Tensor, genes: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The prompts, and those of one more cell that fill them up to `FEWEST_ROWS`."""
-    return (
-        torch.cat([features, features.new_zeros(1, *features.shape[1:])]),
-        torch.cat([offsets, offsets.new_full((1,), FEWEST_ROWS)]),
-        F.pad(genes.long(), (0, FEWEST_ROWS - len(genes))),
-    )
