@@ -48,6 +48,9 @@ class CellPatchConfig:
         before its last layer.
     head_dropout
         Dropout in the annotation head.
+    temperature
+        What the annotation head's logits are divided by before they become probabilities: found
+        on validation cells, so that a probability is how often it is right.
     target_sum, value_clip, value_rounding
         Library size after normalisation; largest value after log1p (None: no clipping); how
         values become integers. ``"truncate"`` is what the released code does, ``"none"``
@@ -68,6 +71,7 @@ class CellPatchConfig:
     decoder_self_attention_blocks: int = 1
     decoder_dropout: float = 0.1
     head_dropout: float = 0.1
+    temperature: float = 1.0
     target_sum: float = 1e4
     value_clip: float | None = 5.0
     value_rounding: ValueRounding = "round"
@@ -92,6 +96,8 @@ class CellPatchConfig:
             raise ValueError(
                 f"value_rounding must be round, truncate or none: {self.value_rounding!r}"
             )
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite: {self.temperature}")
         if not 0 < self.target_sum < math.inf:
             raise ValueError(f"target_sum must be positive and finite: {self.target_sum}")
         if self.value_clip is not None and not 0 < self.value_clip < math.inf:

@@ -189,7 +189,7 @@ class Embedder:
         if self.annotator is None:
             return self.model.encode(cells, mean=mean, backend=self.backend), None
         features = self.annotator.encode(cells, backend=self.backend)
-        probabilities = self.annotator.probabilities(features).cpu().numpy()
+        probabilities = self.annotator.probabilities(cells, features).cpu().numpy()
         return pool(features, self.pooling), probabilities
 
 

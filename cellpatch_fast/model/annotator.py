@@ -4,6 +4,8 @@ The head is the paper's: the patch features side by side, two hidden layers, one
 Where the encoder projects its features (to 10 numbers per patch), the original's annotator expands
 them again before; an annotator that is made from an encoder leaves the projection out instead, as
 the paper describes it: nothing is squeezed through 10 numbers on its way to the classes.
+
+It may have a linear path beside the patches, see `linear`; then its probabilities are a mixture.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from cellpatch_fast.config import CellPatchConfig, ValueRounding
 from cellpatch_fast.errors import InputError
 
 from .encoder import CellPatch, draw_weights
-from .storage import CLASSES
+from .linear import LinearPath
+from .storage import CLASSES, parts_of
 
 if TYPE_CHECKING:
     from cellpatch_fast.genes import GeneVocabulary
@@ -68,6 +71,8 @@ class CellPatchAnnotator(CellPatch):
         As of `CellPatch`.
     classes
         Names of the classes, in the order of the logits.
+    linear
+        Whether it has a linear path.
 
     Raises
     ------
@@ -80,11 +85,15 @@ class CellPatchAnnotator(CellPatch):
     >>> cellpatch_fast.tl.annotate(adata, model)  # doctest: +SKIP
     """
 
-    _own_parts = ("head.",)
+    _own_parts = ("head.", "linear.")
     _extra_files = (CLASSES,)
 
     def __init__(
-        self, config: CellPatchConfig, vocabulary: GeneVocabulary, classes: Sequence[str]
+        self,
+        config: CellPatchConfig,
+        vocabulary: GeneVocabulary,
+        classes: Sequence[str],
+        linear: bool = False,
     ) -> None:
         super().__init__(config, vocabulary)
         self.classes = tuple(map(str, classes))
@@ -95,14 +104,17 @@ class CellPatchAnnotator(CellPatch):
             )
         self.head = Head(config, len(self.classes))
         draw_weights(self.head)
+        self.linear: LinearPath | None = None
+        if linear:
+            self.linear = LinearPath(config.max_genes, len(self.classes))
 
     @classmethod
     def from_encoder(  # type: ignore[override]
-        cls, encoder: CellPatch, classes: Sequence[str]
+        cls, encoder: CellPatch, classes: Sequence[str], linear: bool = False
     ) -> Self:
         """An annotator with the weights of an encoder, without its projection, and a new head."""
-        config = dataclasses.replace(encoder.config, projection_dim=None)
-        model = cls(config, encoder.vocabulary, classes)
+        config = dataclasses.replace(encoder.config, projection_dim=None, temperature=1.0)
+        model = cls(config, encoder.vocabulary, classes, linear)
         state = encoder.encoder_state()
         kept = {name: t for name, t in state.items() if not name.startswith("projection.")}
         model.load_state_dict(kept, strict=False)
@@ -146,7 +158,7 @@ class CellPatchAnnotator(CellPatch):
         )
 
     def logits(self, cells: RaggedCells, *, backend: str | None = None) -> Tensor:
-        """One number per cell and class, [cells, classes]; softmax makes them probabilities.
+        """One number per cell and class, [cells, classes]: what the network is trained by.
 
         Raises
         ------
@@ -157,8 +169,11 @@ class CellPatchAnnotator(CellPatch):
         return logits
 
     @torch.inference_mode()
-    def probabilities(self, features: Tensor) -> Tensor:
+    def probabilities(self, cells: RaggedCells, features: Tensor) -> Tensor:
         """Probabilities of the classes, float32 [cells, classes], in evaluation mode.
+
+        Those of the network, from logits divided by ``config.temperature``, or its mixture with
+        the linear path.
 
         The head sees blocks of `BLOCK_CELLS` cells, filled up with zeros: a matrix product of
         another size may round otherwise, and a cell's probabilities shall not depend on how many
@@ -166,16 +181,19 @@ class CellPatchAnnotator(CellPatch):
 
         Parameters
         ----------
+        cells
+            The cells.
         features
-            Patch features [cells, patches, output_dim], from `encode`.
+            Their patch features [cells, patches, output_dim], from `encode`.
         """
         found = [features.new_empty((0, len(self.classes)), dtype=torch.float32)]
         for block in features.split(BLOCK_CELLS):
             missing = BLOCK_CELLS - len(block)
             filled = F.pad(block, (0, 0, 0, 0, 0, missing)) if missing else block
             logits = self.head(filled)[: len(block)]
-            found.append(torch.softmax(logits.float(), 1))
-        return torch.cat(found)
+            found.append(torch.softmax(logits.float() / self.config.temperature, 1))
+        network = torch.cat(found)
+        return network if self.linear is None else self.linear.mixture(cells, network)
 
     forward = logits  # type: ignore[assignment]
 
@@ -192,4 +210,4 @@ class CellPatchAnnotator(CellPatch):
             raise InputError(f"{path} cannot be read as JSON: {error}") from error
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise InputError(f"{path} must hold a list of the classes' names")
-        return {"classes": classes}
+        return {"classes": classes, "linear": "linear." in parts_of(directory)}

@@ -203,6 +203,13 @@ class CellPatch(StoredModel):
             projected=self.projection is not None,
         )
 
+    def pads_of(self, cells: RaggedCells) -> Tensor | None:
+        """Padding tokens that each cell attends to besides its entries, [cells]; None for none."""
+        if self.config.padded_length is None:
+            return None
+        # a cell longer than the padded length has no pads; it is not cut
+        return (self.config.padded_length - cells.lengths).clamp(min=0)
+
     def _run(
         self,
         cells: RaggedCells,
@@ -211,14 +218,10 @@ class CellPatch(StoredModel):
         attention: bool = False,
         mean: bool = False,
     ) -> Encoded:
-        pads = None
-        if self.config.padded_length is not None:
-            # a cell longer than the padded length has no pads; it is not cut
-            pads = (self.config.padded_length - cells.lengths).clamp(min=0)
         return run_encoder(
             self.encoder_weights(),
             cells,
-            pads=pads,
+            pads=self.pads_of(cells),
             attention=attention,
             mean=mean,
             dropout=self.config.attention_dropout if self.training else 0.0,

@@ -46,7 +46,7 @@ WEIGHTS = "model.safetensors"
 VOCABULARY = "vocabulary.json"
 CLASSES = "classes.json"
 FILES = (CONFIG, WEIGHTS, VOCABULARY)
-PARTS = ("decoder.", "head.")  # how the names of tensors beyond the encoder's start
+PARTS = ("decoder.", "head.", "linear.")  # how the names of tensors beyond the encoder's start
 
 ModelT = TypeVar("ModelT", bound="StoredModel")
 

@@ -8,6 +8,7 @@ ranges; labelled cells are split class by class, so that every class is in every
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -113,8 +114,9 @@ def require_batch(cells: int, batch_size: int) -> None:
     """Refuse training on fewer cells than a batch has."""
     if cells < batch_size:
         raise InputError(
-            f"there are {cells:,} cells to train on, fewer than a batch of {batch_size:,}: choose "
-            f"a smaller batch size (--batch-size {max(1, cells // 8)})"
+            f"only {cells:,} cells are left to train on, too few for batches of {batch_size:,}. "
+            "Use more cells, keep fewer apart (--validation, --test), take the settings for few "
+            f"cells (--few-cells), or smaller batches (--batch-size {max(1, cells // 8)})"
         )
 
 
@@ -203,9 +205,12 @@ def split_labelled(labels: Labels, settings: FinetuningSettings) -> dict[str, np
 
 
 def split_by_column(
-    streams: Sequence[Stream], column: str, labels: Labels
+    streams: Sequence[Stream], column: str, labels: Labels, settings: FinetuningSettings
 ) -> dict[str, np.ndarray]:
     """The rows of each of `PARTS`, as a column of obs says: training, validation, test.
+
+    Where it names no validation cells, the share in ``settings`` of the training cells is kept
+    apart, class by class.
 
     Raises
     ------
@@ -229,4 +234,10 @@ def split_by_column(
             f"obs[{column!r}] leaves no training cells of: {', '.join(unseen)}. Give each class "
             "some, or leave its cells out"
         )
+    if not len(rows["validation"]):
+        codes = np.full(len(labels.codes), -1)
+        codes[rows["training"]] = labels.codes[rows["training"]]
+        within = dataclasses.replace(settings, test=0.0)
+        parts = split_labelled(dataclasses.replace(labels, codes=codes), within)
+        rows |= {part: parts[part] for part in ("training", "validation")}
     return rows

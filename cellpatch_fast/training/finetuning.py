@@ -7,25 +7,24 @@ those that tell how good the result is (test), which nothing is decided by.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from ..cells import RaggedCells
 from ..columns import Column, balancing_weights
 from ..config import CellPatchConfig
-from ..errors import InputError
-from ..files import write_whole
-from ..loader import CellBatch, CellLoader
+from ..errors import InputError, InputWarning
+from ..loader import CellLoader
 from ..masking import Masking
 from ..model import CellPatch, CellPatchAnnotator, fingerprint
 from ..streams import Stream, reading_options
+from .choosing import choose, complete, new_config
+from .classification import Annotation
 from .data import (
     Labels,
     describe,
@@ -38,11 +37,12 @@ from .data import (
     split_labelled,
 )
 from .distributed import Processes
-from .evaluation import UNKNOWN, Evaluation, evaluate, require_analysis
+from .evaluation import UNKNOWN, Evaluation, require_analysis
+from .finishing import finish
 from .running import Running, require_possible, run_task, seeded
 from .settings import FinetuningSettings
-from .starting import learn_new_genes, loader_options, starting_model, whiten_attention
-from .task import History, Task, ranges_of
+from .starting import begin, learn_new_genes, loader_options, starting_model
+from .task import History
 
 if TYPE_CHECKING:
     from ..detect import Expected
@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("cellpatch_fast")
 
 MOST_GENES = 1 << 30  # of a cell: the encoder sees all that are not hidden
+FEW_TESTED = 50  # cells
+LITTLE = 0.02  # accuracy above that of the most frequent class
+NO_NAMES = {"nan", "none", "null", "na", "n/a", "<na>", ""}  # that text has instead of a class
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,14 @@ class Finetuned:
         Of the training.
     test
         How good the annotator is on the test cells; None where there are none.
+    linear
+        How good linear models are on the same cells, fitted to the same training cells: what it
+        has to be compared with.
     """
 
     history: History
     test: Evaluation | None
+    linear: Evaluation | None
 
 
 def finetune(
@@ -75,9 +82,10 @@ def finetune(
     *,
     label: str,
     model: CellPatch | str | Path | None = None,
-    config: CellPatchConfig | None = None,
+    config: CellPatchConfig | Mapping[str, Any] | None = None,
     vocabulary: GeneVocabulary | None = None,
-    settings: FinetuningSettings | None = None,
+    settings: FinetuningSettings | Mapping[str, Any] | None = None,
+    few_cells: bool | None = None,
     split_column: str | None = None,
     add_genes: bool = False,
     layer: str | None = None,
@@ -108,10 +116,15 @@ def finetune(
     model
         The pretrained encoder to start from: a model or its directory. None for an untrained one.
     settings
-        How to train; the paper's numbers by default.
+        How to train: all of it, or a mapping of what shall be other than the defaults, which are
+        those of ``few_cells``.
+    few_cells
+        Take the settings for few cells (`FinetuningSettings.for_few_cells`, and for a new model
+        `CellPatchConfig.for_few_cells`), or the paper's. None decides by the number of cells, and
+        says what it has decided: below 20,000 they are few.
     split_column
         Column of obs that says ``train``, ``validation`` or ``test``; None splits by the shares in
-        ``settings``.
+        ``settings``. Where it names no validation cells, some training cells are kept apart.
     config, vocabulary, add_genes, layer, use_raw, gene_column, input, device, devices, threads, \
 checkpoint_minutes, overwrite, progress
         As of `pretrain`.
@@ -128,37 +141,36 @@ checkpoint_minutes, overwrite, progress
     OSError
         If the folder cannot be written. What is done is kept.
     """
-    settings = settings or FinetuningSettings()
     output = Path(output)
     options = reading_options(layer, use_raw, gene_column, input)
-    with Processes.join(device, devices) as processes, seeded(settings.seed, processes):
-        require_possible(output, settings, processes)
+    choice = choose(data, few_cells, settings, options)
+    first = complete(FinetuningSettings, settings, choice.few, None)
+    with Processes.join(device, devices) as processes, seeded(first.seed, processes):
+        require_possible(output, first, processes)
         require_analysis()
+        if model is None:
+            config = new_config(data, choice, config)
         encoder = starting_model(CellPatch, model, config, vocabulary)
         identity: dict[str, Any] = {"model": None if model is None else fingerprint(encoder)}
         if add_genes:
             learn_new_genes(encoder, data, options)
         with opened(data, encoder.vocabulary, encoder.config, options) as streams:
             report(streams, processes)
-            labels = read_labels(streams, label, settings.min_cells)
-            if UNKNOWN in labels.classes:
-                raise InputError(
-                    f"obs[{label!r}] has a class {UNKNOWN!r}, which stands for cells below the "
-                    "threshold: give these cells no label, or the class another name"
-                )
-            if processes.leads:
-                logger.info("%s", labels)
+            labels = read_labels(streams, label, first.min_cells)
             rows = (
-                split_labelled(labels, settings)
+                split_labelled(labels, first)
                 if split_column is None
-                else split_by_column(streams, split_column, labels)
+                else split_by_column(streams, split_column, labels, first)
             )
-            require_batch(len(rows["training"]), settings.batch_size)
-            annotator = CellPatchAnnotator.from_encoder(encoder, labels.classes)
+            chosen = complete(FinetuningSettings, settings, choice.few, len(rows["training"]))
+            if processes.leads:
+                _say(labels, label, rows, f"{choice}", chosen, new=model is None)
+            _check(labels, label, rows, chosen)
+            annotator = CellPatchAnnotator.from_encoder(encoder, labels.classes, chosen.linear)
             annotator = annotator.to(processes.device).float()
-            task = _task(annotator, streams, rows, labels, settings, processes, threads)
-            if model is None and settings.whitened:
-                whiten_attention(annotator, task.training, settings, processes)
+            task = _task(annotator, streams, rows, labels, chosen, processes, threads)
+            if model is None:
+                begin(annotator, task.training, rows["training"], chosen, processes)
             identity |= {
                 "data": describe(streams),
                 **{name: value for name, value in options.items() if value},
@@ -170,14 +182,77 @@ checkpoint_minutes, overwrite, progress
                 "config": annotator.config.to_dict(),
             }
             running = Running(output, overwrite, checkpoint_minutes, progress)
-            history = run_task(task, "fine-tuning", settings, identity, processes, running)
-            test = None
+            history = run_task(task, "fine-tuning", chosen, identity, processes, running)
+            test = linear = None
             if processes.leads:
-                if len(rows["test"]):
-                    test = _test(output, streams, rows["test"], labels, processes, settings)
+                _warn_of_majority(history, labels, rows)
+                test, linear = finish(output, streams, rows, labels, chosen, processes.device)
                 _draw_curves(output)
             processes.wait()
-    return Finetuned(history, test)
+    return Finetuned(history, test, linear)
+
+
+def _check(
+    labels: Labels, label: str, rows: Mapping[str, np.ndarray], settings: FinetuningSettings
+) -> None:
+    """Refuse what cannot be trained on."""
+    if UNKNOWN in labels.classes:
+        raise InputError(
+            f"obs[{label!r}] has a class {UNKNOWN!r}, which stands for cells below the "
+            "threshold: give these cells no label, or the class another name"
+        )
+    require_batch(len(rows["training"]), settings.batch_size)
+
+
+def _say(
+    labels: Labels,
+    label: str,
+    rows: Mapping[str, np.ndarray],
+    choice: str,
+    settings: FinetuningSettings,
+    *,
+    new: bool,
+) -> None:
+    """What is trained on and how, and what about it someone should look at."""
+    logger.info("%s", labels)
+    logger.info(
+        "%s of a %s model, %s; %d epochs of batches of %d on %s cells, %s to validate, %s to test",
+        *("fine-tuning", "new" if new else "given", choice, settings.epochs, settings.batch_size),
+        *(f"{len(rows[part]):,}" for part in ("training", "validation", "test")),
+    )
+    nameless = [name for name in labels.classes if name.lower() in NO_NAMES]
+    if nameless:
+        listed = ", ".join(map(repr, nameless))
+        warnings.warn(
+            f"obs[{label!r}] has a class called {listed}, which is taken for a cell type: cells "
+            "without a label should have none (NaN, not text)",
+            InputWarning,
+            stacklevel=3,
+        )
+    tested = np.bincount(labels.codes[rows["test"]], minlength=len(labels.classes))
+    if 0 < tested.sum() < FEW_TESTED:
+        warnings.warn(
+            f"there are only {tested.sum()} test cells ({tested.min()} of the rarest class): one "
+            f"is {1 / tested.sum():.1%} of the accuracy, so small differences mean nothing",
+            InputWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_majority(history: History, labels: Labels, rows: Mapping[str, np.ndarray]) -> None:
+    """Say so where the network knows no more than which class has most cells."""
+    accuracy = history.best.get("validation_accuracy")
+    counts = np.bincount(labels.codes[rows["validation"]], minlength=len(labels.classes))
+    if accuracy is None or accuracy > counts.max() / counts.sum() + LITTLE:
+        return
+    warnings.warn(
+        f"the network's accuracy on the validation cells, {accuracy:.3f}, is hardly above that of "
+        f"calling all of them {labels.classes[int(counts.argmax())]!r}, "
+        f"{counts.max() / counts.sum():.3f}: it has not learnt to tell the classes apart. More "
+        "epochs, or the settings for few cells (--few-cells, few_cells=True), often help",
+        InputWarning,
+        stacklevel=3,
+    )
 
 
 def _task(
@@ -212,112 +287,6 @@ def _task(
     if len(rows["validation"]):
         validation = CellLoader(streams, rows=rows["validation"], **common)
     return Annotation(annotator, training, validation, labels.codes, settings)
-
-
-class _Part(NamedTuple):
-    cells: RaggedCells
-    codes: Tensor  # int64 [cells]
-
-
-class Annotation(Task):
-    """Classification of cells; ``codes`` int64 [cells of the inputs] are their classes."""
-
-    measures = ("accuracy", "macro_f1")
-
-    def __init__(
-        self,
-        model: CellPatchAnnotator,
-        training: CellLoader,
-        validation: CellLoader | None,
-        codes: np.ndarray,
-        settings: FinetuningSettings,
-    ) -> None:
-        self.model: CellPatchAnnotator = model
-        self.training, self.validation = training, validation
-        self._codes, self._settings = codes, settings
-        if settings.freeze_encoder:
-            model.requires_grad_(False)
-            model.head.requires_grad_(True)
-
-    def train(self) -> None:
-        self.model.train(not self._settings.freeze_encoder)
-        self.model.head.train()
-
-    def targets(self, batch: CellBatch) -> int:
-        return len(batch.cells)
-
-    def parts(self, batch: CellBatch, number: int) -> Iterator[_Part]:
-        codes = self._codes_of(batch)
-        if number == 1:
-            yield _Part(batch.cells, codes)
-            return
-        for start, stop in ranges_of(len(codes), number):
-            yield _Part(batch.cells.slice(start, stop), codes[start:stop])
-
-    def loss(self, part: _Part) -> Tensor:
-        logits = self.model.logits(part.cells, backend=self._settings.backend)
-        return F.cross_entropy(logits.float(), part.codes, reduction="sum")
-
-    def tally(self, batch: CellBatch) -> np.ndarray:
-        """Sum of losses, then the confusion matrix, truth x prediction."""
-        classes, codes = len(self.model.classes), self._codes_of(batch)
-        logits = self.model.logits(batch.cells, backend=self._settings.backend).float()
-        pairs = classes * codes + logits.argmax(1)
-        confusion = torch.bincount(pairs, minlength=classes**2)
-        loss = F.cross_entropy(logits.double(), codes, reduction="sum")
-        return np.array([float(loss), *confusion.tolist()])
-
-    def summarise(self, sums: np.ndarray) -> dict[str, float]:
-        classes = len(self.model.classes)
-        confusion = sums[1:].reshape(classes, classes)
-        right, true, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-        f1 = 2 * right / np.maximum(true + predicted, 1)
-        cells = confusion.sum()
-        return {
-            "loss": float(sums[0] / cells),
-            "accuracy": float(right.sum() / cells),
-            "macro_f1": float(f1[true > 0].mean()),
-        }
-
-    def score(self, found: dict[str, float]) -> float:
-        """Not the loss: a model becomes too sure of itself long before it stops getting better."""
-        return found["accuracy"] + found["macro_f1"]
-
-    def _codes_of(self, batch: CellBatch) -> Tensor:
-        return torch.from_numpy(self._codes[batch.rows]).to(batch.cells.device)
-
-
-def _test(
-    output: Path,
-    streams: Sequence[Stream],
-    rows: np.ndarray,
-    labels: Labels,
-    processes: Processes,
-    settings: FinetuningSettings,
-) -> Evaluation:
-    """Evaluate the model that was kept, and write what it says of each test cell."""
-    import pandas as pd
-
-    from ..embedding import Embedder
-
-    embedder = Embedder(
-        CellPatchAnnotator.from_pretrained(output),
-        backend=settings.backend,
-        device=processes.device,
-        annotate=True,
-    )
-    ranges = [(row, row + 1) for row in rows.tolist()]
-    found = [cells.probabilities for cells in embedder.run(streams, ranges)]
-    probabilities = np.concatenate([block for block in found if block is not None])
-    names = np.array(labels.classes, object)
-    truth, predicted = names[labels.codes[rows]], names[probabilities.argmax(1)]
-    table = pd.DataFrame(
-        {"row": rows, "truth": truth, "predicted": predicted, "probability": probabilities.max(1)}
-    )
-    write_whole(output / "test_predictions.csv", table.to_csv(index=False))
-    evaluation = evaluate(truth, predicted, labels.classes, probabilities=probabilities)
-    evaluation.save(output)
-    return evaluation
 
 
 def _draw_curves(output: Path) -> None:

@@ -13,7 +13,9 @@ decisions:
 - **Nothing is learnt from a loss that is not finite**: the step is not taken, and the error names
   the step and the parameter.
 - **The model that is kept** is the one that does best on the validation cells, or the last one
-  where there are none.
+  where there are none, or where the settings say so.
+- **Only gene rows that the data have are trained**, see `occurring`: the model, the optimiser and
+  the checkpoint hold these meanwhile; what is saved has all.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from ..model import CellPatch
 from ..progress import progress_bar
 from .distributed import Processes
 from .folder import EPOCHS, STEPS, RunFolder
+from .occurring import OccurringGenes
 from .settings import TrainingSettings
 from .task import History, Place, Task
 
@@ -93,6 +96,7 @@ class Trainer:
         self.place = Place()
         self.best: dict[str, float] = {}
         self._checkpoint_seconds = 60 * checkpoint_minutes
+        self._genes = OccurringGenes(task.model, task.training.streams)
         optimizer = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
         self._optimizer = optimizer(
             _groups(task.model, settings),
@@ -160,6 +164,7 @@ class Trainer:
             while not self.finished:
                 self._train_epoch(bar)
                 self._end_epoch()
+        self._genes.restore(self._left)
         return History(
             epochs=self.place.epoch,
             steps=self.place.step,
@@ -182,7 +187,7 @@ class Trainer:
         with contextlib.closing(iter(loader)) as batches:
             for batch in batches:
                 with memory_errors():
-                    loss, norm = self._step(batch)
+                    loss, norm = self._step(self._genes.narrow(batch))
                 place.batch += 1
                 place.step += 1
                 cells = min(self.settings.batch_size, len(batch.rows) * self.processes.world_size)
@@ -288,8 +293,9 @@ class Trainer:
             "seconds": place.seconds,
         }
         score = self.task.score(found) if found else math.inf
-        improved = not found or score > self.best.get("score", -math.inf)
-        place.stale = 0 if improved else place.stale + 1
+        better = not found or score > self.best.get("score", -math.inf)
+        improved = better or not self.settings.keep_best
+        place.stale = 0 if better else place.stale + 1
         if improved:
             self.best = {
                 name: float(value)
@@ -300,10 +306,21 @@ class Trainer:
         if self.folder is not None:
             self.folder.add_row(EPOCHS, row)
             if improved:
-                self.task.model.save_pretrained(self.folder.path)
+                with self._genes.whole(self._left):
+                    self.task.model.save_pretrained(self.folder.path)
         self._save()
         if self.processes.leads:
             logger.info("%s", describe_epoch(row))
+
+    @property
+    def _left(self) -> float:
+        """What decay has left by now of a gene row that no cell has."""
+        settings = self.settings
+        trained = self.task.model.gene_embedding.weight.requires_grad
+        if settings.optimizer != "adamw" or not trained:
+            return 1.0
+        rates = np.array([self._rate(step) for step in range(self.place.step)])
+        return float(np.prod(1 - rates * settings.gene_rate * settings.weight_decay))
 
     def _validate(self) -> dict[str, float]:
         """How the model does on the validation cells; nothing where there are none."""
@@ -315,7 +332,7 @@ class Trainer:
         sums: np.ndarray | float = 0.0
         with contextlib.closing(iter(loader)) as batches, torch.inference_mode(), memory_errors():
             for batch in batches:
-                sums = sums + self.task.tally(batch)
+                sums = sums + self.task.tally(self._genes.narrow(batch))
         return self.task.summarise(self.processes.sum(np.atleast_1d(sums)))
 
     def _save(self) -> None:

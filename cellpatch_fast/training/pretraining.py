@@ -6,7 +6,8 @@ the 0 of some genes that are not expressed. The loss is the mean squared error o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,11 +21,12 @@ from ..errors import InputError
 from ..loader import CellBatch, CellLoader
 from ..model import CellPatch, MaskedGeneModel, fingerprint
 from ..streams import reading_options
+from .choosing import choose, complete, new_config
 from .data import describe, opened, report, split_blocks
 from .distributed import Processes
 from .running import Running, require_possible, run_task, seeded
 from .settings import PretrainingSettings
-from .starting import learn_new_genes, loader_options, starting_model, whiten_attention
+from .starting import begin, learn_new_genes, loader_options, starting_model
 from .task import History, Task, ranges_of
 
 if TYPE_CHECKING:
@@ -32,14 +34,18 @@ if TYPE_CHECKING:
     from ..genes import GeneVocabulary
 
 
+logger = logging.getLogger("cellpatch_fast")
+
+
 def pretrain(
     data: Any,
     output: str | Path,
     *,
     model: CellPatch | str | Path | None = None,
-    config: CellPatchConfig | None = None,
+    config: CellPatchConfig | Mapping[str, Any] | None = None,
     vocabulary: GeneVocabulary | None = None,
-    settings: PretrainingSettings | None = None,
+    settings: PretrainingSettings | Mapping[str, Any] | None = None,
+    few_cells: bool | None = None,
     add_genes: bool = False,
     layer: str | None = None,
     use_raw: bool = False,
@@ -65,9 +71,14 @@ def pretrain(
     model
         What to start from: a model or its directory. None for a new one.
     config, vocabulary
-        Of a new model; by default the paper's, and the bundled human genes.
+        Of a new model: all of its configuration, or a mapping of what shall be other than the
+        defaults (those of ``few_cells``; values as token stores among the inputs have them), and
+        its genes, by default the bundled human ones.
     settings
-        How to train; the paper's numbers by default.
+        How to train: all of it, or a mapping of what shall be other than the defaults.
+    few_cells
+        Take the settings for few cells (`PretrainingSettings.for_few_cells`), or the paper's. None
+        decides by the number of cells, and says what it has decided: below 20,000 they are few.
     add_genes
         Give genes that the vocabulary lacks a token of their own, instead of leaving them out.
     layer, use_raw, gene_column, input
@@ -103,10 +114,14 @@ def pretrain(
     >>> cellpatch_fast.training.pretrain("atlas.h5ad", "pretrained")  # doctest: +SKIP
     >>> model = cellpatch_fast.CellPatch.from_pretrained("pretrained")  # doctest: +SKIP
     """
-    settings, output = settings or PretrainingSettings(), Path(output)
+    output = Path(output)
     options = reading_options(layer, use_raw, gene_column, input)
-    with Processes.join(device, devices) as processes, seeded(settings.seed, processes):
-        require_possible(output, settings, processes)
+    choice = choose(data, few_cells, settings, options)
+    first = complete(PretrainingSettings, settings, choice.few, None)
+    with Processes.join(device, devices) as processes, seeded(first.seed, processes):
+        require_possible(output, first, processes)
+        if model is None:
+            config = new_config(data, choice, config)
         started = starting_model(MaskedGeneModel, model, config, vocabulary)
         identity: dict[str, Any] = {
             "model": None if model is None else fingerprint(started, whole=True)
@@ -116,16 +131,23 @@ def pretrain(
         with opened(data, started.vocabulary, started.config, options) as streams:
             report(streams, processes)
             cells = sum(stream.n_cells for stream in streams)
-            training, validation = split_blocks(cells, settings)
-            common = loader_options(settings, processes, threads) | {"masking": settings.masking}
+            chosen = complete(PretrainingSettings, settings, choice.few, cells)
+            training, validation = split_blocks(cells, chosen)
+            if processes.leads:
+                logger.info(
+                    "pretraining of a %s model, %s; %d epochs of batches of %d",
+                    *("new" if model is None else "given", choice),
+                    *(chosen.epochs, chosen.batch_size),
+                )
+            common = loader_options(chosen, processes, threads) | {"masking": chosen.masking}
             task = MaskedGenes(
                 started.to(processes.device).float(),
                 CellLoader(streams, rows=training, shuffle=True, drop_last=True, **common),
                 CellLoader(streams, rows=validation, **common) if len(validation) else None,
-                settings,
+                chosen,
             )
-            if model is None and settings.whitened:
-                whiten_attention(task.model, task.training, settings, processes)
+            if model is None:
+                begin(task.model, task.training, training, chosen, processes)
             identity |= {
                 "data": describe(streams),
                 **{name: value for name, value in options.items() if value},
@@ -133,7 +155,7 @@ def pretrain(
                 "config": started.config.to_dict(),
             }
             running = Running(output, overwrite, checkpoint_minutes, progress)
-            return run_task(task, "pretraining", settings, identity, processes, running)
+            return run_task(task, "pretraining", chosen, identity, processes, running)
 
 
 class _Part(NamedTuple):

@@ -19,8 +19,11 @@ Optimizer = Literal["adam", "adamw"]
 # What pretraining and fine-tuning have in common on some hundred or thousand cells. The paper's
 # settings are for millions; what these are worth is in bench/RESULTS.md, "Quality".
 FEW_CELLS: dict[str, Any] = {
-    "optimizer": "adamw", "schedule": "cosine", "whitened": True, "gene_rate": 10.0,
+    "optimizer": "adamw", "schedule": "cosine", "spectral": True, "whitened": True,
+    "keep_best": False, "patience": 0,
 }  # fmt: skip
+FEW_STEPS = 700  # of training on few cells; more learn the cells by heart
+FEWEST_EPOCHS, MOST_EPOCHS = 3, 20
 
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "bfloat16"]
@@ -68,10 +71,17 @@ class TrainingSettings:
         for none.
     patience
         Stop after so many epochs without improvement on the validation cells; 0 never stops.
+    keep_best
+        Keep the model of the epoch that did best on the validation cells; else that of the last
+        one, which a schedule that ends in 0 leads to. (The best of 20 epochs on 60 cells is chosen
+        by chance.)
     gene_rate, encoder_rate
         Learning rates of the gene embedding, and of the rest of the encoder, as multiples of
         ``learning_rate``. A gene's row learns from the cells that express it, but every cell moves
         the rest, and with it the features of all cells at once.
+    spectral
+        Of a new model: start gene rows from principal components of the training cells, and scores
+        of attention from the values, see `spectral`.
     whitened
         Of a new model: choose the output projection of its cross-attention such that what it finds
         in the first cells has mean 0, variance 1 and no correlations. Drawn at random, as in the
@@ -97,8 +107,10 @@ class TrainingSettings:
     compile: bool = False
     validation: float = 0.05
     patience: int = 0
+    keep_best: bool = True
     gene_rate: float = 1.0
     encoder_rate: float = 1.0
+    spectral: bool = False
     whitened: bool = False
     seed: int = 0
     deterministic: bool = False
@@ -176,10 +188,18 @@ class PretrainingSettings(TrainingSettings):
     max_decoder: int = Masking.max_decoder
 
     @classmethod
-    def for_few_cells(cls, **changes: Any) -> PretrainingSettings:
-        """For some hundred or thousand cells; see also `CellPatchConfig.for_few_cells`."""
-        fields = {"epochs": 20, "batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 50}
-        fields |= {"weight_decay": 1e-2, "encoder_rate": 0.3}
+    def for_few_cells(cls, cells: int | None = None, **changes: Any) -> PretrainingSettings:
+        """For some hundred or thousand cells; see also `CellPatchConfig.for_few_cells`.
+
+        Parameters
+        ----------
+        cells
+            Cells to train on, of which a batch takes an eighth at most.
+        changes
+            Settings that shall be others.
+        """
+        fields = {"epochs": 20, "batch_size": batch_of(cells, 16), "learning_rate": 2e-3}
+        fields |= {"warmup_steps": 50, "weight_decay": 1e-2, "encoder_rate": 0.3}
         return cls(**FEW_CELLS | fields | changes)
 
     @property
@@ -205,6 +225,8 @@ class FinetuningSettings(TrainingSettings):
     hidden
         Share of a cell's genes to hide from the encoder in training, others in every epoch, so
         that no cell is learnt by heart; 0 for none.
+    linear
+        Give the annotator a linear path beside its patches, see `cellpatch_fast.model.linear`.
     freeze_encoder
         Train the head alone.
     balance
@@ -220,16 +242,30 @@ class FinetuningSettings(TrainingSettings):
     patience: int = 10
     test: float = 0.1
     hidden: float = 0.0
+    linear: bool = False
     freeze_encoder: bool = False
     balance: bool = False
     min_cells: int = 5
 
     @classmethod
-    def for_few_cells(cls, **changes: Any) -> FinetuningSettings:
-        """For some hundred or thousand cells; see also `CellPatchConfig.for_few_cells`."""
-        fields = {"epochs": 30, "batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 20}
-        fields |= {"weight_decay": 0.3, "encoder_rate": 0.1, "hidden": 0.5, "patience": 0}
-        return cls(**FEW_CELLS | fields | changes)
+    def for_few_cells(cls, cells: int | None = None, **changes: Any) -> FinetuningSettings:
+        """For some hundred or thousand cells; see also `CellPatchConfig.for_few_cells`.
+
+        Parameters
+        ----------
+        cells
+            Cells to train on, which decide on the number of epochs (`FEW_STEPS` steps, but 3 to 20
+            epochs; None for 20), and of which a batch takes an eighth at most.
+        changes
+            Settings that shall be others.
+        """
+        fields: dict[str, Any]
+        fields = {"batch_size": batch_of(cells, 32), "learning_rate": 1e-3, "warmup_steps": 20}
+        fields |= {"weight_decay": 0.3, "encoder_rate": 0.1, "hidden": 0.5, "linear": True}
+        fields = FEW_CELLS | fields | changes
+        steps = max(1, (cells or 0) / fields["batch_size"])  # of an epoch
+        epochs = min(max(round(FEW_STEPS / steps), FEWEST_EPOCHS), MOST_EPOCHS)
+        return cls(**{"epochs": epochs} | fields)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -240,3 +276,8 @@ class FinetuningSettings(TrainingSettings):
             raise InputError(
                 f"validation ({self.validation}) and test ({self.test}) leave no cells to train on"
             )
+
+
+def batch_of(cells: int | None, most: int) -> int:
+    """A batch of ``most`` cells, or of an eighth of those that there are."""
+    return most if cells is None else min(most, max(1, cells // 8))

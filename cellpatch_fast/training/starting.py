@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +20,9 @@ from ..model import CellPatch
 from ..model.storage import local_directory, parts_of
 from .data import new_genes, opened
 from .distributed import Processes
+from .expression import gather
 from .settings import TrainingSettings
+from .spectral import start_from_data
 
 if TYPE_CHECKING:
     from ..genes import GeneVocabulary
@@ -33,7 +36,7 @@ CellPatchT = TypeVar("CellPatchT", bound=CellPatch)
 def starting_model(
     kind: type[CellPatchT],
     model: CellPatch | str | Path | None,
-    config: CellPatchConfig | None,
+    config: CellPatchConfig | Mapping[str, Any] | None,
     vocabulary: GeneVocabulary | None,
 ) -> CellPatchT:
     """The model that training starts from, the run's own.
@@ -43,8 +46,8 @@ def starting_model(
     kind
         Its class; what ``model`` lacks of it is new.
     model
-        A model or its directory; None for a new one of ``config`` and ``vocabulary``, by default
-        the paper's and the human genes.
+        A model or its directory; None for a new one of ``config`` (complete then) and
+        ``vocabulary``, by default the human genes.
 
     Raises
     ------
@@ -54,7 +57,8 @@ def starting_model(
     if model is None:
         from ..genes import GeneVocabulary
 
-        return kind(config or CellPatchConfig(), vocabulary or GeneVocabulary.human())
+        assert isinstance(config, CellPatchConfig)
+        return kind(config, vocabulary or GeneVocabulary.human())
     if config is not None or vocabulary is not None:
         raise InputError(
             "a model has its own configuration and vocabulary: give a model to start from, or "
@@ -67,6 +71,30 @@ def starting_model(
     else:
         model = copy.deepcopy(model)
     return model if isinstance(model, kind) else kind.from_encoder(model)
+
+
+def begin(
+    model: CellPatch,
+    loader: CellLoader,
+    rows: np.ndarray,
+    settings: TrainingSettings,
+    processes: Processes,
+) -> None:
+    """Start a new model from the cells that it is to learn from, as its settings say.
+
+    Parameters
+    ----------
+    model
+        A new model.
+    loader
+        Of the cells to train on, ``rows`` of its streams: int64 [cells], or ranges [ranges, 2].
+    """
+    if settings.spectral:
+        size = model.config.max_genes
+        values = gather(loader.streams, rows, size, settings.seed).values
+        start_from_data(model, values, settings.seed)
+    if settings.whitened:
+        whiten_attention(model, loader, settings, processes)
 
 
 @torch.inference_mode()
@@ -94,7 +122,9 @@ def whiten_attention(
         for batch in itertools.islice(batches, -(-WHITENED_CELLS // settings.batch_size)):
             cells = batch.cells
             found, _ = kernels.patch_attention(
-                weights, cells.offsets, cells.genes, cells.values, backend=settings.backend
+                *(weights, cells.offsets, cells.genes, cells.values),
+                pads=model.pads_of(cells),
+                backend=settings.backend,
             )
             found = found[cells.lengths > 0].flatten(0, 1).double()  # [c · p, D]
             parts = [found.new_tensor([len(found)]), found.sum(0), (found.T @ found).flatten()]

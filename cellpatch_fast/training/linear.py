@@ -1,0 +1,211 @@
+"""Fit the linear path of an annotator: multinomial logistic regression, exactly, by scikit-learn.
+
+Two models of the same cells (`model.linear` says what they look at):
+
+- ``values``: on 50 unscaled components of (v - μ) · w;
+- ``seen``: on all genes of (M - μ) · w. With fewer cells than genes that is a regression on the
+  cells' Gram matrix, of the same coefficients: cells² numbers instead of cells x genes. Beyond
+  `GRAM_CELLS` it is fitted on the sparse matrix itself, with the C that a sample has chosen.
+
+C is chosen by the log-likelihood of cells left out in `FOLDS`-fold cross-validation within the
+cells that are given. All coefficients are mapped back to genes, so that the result is a table.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+
+from ..model.linear import LinearPath
+from .expression import Components, components, gene_weights, seen
+
+logger = logging.getLogger("cellpatch_fast")
+
+COMPONENTS = 50
+VALUES_C = (0.001, 0.01, 0.1, 1.0)  # inverse penalties that are tried
+SEEN_C = (10.0, 100.0, 1000.0)
+FOLDS = 3
+GRAM_CELLS = 5_000  # whose Gram matrix is 200 MB
+ITERATIONS = 500
+LEAST_PROBABILITY = 1e-9  # of a class that a fold had no cell of
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A fitted linear model: logits are matrix @ weights + bias.
+
+    Parameters
+    ----------
+    weights
+        float64 [genes, classes].
+    bias
+        float64 [classes].
+    penalty
+        The C that was chosen.
+    """
+
+    weights: np.ndarray
+    bias: np.ndarray
+    penalty: float
+
+
+@dataclass(frozen=True, eq=False)
+class LinearModels:
+    """Both models of the linear path, of ``values`` and of what is ``seen``."""
+
+    values: Table
+    seen: Table
+
+    def load_into(self, path: LinearPath, shares: np.ndarray) -> None:
+        """Make them an annotator's."""
+        path.values.copy_(torch.from_numpy(self.values.weights))
+        path.seen.copy_(torch.from_numpy(self.seen.weights))
+        path.bias.copy_(torch.from_numpy(np.stack([self.values.bias, self.seen.bias])))
+        path.shares.copy_(torch.from_numpy(shares))
+
+
+def fit(
+    values: csr_array,
+    codes: np.ndarray,
+    classes: int,
+    seed: int,
+    penalties: tuple[float, float] | None = None,
+) -> LinearModels:
+    """Fit both models.
+
+    Parameters
+    ----------
+    values
+        Of cells [cells, gene tokens].
+    codes
+        int64 [cells]: their classes, below ``classes``; a class may be missing.
+    seed
+        Of folds, samples, and the iteration that finds components.
+    penalties
+        The C of each model; None chooses them.
+    """
+    chosen = (None, None) if penalties is None else penalties
+    return LinearModels(
+        _fit_values(values, codes, classes, seed, chosen[0]),
+        _fit_seen(values, codes, classes, seed, chosen[1]),
+    )
+
+
+def _fit_values(
+    values: csr_array, codes: np.ndarray, classes: int, seed: int, penalty: float | None
+) -> Table:
+    found = components(csr_array(values, dtype=np.float64), COMPONENTS, seed)
+    features = found.scores(values)
+    penalty = penalty or _best(features, codes, VALUES_C, seed)
+    coefficients, intercept = _regress(features, codes, classes, penalty)
+    return _mapped_back(found, coefficients, intercept, penalty)
+
+
+def _fit_seen(
+    values: csr_array, codes: np.ndarray, classes: int, seed: int, penalty: float | None
+) -> Table:
+    matrix, scale = seen(values)
+    mean, weights = gene_weights(matrix)
+    weighted = csr_array(matrix * weights)  # w on every column
+    centre = mean * weights
+    some = np.arange(len(codes))
+    if len(some) > GRAM_CELLS:
+        some = np.sort(np.random.default_rng(seed).choice(some, GRAM_CELLS, replace=False))
+    features, directions, size = _gram_features(csr_array(weighted[some]), centre)
+    if penalty is None:
+        penalty = _best(features, codes[some], SEEN_C, seed)
+    if len(some) == len(codes):
+        coefficients, intercept = _regress(features, codes, classes, penalty)
+        by_cell = directions @ coefficients.T  # [cells, classes]
+        rows = np.asarray(weighted.T @ by_cell) - centre[:, None] * by_cell.sum(0)
+        bias = intercept - centre @ rows
+    else:
+        coefficients, bias = _regress(weighted / size, codes, classes, penalty)
+        rows = coefficients.T / size
+    return Table(scale * weights[:, None] * rows, bias, penalty)
+
+
+def _gram_features(weighted: csr_array, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Coordinates of cells on the axes of their own Gram matrix, and the way back.
+
+    Returns
+    -------
+    features
+        float64 [cells, rank]: products of them are those of the centred cells, over size².
+    directions
+        float64 [cells, rank]: features = centred @ centred.T @ directions.
+    size
+        Root mean square norm of a centred cell.
+    """
+    along = np.asarray(weighted @ centre)
+    gram = (weighted @ weighted.T).toarray() - along[:, None] - along + centre @ centre
+    variances, axes = np.linalg.eigh(gram)
+    kept = variances > 1e-7 * max(variances[-1], 1e-30)
+    variances, axes = variances[kept], axes[:, kept]
+    size = float(np.sqrt(variances.sum() / len(gram))) or 1.0
+    return axes * (np.sqrt(variances) / size), axes / (np.sqrt(variances) * size), size
+
+
+def _mapped_back(
+    found: Components, coefficients: np.ndarray, intercept: np.ndarray, penalty: float
+) -> Table:
+    weights = found.loadings @ coefficients.T
+    return Table(weights, intercept - found.mean @ weights, penalty)
+
+
+def _best(features: np.ndarray, codes: np.ndarray, penalties: Sequence[float], seed: int) -> float:
+    """The C with the highest log-likelihood of cells left out."""
+    from sklearn.model_selection import StratifiedKFold
+
+    if np.bincount(codes).max() < FOLDS:
+        return penalties[len(penalties) // 2]
+    scores = np.zeros(len(penalties))
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    classes = int(codes.max()) + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a class has fewer cells than there are folds
+        divided = list(folds.split(features, codes))
+    for fitted, left_out in divided:
+        for place, penalty in enumerate(penalties):
+            coefficients, intercept = _regress(features[fitted], codes[fitted], classes, penalty)
+            logits = features[left_out] @ coefficients.T + intercept
+            true = softmax(logits)[np.arange(len(left_out)), codes[left_out]]
+            scores[place] += np.log(true.clip(LEAST_PROBABILITY)).sum()
+    return penalties[int(scores.argmax())]
+
+
+def _regress(
+    features: np.ndarray | csr_array, codes: np.ndarray, classes: int, penalty: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients [classes, features] and intercepts [classes]; a missing class has -inf."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    coefficients = np.zeros((classes, features.shape[1]))
+    intercept = np.full(classes, -np.inf)
+    present = np.unique(codes)
+    if len(present) == 1:
+        intercept[present] = 0.0
+        return coefficients, intercept
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = LogisticRegression(C=penalty, max_iter=ITERATIONS).fit(features, codes)
+    found, bias = model.coef_, model.intercept_
+    if len(present) == 2:  # one row, of the second class against the first
+        found, bias = (np.concatenate([-x / 2, x / 2]) for x in (found, bias))
+    coefficients[present], intercept[present] = found, bias
+    return coefficients, intercept
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities [cells, classes]."""
+    from scipy.special import softmax as of_logits
+
+    found: np.ndarray = of_logits(logits, axis=1)
+    return found
