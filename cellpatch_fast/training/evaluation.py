@@ -233,7 +233,7 @@ def evaluate(
     own = true_codes[known], guess_codes[known]
     present = np.union1d(own[0], guess_codes[guess_codes >= 0])
     found = tuple(names[code] for code in present)
-    macro = {"zero_division": 0, "labels": np.unique(own[0]), "average": "macro"}
+    macro: dict[str, Any] = {"zero_division": 0, "labels": np.unique(own[0]), "average": "macro"}
     return Evaluation(
         classes=found,
         other_labels=others,
