@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .annotation import label_column, most_likely, require_overlap, require_threshold
-from .columns import read_names
+from .annotation import label_column, most_likely, require_threshold, true_labels
 from .embedding import Embedder
 from .errors import InputError
 from .io.embeddings import ATTRIBUTE, EmbeddingWriter
@@ -32,6 +31,7 @@ from .progress import progress_bar
 from .streams import reading_options
 from .tokenization import tokenize
 from .training.evaluation import Evaluation, evaluate, require_analysis
+from .training.folder import warn_of_unfinished
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +150,7 @@ def embed(
     >>> cellpatch_fast.atlas.embed("atlas.h5ad", "my-model", "atlas.zarr")  # doctest: +SKIP
     >>> adata = anndata.read_zarr("atlas.zarr")  # doctest: +SKIP
     """
+    warn_of_unfinished(model)
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
     reading = reading_options(layer, use_raw, gene_column, input)
     widths = {KEY: embedder.width}
@@ -188,6 +189,7 @@ def annotate(
     threshold: float = 0.0,
     embedding: bool = True,
     label: str | None = None,
+    label_map: Mapping[str, str] | None = None,
     layer: str | None = None,
     use_raw: bool = False,
     gene_column: str | None = None,
@@ -219,7 +221,11 @@ def annotate(
     embedding
         Store the embedding too.
     label
-        Column of obs with true labels, to compare with.
+        Column of obs with true labels, to compare with. Those that are not among the model's
+        classes are warned of and have a row in the evaluation's table of truth x prediction.
+    label_map
+        What labels are called in the model, ``{name in obs: class}``, where the names differ;
+        several may be one class. Others stay as they are.
 
     Returns
     -------
@@ -229,11 +235,13 @@ def annotate(
     Raises
     ------
     InputError, OSError
-        As `embed`; or if the model is no annotator, or none of the true labels is among its
-        classes.
+        As `embed`; or if the model is no annotator.
     """
     if label is not None:
         require_analysis()
+    elif label_map is not None:
+        raise InputError("a label map renames true labels: name their column with --label (label=)")
+    warn_of_unfinished(model)
     embedder = Embedder(
         model,
         pooling=pool,
@@ -253,8 +261,7 @@ def annotate(
     def read_truth(streams: Sequence[Stream]) -> None:
         if label is not None:
             tables, names = zip(*((s.obs_table(), s.name) for s in streams), strict=True)
-            truth.append(read_names(tables, names, label))
-            require_overlap(truth[0], classes)
+            truth.append(true_labels(tables, names, label, label_map, classes))
 
     reading = reading_options(layer, use_raw, gene_column, input)
     widths = {PROBABILITIES: len(classes)} | ({KEY: embedder.width} if embedding else {})

@@ -17,13 +17,19 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
-from . import benchmark_commands, commands, dataset_commands, training_commands
+from . import (
+    annotation_commands,
+    benchmark_commands,
+    commands,
+    dataset_commands,
+    training_commands,
+)
 from .errors import InputError, InputWarning
 
 ADD_COMMANDS = (  # in the order of --help
     *(commands.add_embed, commands.add_tokenize),
     *(training_commands.add_pretrain, training_commands.add_finetune),
-    *(training_commands.add_annotate, commands.add_new_model, commands.add_import),
+    *(annotation_commands.add_annotate, commands.add_new_model, commands.add_import),
     *(commands.add_inspect, commands.add_demo, commands.add_tune),
     *(dataset_commands.add_synthetic_atlas, benchmark_commands.add_bench_report),
 )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 POINTS = 72  # per inch
 FONT = 9.0  # points
+MOST_OTHERS = 40  # labels that are not among a model's classes with a row of their own
 
 
 def training_curves(
@@ -95,17 +96,20 @@ def confusion_matrix(
     """Draw which classes are taken for which: truth x predicted.
 
     Colours are shares of the cells of a true class, so that rare classes are seen as well as
-    common ones. A class with no true cells has a grey row. The figure grows with the classes.
+    common ones. A class with no true cells has a grey row. True labels that are not among the
+    model's classes stand below a line; beyond the 40 most frequent they share a row. The figure
+    grows with the classes.
 
     Parameters
     ----------
     evaluation
-        What `evaluate` returned, or its table ``confusion`` (counts, truth x predicted).
+        What `evaluate` returned, or any table of counts, truth x predicted.
     normalize
         Write percentages of the true class's cells into the matrix; False for counts. What rounds
         to 0 is left blank, and so are numbers that do not fit.
     title
-        Above the figure; None for accuracy and macro F1 of an `Evaluation`.
+        Above the figure; None for accuracy and macro F1 of an `Evaluation`, and which share of the
+        cells they are of.
     save
         A path that ends in .png or .svg, or one without a suffix, for both.
     show
@@ -118,10 +122,12 @@ def confusion_matrix(
     """
     from .training.evaluation import Evaluation
 
+    line = None
     if isinstance(evaluation, Evaluation):
-        table = evaluation.confusion
-        if title is None:
-            title = f"accuracy {evaluation.accuracy:.3f}, macro F1 {evaluation.macro_f1:.3f}"
+        table = _with_further_labels(evaluation)
+        if evaluation.other_labels:
+            line = len(evaluation.classes) - 0.5
+        title = _title(evaluation) if title is None else title
     else:
         table = evaluation
     counts = _checked_counts(table)  # [truth, predicted]
@@ -146,6 +152,8 @@ def confusion_matrix(
     axes.set_ylabel("truth (cells)")
     axes.tick_params(length=0)
     axes.spines[:].set_color("#888888")
+    if line is not None:
+        axes.axhline(line, color="black", linewidth=1)
     _write_numbers(axes, counts, shares, normalize, size * POINTS)
     height = min(1, 3 / (rows * size))  # of the colour bar: 3 inches, or the matrix's
     place = axes.inset_axes(
@@ -271,6 +279,25 @@ def _label_curves(axes: Axes, y_label: str) -> None:
     for line in axes.lines:
         line.set_markersize(3.5)
     axes.legend(frameon=False, fontsize=8)
+
+
+def _title(evaluation: Evaluation) -> str:
+    if not evaluation.other_labels:
+        return evaluation.scores
+    return (
+        f"{evaluation.scores}\noverall accuracy {evaluation.overall_accuracy:.3f}; below the line: "
+        "labels that are not among the model's classes"
+    )
+
+
+def _with_further_labels(evaluation: Evaluation) -> pd.DataFrame:
+    """The table truth x predicted, with one row for all of the rarest labels of a great many."""
+    table, last = evaluation.confusion, len(evaluation.classes) + MOST_OTHERS
+    if len(table) <= last + 1:
+        return table
+    shown = table.iloc[:last].copy()
+    shown.loc[f"{len(table) - last:,} further labels"] = table.iloc[last:].sum()
+    return shown
 
 
 def _width(names: list[str], font: float) -> float:

@@ -18,6 +18,7 @@ from .errors import InputError
 from .model.storage import fingerprint
 from .progress import progress_bar
 from .streams import reading_options
+from .training.folder import warn_of_unfinished
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +96,7 @@ def embed(
     """
     if not key_added:
         raise InputError("key_added is empty: name the embedding in obsm")
+    warn_of_unfinished(model)
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
     options = reading_options(layer, use_raw, gene_column, input)
     found = _compute(embedder, adata, options, "embedding", progress)
@@ -160,6 +162,7 @@ def annotate(
     """
     if not key_added:
         raise InputError("key_added is empty: name what is added")
+    warn_of_unfinished(model)
     embedder = Embedder(
         model,
         pooling=pool,

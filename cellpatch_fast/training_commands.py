@@ -1,4 +1,4 @@
-"""The commands of ``cellpatch`` that train and use what was trained: pretrain, finetune, annotate.
+"""The commands of ``cellpatch`` that train: pretrain and finetune.
 
 Options that stand for a training setting are those of the settings' dataclass, so that defaults and
 checks are in one place; what is not given on the command line comes from ``--config``, else from
@@ -155,85 +155,6 @@ def _finetune(parsed: argparse.Namespace) -> None:
         history = done.history
         print(f"{parsed.output}: {history.epochs} epochs, {history.steps:,} steps")
         print(f"test: {done.test}" if done.test else "no test cells")
-
-
-def add_annotate(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "annotate",
-        help="tell the types of cells",
-        description="Annotate every cell of the inputs, in file order and bounded memory. The "
-        "result is an AnnData Zarr store with obs['cellpatch_label'], "
-        "obs['cellpatch_probability'], obsm['cellpatch_probabilities'] and obsm['X_cellpatch']. "
-        "Until it is complete it is called OUT.zarr.partial; the same command finishes it.",
-        epilog="example: cellpatch annotate new.h5ad --model annotator --output annotated.zarr",
-    )
-    add_inputs(parser, " or token stores")
-    parser.add_argument("--model", required=True, metavar="DIR", help=f"annotator: {MODEL_HELP}")
-    parser.add_argument(
-        "--output", required=True, type=Path, metavar="OUT.zarr", help="the store to make"
-    )
-    add_reading(parser)
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="cells whose type has a lower probability are 'unknown' (default: 0)",
-    )
-    parser.add_argument(
-        "--label", metavar="COLUMN", help="column of obs with true types, to compare with"
-    )
-    parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="with --label: tables and figures of that"
-    )
-    parser.add_argument(
-        "--no-embedding",
-        dest="embedding",
-        action="store_false",
-        help="do not store the embedding, which takes 8 KB per cell",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16"),
-        default="float32",
-        help="of what is stored in obsm (default: float32)",
-    )
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="cells per batch at most")
-    parser.add_argument("--backend", choices=("reference", "numba", "triton"))
-    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 … (default: cpu)")
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an existing store, once the new one is complete",
-    )
-    parser.set_defaults(run=_annotate, after_interruption=RESUMABLE)
-
-
-def _annotate(parsed: argparse.Namespace) -> None:
-    from . import atlas
-
-    if parsed.report is not None and parsed.label is None:
-        raise InputError("--report compares with true types: name their column with --label")
-    done = atlas.annotate(
-        parsed.inputs,
-        parsed.model,
-        parsed.output,
-        threshold=parsed.threshold,
-        embedding=parsed.embedding,
-        label=parsed.label,
-        layer=parsed.layer,
-        use_raw=parsed.use_raw,
-        gene_column=parsed.gene_column,
-        input=parsed.values,
-        dtype=parsed.dtype,
-        batch_size=parsed.batch_size,
-        backend=parsed.backend,
-        device=parsed.device,
-        overwrite=parsed.overwrite,
-    )
-    print(done)
-    if parsed.report is not None and done.evaluation is not None:
-        done.evaluation.save(parsed.report)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

@@ -193,6 +193,24 @@ def test_confusion_matrix_of_an_evaluation_says_how_good_it_is() -> None:
     assert {"accuracy 0.500, macro F1 0.500", "unknown"} <= set(texts(figure))
 
 
+def test_labels_that_a_model_lacks_stand_below_a_line() -> None:
+    figure = pl.confusion_matrix(evaluate(["B", "T", "NK", "NK"], list("BTTB"), ["B", "T"]))
+    (axes, *_) = panels(figure)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["B (1)", "T (1)", "NK (2)"]
+    assert list(axes.lines[0].get_ydata()) == [1.5, 1.5]
+    assert "on 2 of 4 labelled cells (50.0%)\noverall accuracy 0.500" in "".join(texts(figure))
+    assert_nothing_is_cut_off(figure)
+
+
+def test_a_great_many_labels_that_a_model_lacks_share_a_row() -> None:
+    labels = [f"cluster {i}" for i in range(1_000) for _ in range(1 + (i == 7))]
+    figure = pl.confusion_matrix(evaluate(labels, ["B"] * len(labels), ["B"]))
+    rows = [label.get_text() for label in panels(figure)[0].get_yticklabels()]
+    assert rows[:2] == ["B (0)", "cluster 7 (2)"]
+    assert rows[-1] == "960 further labels (960)"
+    assert len(rows) == 1 + 40 + 1
+
+
 @pytest.mark.parametrize("bad", [[[-1.0]], [[np.nan]], [["many"]], np.empty((0, 0))])
 def test_what_is_no_confusion_matrix_is_refused(bad: list[list[object]]) -> None:
     with pytest.raises(InputError, match="a confusion matrix holds counts"):

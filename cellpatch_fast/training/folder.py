@@ -22,6 +22,7 @@ import csv
 import json
 import os
 import platform
+import warnings
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, InputWarning
 from ..io.partial import LOCK, differences, locked, replace_json, to_disk
 
 if TYPE_CHECKING:
@@ -235,8 +236,33 @@ def read_settings(path: Path) -> dict[str, Any]:
     return {"kind": None, "versions": {}, **found}
 
 
-def read_checkpoint(path: Path, kind: str) -> dict[str, Any]:
+def warn_of_unfinished(model: object) -> None:
+    """Say so where a model is given as the folder of a run that has not come to its end."""
+    if not isinstance(model, str | os.PathLike) or not (Path(model) / CHECKPOINT).is_file():
+        return
+    path = Path(model)
+    try:
+        found = read_settings(path)
+        checkpoint = read_checkpoint(path / CHECKPOINT, found["kind"], mapped=True)
+        done, epochs = checkpoint["place"]["epoch"], found["settings"]["epochs"]
+    except (InputError, KeyError):
+        return  # what is wrong with the run is no matter of the model beside it
+    if not checkpoint["finished"]:
+        warnings.warn(
+            f"{path} is the folder of a training run that is not finished: its model is the best "
+            f"of {done} of {epochs} epochs. The command that began it goes on with it",
+            InputWarning,
+            stacklevel=3,
+        )
+
+
+def read_checkpoint(path: Path, kind: str, *, mapped: bool = False) -> dict[str, Any]:
     """A checkpoint, on the CPU.
+
+    Parameters
+    ----------
+    mapped
+        Read no tensor before it is used: as fast for any size, but only while the file stays.
 
     Raises
     ------
@@ -245,7 +271,7 @@ def read_checkpoint(path: Path, kind: str) -> dict[str, Any]:
     """
     advice = "begin anew with --overwrite (overwrite=True), or restore the file"
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # of any type: the bytes of any file are taken as instructions
         raise InputError(
             f"{path} is damaged, or holds more than tensors and numbers (code is never run): "

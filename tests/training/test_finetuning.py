@@ -25,6 +25,7 @@ from cellpatch_fast import (
     cli,
     tl,
 )
+from cellpatch_fast.errors import InputWarning
 from cellpatch_fast.training import Finetuned, FinetuningSettings, data, finetune
 
 from .conftest import assert_same_run, untimed, weights
@@ -127,6 +128,66 @@ def test_files_are_annotated_as_objects_are(
     assert "nothing to do" in capsys.readouterr().out
     atlas.annotate(file, folder, tmp_path / "labels.zarr", embedding=False)
     assert list(anndata.read_zarr(tmp_path / "labels.zarr").obsm) == ["cellpatch_probabilities"]
+
+
+def test_labels_with_other_names_do_not_stop_an_annotation(
+    annotator: tuple[Path, Finetuned], labelled: anndata.AnnData, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    adata, file, report = labelled.copy(), tmp_path / "cells.h5ad", tmp_path / "report"
+    adata.obs["type"] = adata.obs["type"].map({"a": "type A", "b": "type B", "c": "type C"})
+    adata.write_h5ad(file)
+    command = ["annotate", file, "--model", annotator[0], "--output", tmp_path / "out.zarr"]
+    command += ["--label", "type", "--report", report]
+    assert cli.main(list(map(str, command))) == 0
+    out, err = capsys.readouterr()
+    assert "no label is among the model's classes: no accuracy, no macro F1" in out
+    assert "warning: 147 of 147 labelled cells have a label in obs['type'] that is not" in err
+    assert list(anndata.read_zarr(tmp_path / "out.zarr").obs["type"]) == list(adata.obs["type"])
+    confusion = pd.read_csv(report / "confusion.csv", index_col="truth")
+    assert confusion.to_numpy().sum() == 147
+    assert (report / "confusion.png").exists()
+
+    (tmp_path / "map.csv").write_text("data,model\ntype A,a\ntype B,b\n")
+    command += ["--label-map", tmp_path / "map.csv"]
+    assert cli.main(list(map(str, command))) == 0
+    out, err = capsys.readouterr()
+    others = (adata.obs["type"] == "type C").sum()
+    assert f"on {147 - others} of 147 labelled cells" in out
+    assert f"warning: {others} of 147 labelled cells have" in err
+    confusion = pd.read_csv(report / "confusion.csv", index_col="truth")
+    assert list(confusion.index) == ["a", "b", "c", "type C"]
+    everything = {"type A": "a", "type B": "b", "type C": "c"}
+    options: dict[str, Any] = {"label": "type", "label_map": everything}
+    done = atlas.annotate(file, annotator[0], tmp_path / "out.zarr", **options)
+    assert done.evaluation is not None
+    assert done.evaluation.cells == 147
+    assert done.evaluation.accuracy == done.evaluation.overall_accuracy > 0.85
+
+
+def test_the_model_of_an_unfinished_run_is_used_and_said_to_be_that(
+    start: Finetune, finetuning: Settings, annotator: tuple[Path, Finetuned],
+    labelled: anndata.AnnData, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run, cells = tmp_path / "run", labelled[:5].copy()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # after the first epoch
+        patch.setattr("cellpatch_fast.training.loop.describe_epoch", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            start(run, finetuning(epochs=3))
+    unfinished = f"{run} is the folder of a training run .* the best of 1 of 3 epochs"
+    for use in (tl.annotate, tl.embed):
+        with pytest.warns(InputWarning, match=unfinished):
+            use(cells, run)
+    for write in (atlas.annotate, atlas.embed):
+        with pytest.warns(InputWarning, match=unfinished):
+            write(file, run, tmp_path / f"{write.__name__}.zarr")
+    (run / "checkpoint.pt").write_bytes(b"damaged")
+    tl.annotate(cells, run)  # a warning would be an error
+    tl.annotate(cells, annotator[0])
 
 
 def test_annotators_are_models_like_any_other(annotator: tuple[Path, Finetuned]) -> None:
@@ -251,7 +312,7 @@ def test_splits_have_every_type_in_every_part() -> None:
 
 def test_what_cannot_be_learnt_is_refused_before_any_work(
     start: Finetune, finetuning: Settings, labelled: anndata.AnnData, tmp_path: Path,
-    annotator: tuple[Path, Finetuned],
+    annotator: tuple[Path, Finetuned], file: Path,
 ) -> None:  # fmt: skip
     run = tmp_path / "run"
     with pytest.raises(InputError, match=r"no column 'celltype'.*kind, depth, barcode, type"):
@@ -268,8 +329,8 @@ def test_what_cannot_be_learnt_is_refused_before_any_work(
     with pytest.raises(InputError, match="a class 'unknown'"):
         start(run, finetuning(), data=reserved)
     assert not run.exists()
-    with pytest.raises(InputError, match="no true label is among the model's classes"):
-        atlas.annotate(labelled_file(labelled, tmp_path), annotator[0], run, label="kind2")
+    with pytest.raises(InputError, match="a label map renames true labels: name their column"):
+        atlas.annotate(file, annotator[0], run, label_map={"A": "a"})
     with pytest.raises(InputError, match="tells no classes"):
         tl.annotate(labelled, CellPatch.from_pretrained(annotator[0]))  # type: ignore[arg-type]
     CellPatch.from_pretrained(annotator[0]).save_pretrained(tmp_path / "encoder")
@@ -277,10 +338,3 @@ def test_what_cannot_be_learnt_is_refused_before_any_work(
         tl.annotate(labelled, tmp_path / "encoder")
     with pytest.raises(InputError, match="the threshold is a probability"):
         tl.annotate(labelled, annotator[0], threshold=95)
-
-
-def labelled_file(labelled: anndata.AnnData, folder: Path) -> Path:
-    adata = labelled.copy()
-    adata.obs["kind2"] = "something else"
-    adata.write_h5ad(folder / "other.h5ad")
-    return folder / "other.h5ad"
