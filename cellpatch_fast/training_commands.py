@@ -2,7 +2,7 @@
 
 Options that stand for a training setting are those of the settings' dataclass, so that defaults and
 checks are in one place; what is not given on the command line comes from ``--config``, else from
-there.
+the defaults for so many cells.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from .commands import (
 from .errors import InputError
 
 if TYPE_CHECKING:
-    from .config import CellPatchConfig
     from .genes import GeneVocabulary
     from .training import FinetuningSettings, PretrainingSettings
 
@@ -45,7 +44,15 @@ def add_pretrain(commands: Commands) -> None:
     add_inputs(parser, " or token stores")
     _add_run(parser)
     group = _add_settings(
-        parser, batch_size=512, rate="1e-4", decay="5e-5", validation=0.05, patience=0
+        parser,
+        epochs="50; few cells: 20",
+        batch_size="512; few cells: 16",
+        rate="1e-4; few cells: 2e-3",
+        decay="5e-5; few cells: 0.01",
+        warmup="0; few cells: 50",
+        encoder_rate="1; few cells: 0.3",
+        validation="0.05",
+        patience="0",
     )
     group.add_argument(
         "--hidden", type=float, metavar="X", help="share of a cell's genes to hide (default: 0.3)"
@@ -75,6 +82,7 @@ def _pretrain(parsed: argparse.Namespace) -> None:
         config=model_config,
         vocabulary=_vocabulary(parsed),
         settings=settings,
+        few_cells=parsed.few_cells,
         **_run_options(parsed),
     )
     if _leads():
@@ -103,7 +111,15 @@ def add_finetune(commands: Commands) -> None:
     )
     _add_run(parser)
     group = _add_settings(
-        parser, batch_size=256, rate="1e-3", decay="5e-4", validation=0.1, patience=10
+        parser,
+        epochs="50; few cells: of 700 steps together, 3 to 20",
+        batch_size="256; few cells: 32",
+        rate="1e-3",
+        decay="5e-4; few cells: 0.3",
+        warmup="0; few cells: 20",
+        encoder_rate="1; few cells: 0.1",
+        validation="0.1",
+        patience="10; few cells: 0",
     )
     group.add_argument(
         "--test", type=float, metavar="X", help="share of cells to test with (default: 0.1)"
@@ -117,7 +133,13 @@ def add_finetune(commands: Commands) -> None:
         "--hidden",
         type=float,
         metavar="X",
-        help="share of a cell's genes to hide in training, others in every epoch (default: 0)",
+        help="share of a cell's genes to hide in training, others in every epoch (default: 0; few "
+        "cells: 0.5)",
+    )
+    group.add_argument(
+        "--linear",
+        action=argparse.BooleanOptionalAction,
+        help="linear models beside the network, mixed by validation cells (default: for few cells)",
     )
     group.add_argument(
         "--freeze-encoder", action="store_true", default=None, help="train the head alone"
@@ -148,6 +170,7 @@ def _finetune(parsed: argparse.Namespace) -> None:
         config=model_config,
         vocabulary=_vocabulary(parsed),
         settings=settings,
+        few_cells=parsed.few_cells,
         split_column=parsed.split_column,
         **_run_options(parsed),
     )
@@ -155,6 +178,8 @@ def _finetune(parsed: argparse.Namespace) -> None:
         history = done.history
         print(f"{parsed.output}: {history.epochs} epochs, {history.steps:,} steps")
         print(f"test: {done.test}" if done.test else "no test cells")
+        if done.linear:
+            print(f"linear models alone, on the same cells: {done.linear}")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -206,22 +231,29 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _add_settings(
     parser: argparse.ArgumentParser,
     *,
-    batch_size: int,
+    epochs: str,
+    batch_size: str,
     rate: str,
     decay: str,
-    validation: float,
-    patience: int,
+    warmup: str,
+    encoder_rate: str,
+    validation: str,
+    patience: str,
 ) -> argparse._ArgumentGroup:
-    """The settings that pretraining and fine-tuning have in common; not given means None."""
+    """The settings that pretraining and fine-tuning have in common; not given means None.
+
+    What is given here are their defaults, the paper's and those for few cells, in words.
+    """
     group = parser.add_argument_group("training")
     add = group.add_argument
+    switch = argparse.BooleanOptionalAction
     add(
         "--few-cells",
-        action="store_true",
-        help="other defaults, for a new model that some hundred or thousand cells are all to learn "
-        "from: small batches, AdamW, values not rounded, genes hidden in fine-tuning too",
+        action=switch,
+        help="the defaults for few cells (a new model starts from its data, small batches, AdamW, "
+        "values not rounded), or the paper's (default: for fewer than 20,000 cells)",
     )
-    add("--epochs", type=positive, metavar="N", help="default: 50")
+    add("--epochs", type=positive, metavar="N", help=f"default: {epochs}")
     add(
         "--batch-size",
         type=positive,
@@ -234,12 +266,12 @@ def _add_settings(
         metavar="N",
         help="compute a batch in N parts, for less memory (default: 1)",
     )
-    add("--optimizer", choices=("adam", "adamw"), help="default: adam")
+    add("--optimizer", choices=("adam", "adamw"), help="default: adam; few cells: adamw")
     add("--learning-rate", type=float, metavar="X", help=f"default: {rate}")
     add("--weight-decay", type=float, metavar="X", help=f"default: {decay}")
     add("--gradient-clip", type=float, metavar="X", help="largest norm, 0 for any (default: 5)")
-    add("--schedule", choices=("constant", "cosine"), help="default: constant")
-    add("--warmup-steps", type=natural, metavar="N", help="default: 0")
+    add("--schedule", choices=("constant", "cosine"), help="default: constant; few cells: cosine")
+    add("--warmup-steps", type=natural, metavar="N", help=f"default: {warmup}")
     add("--precision", choices=("float32", "bfloat16"), help="on a GPU (default: float32)")
     add("--compile", action="store_true", default=None, help="use torch.compile")
     add(
@@ -255,12 +287,27 @@ def _add_settings(
         help=f"stop after N epochs without improvement; 0 for never (default: {patience})",
     )
     add("--gene-rate", type=float, metavar="X", help="times the learning rate (default: 1)")
-    add("--encoder-rate", type=float, metavar="X", help="the same, of its rest (default: 1)")
+    add(
+        "--encoder-rate",
+        type=float,
+        metavar="X",
+        help=f"the same, of its rest (default: {encoder_rate})",
+    )
+    add(
+        "--spectral",
+        action=switch,
+        help="start a new model's genes from components of the data (default: for few cells)",
+    )
     add(
         "--whitened",
-        action="store_true",
-        default=None,
-        help="start a new model's attention where it tells cells apart",
+        action=switch,
+        help="start a new model's attention where it tells cells apart (default: for few cells)",
+    )
+    add(
+        "--keep-best",
+        action=switch,
+        help="keep the model of the best epoch on validation cells, else of the last (default: "
+        "yes; few cells: no)",
     )
     add("--seed", type=natural, metavar="N", help="default: 0")
     add(
@@ -275,25 +322,14 @@ def _add_settings(
 
 def _configured(
     parsed: argparse.Namespace, kind: type[SettingsT]
-) -> tuple[CellPatchConfig | None, SettingsT]:
-    """Configuration of a new model, and settings: options before --config before defaults."""
-    from .config import CellPatchConfig
-
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """What was given of a new model's configuration, and of the settings; options come first."""
     found = _read_config(parsed.config) if parsed.config else {}
     training = dict(found.get("training", {}))
     for field in fields(kind):
         if getattr(parsed, field.name, None) is not None:
             training[field.name] = getattr(parsed, field.name)
-    model = None
-    if parsed.few_cells:
-        training = kind.for_few_cells().to_dict() | training
-    if "model" in found or (parsed.few_cells and parsed.model is None):
-        defaults = CellPatchConfig.for_few_cells() if parsed.few_cells else CellPatchConfig()
-        try:
-            model = CellPatchConfig.from_dict(defaults.to_dict() | found.get("model", {}))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{parsed.config}: {error}") from error
-    return model, kind.from_dict(training)
+    return found.get("model"), training
 
 
 def _read_config(path: Path) -> dict[str, dict[str, Any]]:
