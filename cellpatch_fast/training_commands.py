@@ -197,8 +197,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--add-genes",
-        action="store_true",
-        help="give genes that the vocabulary lacks a token of their own",
+        action=argparse.BooleanOptionalAction,
+        help="give genes that the vocabulary lacks a token of their own (default: for a new model "
+        "with the settings for few cells)",
     )
     parser.add_argument(
         "--config",

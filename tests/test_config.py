@@ -125,6 +125,7 @@ def test_json_and_back() -> None:
         decoder_self_attention_blocks=2,
         decoder_dropout=0.2,
         head_dropout=0.3,
+        temperature=1.7,
         target_sum=1e6,
         value_clip=10.0,
         value_rounding="truncate",

@@ -7,7 +7,6 @@ those that tell how good the result is (test), which nothing is decided by.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 from ..columns import Column, balancing_weights
 from ..config import CellPatchConfig
-from ..errors import InputError, InputWarning
+from ..errors import InputError
 from ..loader import CellLoader
 from ..masking import Masking
 from ..model import CellPatch, CellPatchAnnotator, fingerprint
@@ -87,7 +86,7 @@ def finetune(
     settings: FinetuningSettings | Mapping[str, Any] | None = None,
     few_cells: bool | None = None,
     split_column: str | None = None,
-    add_genes: bool = False,
+    add_genes: bool | None = None,
     layer: str | None = None,
     use_raw: bool = False,
     gene_column: str | None = None,
@@ -152,8 +151,8 @@ checkpoint_minutes, overwrite, progress
             config = new_config(data, choice, config)
         encoder = starting_model(CellPatch, model, config, vocabulary)
         identity: dict[str, Any] = {"model": None if model is None else fingerprint(encoder)}
-        if add_genes:
-            learn_new_genes(encoder, data, options)
+        if add_genes or (add_genes is None and model is None and choice.few):
+            learn_new_genes(encoder, data, options, required=bool(add_genes))
         with opened(data, encoder.vocabulary, encoder.config, options) as streams:
             report(streams, processes)
             labels = read_labels(streams, label, first.min_cells)
@@ -222,20 +221,17 @@ def _say(
     )
     nameless = [name for name in labels.classes if name.lower() in NO_NAMES]
     if nameless:
-        listed = ", ".join(map(repr, nameless))
-        warnings.warn(
-            f"obs[{label!r}] has a class called {listed}, which is taken for a cell type: cells "
-            "without a label should have none (NaN, not text)",
-            InputWarning,
-            stacklevel=3,
+        logger.warning(
+            "obs[%r] has a class called %s, which is taken for a cell type: cells without a label "
+            "should have none (NaN, not text)",
+            *(label, ", ".join(map(repr, nameless))),
         )
     tested = np.bincount(labels.codes[rows["test"]], minlength=len(labels.classes))
     if 0 < tested.sum() < FEW_TESTED:
-        warnings.warn(
-            f"there are only {tested.sum()} test cells ({tested.min()} of the rarest class): one "
-            f"is {1 / tested.sum():.1%} of the accuracy, so small differences mean nothing",
-            InputWarning,
-            stacklevel=3,
+        logger.warning(
+            "there are only %d test cells (%d of the rarest class): one is %.1f %% of the accuracy, "
+            "so small differences mean nothing",
+            *(tested.sum(), tested.min(), 100 / tested.sum()),
         )
 
 
@@ -245,13 +241,11 @@ def _warn_of_majority(history: History, labels: Labels, rows: Mapping[str, np.nd
     counts = np.bincount(labels.codes[rows["validation"]], minlength=len(labels.classes))
     if accuracy is None or accuracy > counts.max() / counts.sum() + LITTLE:
         return
-    warnings.warn(
-        f"the network's accuracy on the validation cells, {accuracy:.3f}, is hardly above that of "
-        f"calling all of them {labels.classes[int(counts.argmax())]!r}, "
-        f"{counts.max() / counts.sum():.3f}: it has not learnt to tell the classes apart. More "
-        "epochs, or the settings for few cells (--few-cells, few_cells=True), often help",
-        InputWarning,
-        stacklevel=3,
+    logger.warning(
+        "the network's accuracy on the validation cells, %.3f, is hardly above that of calling all "
+        "of them %r, %.3f: it has not learnt to tell the classes apart. More epochs, or the "
+        "settings for few cells (--few-cells, few_cells=True), often help",
+        *(accuracy, labels.classes[int(counts.argmax())], counts.max() / counts.sum()),
     )
 
 

@@ -46,7 +46,7 @@ def pretrain(
     vocabulary: GeneVocabulary | None = None,
     settings: PretrainingSettings | Mapping[str, Any] | None = None,
     few_cells: bool | None = None,
-    add_genes: bool = False,
+    add_genes: bool | None = None,
     layer: str | None = None,
     use_raw: bool = False,
     gene_column: str | None = None,
@@ -81,6 +81,7 @@ def pretrain(
         decides by the number of cells, and says what it has decided: below 20,000 they are few.
     add_genes
         Give genes that the vocabulary lacks a token of their own, instead of leaving them out.
+        None does so for a new model with the settings for few cells, if they fit.
     layer, use_raw, gene_column, input
         How the inputs are read, see `tl.embed`.
     device
@@ -126,8 +127,8 @@ def pretrain(
         identity: dict[str, Any] = {
             "model": None if model is None else fingerprint(started, whole=True)
         }
-        if add_genes:
-            learn_new_genes(started, data, options)
+        if add_genes or (add_genes is None and model is None and choice.few):
+            learn_new_genes(started, data, options, required=bool(add_genes))
         with opened(data, started.vocabulary, started.config, options) as streams:
             report(streams, processes)
             cells = sum(stream.n_cells for stream in streams)

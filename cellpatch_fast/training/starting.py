@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +27,8 @@ from .spectral import start_from_data
 
 if TYPE_CHECKING:
     from ..genes import GeneVocabulary
+
+logger = logging.getLogger("cellpatch_fast")
 
 WHITENED_CELLS = 512  # enough for the covariance of 32 numbers, which 64 patches of each have
 LEAST_VARIANCE = 1e-4  # of the largest: what varies less is noise, and stays small
@@ -145,10 +148,20 @@ def whiten_attention(
     projection.bias.copy_(torch.from_numpy(-matrix @ mean))
 
 
-def learn_new_genes(model: CellPatch, data: Any, options: dict[str, Any]) -> None:
-    """Give genes of the inputs that the model's vocabulary lacks the next tokens."""
+def learn_new_genes(
+    model: CellPatch, data: Any, options: dict[str, Any], *, required: bool
+) -> None:
+    """Give genes of the inputs that the model's vocabulary lacks the next tokens.
+
+    Where they do not fit it is an error if they are ``required``, else they stay without.
+    """
     with opened(data, model.vocabulary, model.config, options) as streams:
-        model.vocabulary = model.vocabulary.add(new_genes(streams), model.config.max_genes)
+        try:
+            model.vocabulary = model.vocabulary.add(new_genes(streams), model.config.max_genes)
+        except InputError as error:
+            if required:
+                raise
+            logger.warning("genes that the vocabulary lacks are left out: %s", error)
 
 
 def loader_options(
