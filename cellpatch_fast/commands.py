@@ -100,31 +100,37 @@ def add_tokenize(commands: Commands) -> None:
         "(with --shuffle) for training. Until it is complete it is called TOKENS.zarr.partial; "
         "the same command finishes it after an interruption, and does nothing when it is "
         "finished.",
-        epilog="example: cellpatch tokenize a.h5ad b.h5ad --vocabulary human --shuffle --output "
-        "tokens.zarr",
+        epilog="example: cellpatch tokenize a.h5ad b.h5ad --shuffle --output tokens.zarr",
     )
     add_inputs(parser)
-    meaning = parser.add_mutually_exclusive_group(required=True)
-    meaning.add_argument(
+    values = parser.add_mutually_exclusive_group()
+    values.add_argument(
         "--model",
         metavar="DIR",
-        help=f"the model that the tokens are for: {MODEL_HELP}",
+        help=f"the model that the tokens are for: {MODEL_HELP} (default: a new one with the "
+        "paper's preprocessing)",
     )
-    meaning.add_argument(
+    values.add_argument(
+        "--few-cells",
+        action="store_true",
+        help="for a new model that is made with --few-cells (pretrain, finetune, new-model): "
+        "values are neither rounded nor clipped",
+    )
+    values.add_argument(
+        "--value-rounding",
+        choices=("round", "truncate", "none"),
+        help="for a new model of another kind: how values become integers, or that they stay "
+        "continuous (float16) (default: round)",
+    )
+    parser.add_argument(
         "--vocabulary",
         metavar="V",
-        help="without a model: a vocabulary.json, or 'human' for the bundled human genes",
+        help="without --model: a vocabulary.json (default: 'human', the bundled human genes)",
     )
     parser.add_argument(
         "--output", required=True, type=Path, metavar="TOKENS.zarr", help="the store to make"
     )
     add_reading(parser)
-    parser.add_argument(
-        "--value-rounding",
-        choices=("round", "truncate", "none"),
-        help="with --vocabulary: how values become integers, or that they stay continuous "
-        "(float16); a model has its own way (default: round)",
-    )
     parser.add_argument(
         "--shuffle",
         action="store_true",
@@ -146,7 +152,7 @@ def _tokenize(parsed: argparse.Namespace) -> None:
     from . import atlas
     from .config import CellPatchConfig
 
-    config = None
+    config = CellPatchConfig.for_few_cells() if parsed.few_cells else None
     if parsed.value_rounding is not None:
         config = CellPatchConfig(value_rounding=parsed.value_rounding)
     summary = atlas.tokenize(

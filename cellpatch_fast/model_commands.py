@@ -90,6 +90,12 @@ def add_new_model(commands: Commands) -> None:
     )
     _add_model_output(parser)
     parser.add_argument(
+        "--few-cells",
+        action="store_true",
+        help="the configuration for some hundred or thousand cells instead: values are neither "
+        "rounded nor clipped, no attention weights are dropped",
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the weights (default: 0)"
     )
     parser.set_defaults(run=_new_model)
@@ -104,7 +110,8 @@ def _new_model(parsed: argparse.Namespace) -> None:
     from .model import CellPatch
 
     torch.manual_seed(parsed.seed)
-    model = CellPatch(CellPatchConfig(), GeneVocabulary.human())
+    config = CellPatchConfig.for_few_cells() if parsed.few_cells else CellPatchConfig()
+    model = CellPatch(config, GeneVocabulary.human())
     model.save_pretrained(parsed.output)
     print(
         f"{parsed.output}: untrained, {len(model.vocabulary):,} genes, "
