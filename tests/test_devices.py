@@ -176,7 +176,7 @@ def test_processes_of_training_inherit_policy_and_their_share_of_cores(
         started.update(env)
         return 0
 
-    monkeypatch.setattr(distributed.subprocess, "call", call)
+    monkeypatch.setattr("subprocess.call", call)
     monkeypatch.setattr(distributed, "usable_cores", lambda: 6)
     run = ["pretrain", "cells.h5ad", "--output", "run", "--device", "cpu", "--devices", "2"]
     assert cli.main(run) == 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anndata
 import pytest
 
-from cellpatch_fast import CellPatchConfig, GeneVocabulary, progress
+from cellpatch_fast import CellPatchConfig, GeneVocabulary
 from cellpatch_fast.progress import Pace, duration
 from cellpatch_fast.training import FinetuningSettings, PretrainingSettings, pretrain
 from cellpatch_fast.training.loop import Trainer
@@ -32,7 +33,7 @@ def test_durations_are_as_exact_as_an_estimate(seconds: float, text: str) -> Non
 def test_time_left_is_judged_by_what_this_run_has_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """An earlier one may have been faster, and says nothing of this."""
     now = 100.0
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
+    monkeypatch.setattr("time.perf_counter", lambda: now)
     pace = Pace(10.5)
     assert pace.seconds_to(30, 10.5) is None
     now += 9
@@ -61,7 +62,8 @@ def test_log_lines_and_the_bar_say_how_far_the_run_is(
 ) -> None:
     """Also after an interruption while validating, when this run has no epoch to judge by."""
     caplog.set_level("INFO", "cellpatch_fast")
-    options = {"config": config, "vocabulary": small_vocabulary, "settings": pretraining(epochs=3)}
+    options: dict[str, Any] = {"config": config, "vocabulary": small_vocabulary}
+    options["settings"] = pretraining(epochs=3)
     validate = Trainer._validate
 
     def interrupt(self: Trainer) -> dict[str, float]:
