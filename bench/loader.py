@@ -5,7 +5,7 @@ opening) and then once measured; the methods take turns, so that what else the m
 them alike. Medians are printed with ratios. Files are read from the system's page cache, unless
 ``--cold`` has it dropped before each run (`posix_fadvise`).
 
-All use the same number of threads, those of the machine. The comparisons:
+All use the same number of threads, as many as there are cores for this process. The comparisons:
 
 - a token store against anndata's sparse dataset on the AnnData Zarr, and against doing nothing but
   decompressing the store's chunks, from memory into one buffer per thread;
@@ -41,13 +41,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.atlas_files import FORMATS, bytes_on_disk, write_atlas_files
 from bench.machine import processor
 from bench.processes import peak_memory
+from cellpatch_fast.devices import usable_cores
 from cellpatch_fast.io.chunks_direct import DirectChunks
 from cellpatch_fast.io.chunks_files import Range
 
 WARM_CELLS = 3_000  # compile and open everything, and draw no conclusion
 SLICE = 4_096  # rows of a slice, for those who slice
 BATCH = 512
-THREADS = os.cpu_count() or 1
+THREADS = usable_cores()
 
 Counted = tuple[int, int]  # cells, entries
 Taken = dict[str, float]  # seconds and processor seconds

@@ -22,14 +22,16 @@ from . import (
     benchmark_commands,
     commands,
     dataset_commands,
+    model_commands,
     training_commands,
 )
+from .devices import keep_to_quota, wait_passively
 from .errors import InputError, InputWarning
 
 ADD_COMMANDS = (  # in the order of --help
     *(commands.add_embed, commands.add_tokenize),
     *(training_commands.add_pretrain, training_commands.add_finetune),
-    *(annotation_commands.add_annotate, commands.add_new_model, commands.add_import),
+    *(annotation_commands.add_annotate, model_commands.add_new_model, model_commands.add_import),
     *(commands.add_inspect, commands.add_demo, commands.add_tune),
     *(dataset_commands.add_synthetic_atlas, benchmark_commands.add_bench_report),
 )
@@ -40,8 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parsed = _parser().parse_args(arguments)
     parsed.arguments = arguments  # for processes that do the same
+    wait_passively()
     with _on_stderr():
         try:
+            keep_to_quota()
             parsed.run(parsed)
         except (InputError, OSError, MemoryError) as error:
             print(f"cellpatch: {_explain(error, parsed)}", file=sys.stderr)

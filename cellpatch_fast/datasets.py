@@ -13,7 +13,6 @@ depends on the seed: atlases with different seeds are different cells of the sam
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections import deque
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .devices import usable_cores
 from .errors import InputError
 from .files import made_whole
 from .frequencies import GENES, SPREAD, depths, mean_counts
@@ -324,7 +324,7 @@ def _drawn(law: Law, cells: int, seed: int) -> Iterator[_Drawn]:
 
     block = int(max(1, BLOCK_ENTRIES / np.exp(law.log_genes + law.spread**2 / 2)))
     key = np.uint64(hash_seed(seed))  # Numba has made an int of it
-    threads = min(os.cpu_count() or 1, MOST_THREADS)
+    threads = min(usable_cores(), MOST_THREADS)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="cellpatch-draw")
     ahead: deque[Future[list[_Drawn]]] = deque()
     try:

@@ -17,7 +17,6 @@ windows' batches in order.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 
 from .columns import balancing_weights, read_column
+from .devices import usable_cores
 from .errors import InputError
 from .masking import Masked, Masking, Measured, mask
 from .sampling import Chosen, Epoch, Sampling, batches_per_epoch
@@ -150,7 +150,7 @@ class CellLoader:
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, found {threads}")
         self.device, self.epoch, self.first_batch = torch.device(device), 0, 0
-        self._threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
+        self._threads = threads or min(usable_cores(), MOST_THREADS)
         self._memory_limit, self._masking = memory_limit, masking
         self._opened: list[Stream] = []
         self._closed = False

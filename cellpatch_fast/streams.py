@@ -166,8 +166,9 @@ class TokenStream:
         if config is not None and Preprocessing.from_config(config) != store.preprocessing:
             raise InputError(
                 f"{store.name} was made with {store.preprocessing}, but the model expects "
-                f"{Preprocessing.from_config(config)}. Make the token store anew with this model "
-                "(cellpatch tokenize --model)."
+                f"{Preprocessing.from_config(config)}. Make the token store anew for this model: "
+                "cellpatch tokenize --model DIR; for a new model that is made with --few-cells, "
+                "cellpatch tokenize --few-cells; for a new one without, neither option."
             )
         self.genes_matched = self.n_genes = int(store.measured().any(axis=0).sum())
         self.genes_unknown = 0  # they were counted when the store was made

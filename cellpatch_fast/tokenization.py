@@ -135,12 +135,12 @@ def tokenize(
         The model that the tokens are for, which has a vocabulary and says how values are made: a
         `CellPatch`, a model directory, or the name of a model on the Hugging Face hub.
     vocabulary
-        Instead of a model: a `GeneVocabulary`, the path of a ``vocabulary.json``, or ``"human"``
-        for the bundled human reference.
+        Without a model: a `GeneVocabulary`, the path of a ``vocabulary.json``, or ``"human"``
+        for the bundled human reference, which is the default.
     config
-        With ``vocabulary``: how values are made (``target_sum``, ``value_clip`` and
+        Without a model: how values are made (``target_sum``, ``value_clip`` and
         ``value_rounding``); the paper's way by default. ``value_rounding="none"`` keeps them
-        continuous, as float16.
+        continuous, as float16, as does `CellPatchConfig.for_few_cells`.
     layer, use_raw, gene_column, input, progress
         As in `tl.embed`.
     shuffle
@@ -169,7 +169,7 @@ def tokenize(
     Examples
     --------
     >>> cellpatch_fast.atlas.tokenize(
-    ...     ["a.h5ad", "b.h5ad"], "tokens.zarr", vocabulary="human", shuffle=True
+    ...     ["a.h5ad", "b.h5ad"], "tokens.zarr", shuffle=True
     ... )  # doctest: +SKIP
     >>> store = cellpatch_fast.io.TokenStore("tokens.zarr")  # doctest: +SKIP
     """
@@ -234,12 +234,12 @@ def _resolved(
     config: CellPatchConfig | None,
 ) -> tuple[GeneVocabulary, CellPatchConfig]:
     """The vocabulary and the configuration, from a model or on their own."""
-    if (model is None) == (vocabulary is None):
-        raise InputError(
-            "give either a model or a vocabulary: one of them says what the tokens mean (--model, "
-            "--vocabulary)"
-        )
     if model is not None:
+        if vocabulary is not None:
+            raise InputError(
+                "a model says what the tokens mean: give no vocabulary beside it (--model, "
+                "--vocabulary)"
+            )
         if config is not None:
             raise InputError("a model says how values are made: give no config beside it")
         if isinstance(model, str | Path):
@@ -247,7 +247,7 @@ def _resolved(
 
             model = CellPatch.from_pretrained(model)
         return model.vocabulary, model.config
-    if vocabulary == HUMAN:
+    if vocabulary is None or vocabulary == HUMAN:
         vocabulary = GeneVocabulary.human()
     elif isinstance(vocabulary, str | Path):
         vocabulary = GeneVocabulary.load(vocabulary)

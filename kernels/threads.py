@@ -63,6 +63,7 @@ def run_blocks(task: Callable[[int, int], None], count: int, block: int) -> None
 def _threads() -> ThreadPoolExecutor:
     global _pool
     if _pool is None:
+        # The most that there can ever be, should torch's number be raised: they start when needed.
         workers = max(os.cpu_count() or 1, torch.get_num_threads())
         _pool = ThreadPoolExecutor(workers, thread_name_prefix="cellpatch")
     return _pool

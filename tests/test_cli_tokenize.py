@@ -13,7 +13,7 @@ import anndata
 import numpy as np
 import pytest
 
-from cellpatch_fast import CellPatchConfig, GeneVocabulary, atlas
+from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, atlas
 from cellpatch_fast.io import TokenStore
 from cellpatch_fast.io.partial import partial_of
 from cellpatch_fast.io.token_writer import TokenWriter
@@ -28,10 +28,11 @@ Capture = pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     "options",
     [
-        ["--output", "o"],
         ["--model", "m"],
-        ["--vocabulary", "human"],
-        ["--model", "m", "--vocabulary", "human", "--output", "o"],
+        ["--few-cells"],
+        ["--few-cells", "--model", "m", "--output", "o"],
+        ["--few-cells", "--value-rounding", "none", "--output", "o"],
+        ["--model", "m", "--value-rounding", "truncate", "--output", "o"],
         ["--model", "m", "--output", "o", "--seed", "-1"],
         ["--model", "m", "--output", "o", "--seed", "one"],
         ["--model", "m", "--output", "o", "--values", "logs"],
@@ -95,15 +96,62 @@ def test_every_option_arrives(
         assert store.preprocessing == Preprocessing.from_config(CellPatchConfig())
 
 
-def test_model_has_its_own_rounding(
+def test_model_has_its_own_vocabulary(
     capsys: Capture, cells_file: Path, model_directory: Path, output: Path
 ) -> None:
     code, _, err = run(
         *(capsys, "tokenize", cells_file, "--model", model_directory),
-        *("--output", output, "--value-rounding", "truncate"),
+        *("--output", output, "--vocabulary", "human"),
     )
     assert code == 1
-    assert "a model says how values are made" in err
+    assert "give no vocabulary beside it (--model, --vocabulary)" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        pytest.param([], CellPatchConfig(), id="paper"),
+        pytest.param(["--few-cells"], CellPatchConfig.for_few_cells(), id="few_cells"),
+    ],
+)
+def test_without_a_model_tokens_are_for_a_new_one_of_human_genes(
+    capsys: Capture, cells_file: Path, output: Path, options: list[str], config: CellPatchConfig
+) -> None:
+    assert run(capsys, "tokenize", cells_file, "--output", output, *options)[0] == 0
+    with TokenStore(output) as store:
+        assert store.preprocessing == Preprocessing.from_config(config)
+        assert store.vocabulary_fingerprint == GeneVocabulary.human().fingerprint
+
+
+def test_tokens_for_few_cells_are_those_of_a_new_model_for_few_cells(
+    capsys: Capture, cells_file: Path, output: Path, tmp_path: Path
+) -> None:
+    assert run(capsys, "new-model", "--output", tmp_path / "model", "--few-cells")[0] == 0
+    model = CellPatch.from_pretrained(tmp_path / "model")
+    assert model.config == CellPatchConfig.for_few_cells()
+    command = ("tokenize", cells_file, "--output", output)
+    assert run(capsys, *command, "--model", tmp_path / "model")[0] == 0
+    code, out, _ = run(capsys, *command, "--few-cells")
+    assert (code, out) == (0, f"{output} is complete already: 211 cells, nothing to do\n")
+
+
+def test_a_new_model_for_few_cells_is_pretrained_on_tokens_for_few_cells(
+    capsys: Capture, cells_file: Path, model_directory: Path, output: Path, tmp_path: Path
+) -> None:
+    """And on no others; the refusal names the option that makes them."""
+    vocabulary = ("--vocabulary", model_directory / "vocabulary.json")
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"patches": 3, "dim": 6}}))
+    run_options = ("--config", tmp_path / "config.json", "--few-cells", "--epochs", 1)
+    pretrain = ("pretrain", output, "--output", tmp_path / "run", *vocabulary, *run_options)
+    tokenize = ("tokenize", cells_file, "--output", output, *vocabulary)
+    assert run(capsys, *tokenize)[0] == 0
+    code, _, err = run(capsys, *pretrain)
+    assert code == 1
+    assert "cellpatch tokenize --few-cells" in err
+    assert run(capsys, *tokenize, "--few-cells", "--overwrite")[0] == 0
+    code, _, err = run(capsys, *pretrain)
+    assert code == 0, err
+    assert "epoch 1 of 1: training loss" in err
 
 
 def test_interruption_is_said_and_inspected(

@@ -169,7 +169,7 @@ def test_formats_compressions_blocks_threads_and_chunks_leave_no_trace(
     expected = read(tmp_path / "a.h5ad")
     monkeypatch.setattr(datasets, "BLOCK_ENTRIES", 5_000)
     monkeypatch.setattr(datasets, "MOST_THREADS", 3)
-    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    monkeypatch.setattr(datasets, "usable_cores", lambda: 3)
     monkeypatch.setattr(appending, "CHUNK", 997)
     monkeypatch.setattr(appending, "SHARD_CHUNKS", 3)
     for name, compression in [("b.h5ad", "gzip"), ("c.zarr", None), ("d.zarr", "zstd")]:

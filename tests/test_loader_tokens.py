@@ -381,6 +381,8 @@ def test_another_preprocessing_is_refused(store: Path, small_vocabulary: GeneVoc
         CellLoader(store, small_vocabulary, config)
     for preprocessing in (Preprocessing(), Preprocessing.from_config(config)):
         assert str(preprocessing) in str(caught.value)
+    for command in ("cellpatch tokenize --model DIR", "cellpatch tokenize --few-cells"):
+        assert command in str(caught.value)
 
 
 @pytest.mark.parametrize("what", ["vocabularies", "preprocessing", "precision"])

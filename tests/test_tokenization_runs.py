@@ -217,8 +217,7 @@ def test_what_cannot_be(
 ) -> None:
     wrong: dict[str, Any]
     for wrong, message in (
-        ({"vocabulary": None}, "give either a model or a vocabulary"),
-        ({"model": small_model}, "give either a model or a vocabulary"),
+        ({"model": small_model}, "give no vocabulary beside it"),
         ({"model": small_model, "vocabulary": None, "config": CONTINUOUS}, "no config beside it"),
         ({"vocabulary": tmp_path / "none.json"}, "none.json: cannot be read"),
         ({"seed": -1}, "the seed must be at least 0, found -1"),

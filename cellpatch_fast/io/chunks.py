@@ -13,7 +13,6 @@ Two-dimensional arrays are read as the flat sequence of their rows: cell after c
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ..devices import usable_cores
 from ..errors import summary
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def read_range(chunks: Chunks, start: int, out: np.ndarray) -> None:
     if len(tasks) == 1:
         decode(tasks[0])
         return
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
         deque(pool.map(decode, tasks), maxlen=0)
 
 

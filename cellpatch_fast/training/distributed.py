@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..devices import usable_cores
 from ..embedding import usable_device
 from ..errors import InputError
 
@@ -146,5 +147,5 @@ def launch(devices: int, device: str | None, arguments: Sequence[str]) -> int:
         )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(devices), "-m", "cellpatch_fast.cli", *arguments]
-    threads = max(1, (os.cpu_count() or 1) // devices)  # torchrun allows one
+    threads = max(1, usable_cores() // devices)  # torchrun allows one
     return subprocess.call(command, env={"OMP_NUM_THREADS": str(threads), **os.environ})

@@ -39,12 +39,12 @@ from ..embedding import memory_errors
 from ..errors import InputError
 from ..loader import CellBatch
 from ..model import CellPatch
-from ..progress import progress_bar
+from ..progress import Pace, progress_bar
 from .distributed import Processes
 from .folder import EPOCHS, STEPS, RunFolder
 from .occurring import OccurringGenes
 from .settings import TrainingSettings
-from .task import History, Place, Task
+from .task import History, Place, Task, describe_epoch
 
 logger = logging.getLogger("cellpatch_fast")
 
@@ -153,17 +153,21 @@ class Trainer:
         InputError
             If a loss is not finite, or no cell has anything to learn from.
         """
-        cells = self._cells_per_epoch
+        cells, epochs = self._cells_per_epoch, self.settings.epochs
         first = self.place.epoch * cells + self.place.batch * self.settings.batch_size
+        pace = Pace(first / cells)
         if not self.processes.leads:
             progress = False
         with (
-            progress_bar(self.settings.epochs * cells, "training", progress, done=first) as bar,
+            progress_bar(epochs * cells, "training", progress, done=first) as bar,
             _deterministic(self.settings.deterministic),
         ):
             while not self.finished:
                 self._train_epoch(bar)
-                self._end_epoch()
+                row = self._end_epoch()
+                if self.processes.leads:
+                    left = None if self.finished else pace.seconds_to(epochs, self.place.epoch)
+                    logger.info("%s", describe_epoch(row, self.settings, left))
         self._genes.restore(self._left)
         return History(
             epochs=self.place.epoch,
@@ -192,7 +196,8 @@ class Trainer:
                 place.step += 1
                 cells = min(self.settings.batch_size, len(batch.rows) * self.processes.world_size)
                 recent.add(loss, cells)
-                bar.set_postfix(epoch=place.epoch + 1, loss=f"{loss:.4f}", refresh=False)
+                epoch = f"{place.epoch + 1} of {self.settings.epochs}"
+                bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}", refresh=False)
                 bar.update(cells)
                 if place.step % self._log_steps == 0 and self.folder is not None:
                     self.folder.add_row(STEPS, self._row(recent, norm))
@@ -275,8 +280,8 @@ class Trainer:
             "often helps; the last checkpoint is as it was"
         )
 
-    def _end_epoch(self) -> None:
-        """Validate, keep the best model, and write what is to be known of the epoch."""
+    def _end_epoch(self) -> dict[str, Any]:
+        """Validate, keep the best model, and write what is to be known of the epoch: its row."""
         place = self.place
         if not place.targets:
             raise InputError(
@@ -309,8 +314,7 @@ class Trainer:
                 with self._genes.whole(self._left):
                     self.task.model.save_pretrained(self.folder.path)
         self._save()
-        if self.processes.leads:
-            logger.info("%s", describe_epoch(row))
+        return row
 
     @property
     def _left(self) -> float:
@@ -372,17 +376,6 @@ class _Recent:
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of PyTorch's generators for a step, another one for every step and process."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def describe_epoch(row: dict[str, Any]) -> str:
-    """A row of ``epochs.csv`` in words."""
-    shown = {
-        name: value
-        for name, value in row.items()
-        if value is not None and name not in ("epoch", "step", "learning_rate", "seconds")
-    }
-    numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
-    return f"epoch {row['epoch']}: {numbers} ({row['seconds']:,.0f} s)"
 
 
 def _with_last(items: Iterator[Any]) -> Generator[tuple[Any, bool]]:

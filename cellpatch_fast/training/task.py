@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..loader import CellBatch, CellLoader
 from ..model import CellPatch
+from ..progress import duration
+from .settings import TrainingSettings
 
 
 class Task(ABC):
@@ -110,3 +112,17 @@ class History:
 def ranges_of(number: int, parts: int) -> list[tuple[int, int]]:
     """``number`` things in equal parts, as ranges; parts may be empty."""
     return [(number * i // parts, number * (i + 1) // parts) for i in range(parts)]
+
+
+def describe_epoch(row: dict[str, Any], settings: TrainingSettings, left: float | None) -> str:
+    """A row of ``epochs.csv`` in words, and the seconds that are ``left``, where that is known."""
+    shown = {
+        name: value
+        for name, value in row.items()
+        if value is not None and name not in ("epoch", "step", "learning_rate", "seconds")
+    }
+    numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
+    times = f"{row['seconds']:,.0f} s"
+    if left is not None:
+        times += f", {'at most ' if settings.patience else ''}about {duration(left)} left"
+    return f"epoch {row['epoch']} of {settings.epochs}: {numbers} ({times})"
