@@ -229,7 +229,7 @@ def _say(
     tested = np.bincount(labels.codes[rows["test"]], minlength=len(labels.classes))
     if 0 < tested.sum() < FEW_TESTED:
         logger.warning(
-            "there are only %d test cells (%d of the rarest class): one is %.1f %% of the accuracy, "
+            "there are only %d test cells (%d of the rarest class): one is %.1f %% of accuracy, "
             "so small differences mean nothing",
             *(tested.sum(), tested.min(), 100 / tested.sum()),
         )
