@@ -39,7 +39,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import curves, quality_figure
 from bench.machine import processor
 from bench.quality_data import Dataset, Split, read_datasets
-from bench.quality_methods import ANNOTATION, FULL, METHODS, PRETRAINED, TOY, Recipe, Score
+from bench.quality_methods import (
+    ANNOTATION,
+    FULL,
+    METHODS,
+    NETWORK,
+    PAPERS,
+    PRETRAINED,
+    TOY,
+    Recipe,
+    Score,
+)
 from bench.quality_report import Scores, report, summarise, targets
 from cellpatch_fast.figures import FORMATS, save_figure
 from cellpatch_fast.files import write_whole
@@ -70,6 +80,8 @@ def jobs_of(datasets: Sequence[Dataset], options: argparse.Namespace) -> list[Jo
     jobs = []
     for seed in range(options.splits):
         methods = list(ANNOTATION) if "annotation" in options.parts else []
+        if seed >= options.papers:
+            methods = [name for name in methods if name != PAPERS]
         if "pretraining" in options.parts and seed < options.pretrained:
             methods += PRETRAINED
         jobs += [Job(name, Split(data, seed)) for data in datasets for name in methods]
@@ -103,6 +115,8 @@ def measure_all(
     for job in jobs:
         methods = found.setdefault(job.split.data.name, {})
         score = json.loads(job.file(folder).read_text())
+        if (alone := score.pop(NETWORK, None)) is not None:  # of the same run
+            methods.setdefault(NETWORK, {})[job.split.seed] = alone | {"seconds": score["seconds"]}
         methods.setdefault(job.method, {})[job.split.seed] = score
     return found
 
@@ -174,14 +188,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--pretrained", type=int, default=1, metavar="N", help="pretrain for N of the splits"
     )
+    parser.add_argument(
+        "--papers", type=int, default=3, metavar="N", help="the paper's recipe on N of the splits"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="scores measured at a time")
     parser.add_argument("--folder", type=Path, help="keep scores here; measure those that lack")
     parser.add_argument("--output", type=Path, help="JSON file; .md, .png and .svg beside it")
     options = parser.parse_args()
     if options.toy:
         options.splits = TOY_SPLITS
-    if options.splits < 1 or options.jobs < 1 or not 1 <= options.pretrained <= options.splits:
-        parser.error("--splits and --jobs are 1 at least, --pretrained is 1 to --splits")
+    options.papers = min(options.papers, options.splits)
+    if min(options.splits, options.jobs, options.papers) < 1:
+        parser.error("--splits, --papers and --jobs are 1 at least")
+    if not 1 <= options.pretrained <= options.splits:
+        parser.error("--pretrained is 1 to --splits")
     return options
 
 
