@@ -148,7 +148,7 @@ def annotation(split: Split, folder: Path, **how: Any) -> Score:
 
 def started(split: Split, recipe: Recipe, folder: Path) -> CellPatch:
     """The encoder that fine-tuning starts from: chosen from the cells, without their labels."""
-    settings = recipe.finetuning(split, linear=False, epochs=1, learning_rate=UNMOVED)
+    settings = recipe.finetuning(split, guided=False, linear=False, epochs=1, learning_rate=UNMOVED)
     annotation(split, folder, settings=settings, **recipe.start(split))
     return CellPatch.from_pretrained(folder)
 

@@ -137,6 +137,12 @@ def add_finetune(commands: Commands) -> None:
         "cells: 0.5)",
     )
     group.add_argument(
+        "--guided",
+        action=argparse.BooleanOptionalAction,
+        help="take part of a spectral start from a linear model of the labels (default: for few "
+        "cells)",
+    )
+    group.add_argument(
         "--linear",
         action=argparse.BooleanOptionalAction,
         help="linear models beside the network, mixed by validation cells (default: for few cells)",

@@ -13,6 +13,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -30,8 +31,7 @@ BATCH_CELLS = 1_024
 LEAST_CELLS = 3  # that express a gene, for its variance to be trusted
 
 
-@dataclass(frozen=True, eq=False)
-class Expression:
+class Expression(NamedTuple):
     """Values of some cells.
 
     Parameters
@@ -44,10 +44,6 @@ class Expression:
 
     values: csr_array
     rows: np.ndarray
-
-    def of(self, rows: np.ndarray) -> csr_array:
-        """The values of some of the cells [rows, gene tokens]; cells that are not here are not."""
-        return self.values[np.flatnonzero(np.isin(self.rows, rows))]
 
 
 def gather(

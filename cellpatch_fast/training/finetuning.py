@@ -37,7 +37,9 @@ from .data import (
 )
 from .distributed import Processes
 from .evaluation import UNKNOWN, Evaluation, require_analysis
-from .finishing import finish
+from .expression import gather
+from .finishing import Tested, finish
+from .linear import LinearModels, fit
 from .running import Running, require_possible, run_task, seeded
 from .settings import FinetuningSettings
 from .starting import begin, learn_new_genes, loader_options, starting_model
@@ -168,8 +170,7 @@ checkpoint_minutes, overwrite, progress
             annotator = CellPatchAnnotator.from_encoder(encoder, labels.classes, chosen.linear)
             annotator = annotator.to(processes.device).float()
             task = _task(annotator, streams, rows, labels, chosen, processes, threads)
-            if model is None:
-                begin(annotator, task.training, rows["training"], chosen, processes)
+            linear = _begin(task, rows["training"], labels, chosen, processes, new=model is None)
             identity |= {
                 "data": describe(streams),
                 **{name: value for name, value in options.items() if value},
@@ -182,13 +183,37 @@ checkpoint_minutes, overwrite, progress
             }
             running = Running(output, overwrite, checkpoint_minutes, progress)
             history = run_task(task, "fine-tuning", chosen, identity, processes, running)
-            test = linear = None
+            tested = Tested(None, None)
             if processes.leads:
                 _warn_of_majority(history, labels, rows)
-                test, linear = finish(output, streams, rows, labels, chosen, processes.device)
+                tested = finish(output, streams, rows, labels, chosen, processes.device, linear)
                 _draw_curves(output)
             processes.wait()
-    return Finetuned(history, test, linear)
+    return Finetuned(history, tested.annotator, tested.linear)
+
+
+def _begin(
+    task: Annotation,
+    rows: np.ndarray,
+    labels: Labels,
+    settings: FinetuningSettings,
+    processes: Processes,
+    *,
+    new: bool,
+) -> LinearModels | None:
+    """Start a new model, and fit the linear models of the training cells where they are used."""
+    spectral = new and settings.spectral
+    guided = spectral and settings.guided
+    values = models = None
+    if spectral or settings.linear:
+        size = task.model.config.max_genes
+        values, kept = gather(task.training.streams, rows, size, settings.seed)
+        if guided or settings.linear:
+            models = fit(values, labels.codes[kept], len(labels.classes), settings.seed)
+    if new:
+        guide = models.seen.weights if models is not None and guided else None
+        begin(task.model, task.training, values, settings, processes, guide)
+    return models
 
 
 def _check(

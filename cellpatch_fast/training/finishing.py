@@ -53,6 +53,7 @@ def finish(
     labels: Labels,
     settings: FinetuningSettings,
     device: torch.device,
+    linear: LinearModels | None,
 ) -> Tested:
     """Complete the annotator that training has left in ``output``, and test it.
 
@@ -60,10 +61,12 @@ def finish(
     ----------
     rows
         int64, of each part of the cells: training, validation and test.
+    linear
+        The linear models of the training cells; None to fit them here, to a sample.
     """
     annotator = CellPatchAnnotator.from_pretrained(output).to(device)
     cells = _Cells(streams, labels, device)
-    linear, shares = _combine(annotator, cells, rows, settings)
+    linear, shares = _combine(annotator, cells, rows, settings, linear)
     annotator.save_pretrained(output)
     if not len(rows["test"]):
         return Tested(None, None)
@@ -95,6 +98,7 @@ def _combine(
     cells: _Cells,
     rows: Mapping[str, np.ndarray],
     settings: FinetuningSettings,
+    first: LinearModels | None,
 ) -> tuple[LinearModels, np.ndarray]:
     """Give the annotator a temperature and its linear path; the models, and their shares."""
     training, validation = rows["training"], rows["validation"]
@@ -110,7 +114,11 @@ def _combine(
     if annotator.linear is None and len(known) > GRAM_CELLS:  # a baseline: a sample will do
         known = np.sort(np.random.default_rng(settings.seed).choice(known, GRAM_CELLS, False))
     expression = gather(cells.streams, known, annotator.config.max_genes, settings.seed)
-    models, members = _weighed(expression, cells, training, validation, settings)
+    if first is None:
+        trained = np.isin(expression.rows, training)
+        codes = cells.codes(expression.rows[trained])
+        first = fit(expression.values[trained], codes, len(annotator.classes), settings.seed)
+    models, members = _weighed(first, expression, cells, validation, settings)
     shares = mixture_shares(np.stack([*members, _likely(logits / found, true)]))
     if annotator.linear is not None:
         models.load_into(annotator.linear, shares)
@@ -127,23 +135,20 @@ def _combine(
 
 
 def _weighed(
+    first: LinearModels,
     expression: Expression,
     cells: _Cells,
-    training: np.ndarray,
     validation: np.ndarray,
     settings: FinetuningSettings,
 ) -> tuple[LinearModels, list[np.ndarray]]:
-    """Linear models of all known cells; and how likely they find the validation cells without."""
-    classes, seed = len(cells.labels.classes), settings.seed
-    trained = np.isin(expression.rows, training)
-    first = fit(expression.values[trained], cells.codes(expression.rows[trained]), classes, seed)
+    """Linear models of all known cells; and how likely the first ones find validation cells."""
     if not len(validation):
         return first, [np.zeros(0)] * 2
     members = cells.computed(validation, _logits_of(first, cells)).transpose(1, 0, 2)
     likely = [_likely(logits, cells.codes(validation)) for logits in members]
     penalties = first.values.penalty, first.seen.penalty
-    codes = cells.codes(expression.rows)
-    return fit(expression.values, codes, classes, seed, penalties), likely
+    codes, classes = cells.codes(expression.rows), len(cells.labels.classes)
+    return fit(expression.values, codes, classes, settings.seed, penalties), likely
 
 
 def _logits_of(models: LinearModels, cells: _Cells) -> Callable[[RaggedCells], Tensor]:

@@ -24,6 +24,7 @@ from ..streams import reading_options
 from .choosing import choose, complete, new_config
 from .data import describe, opened, report, split_blocks
 from .distributed import Processes
+from .expression import gather
 from .running import Running, require_possible, run_task, seeded
 from .settings import PretrainingSettings
 from .starting import begin, learn_new_genes, loader_options, starting_model
@@ -148,7 +149,11 @@ def pretrain(
                 chosen,
             )
             if model is None:
-                begin(task.model, task.training, training, chosen, processes)
+                values = None
+                if chosen.spectral:
+                    size = started.config.max_genes
+                    values = gather(streams, training, size, chosen.seed, threads).values
+                begin(task.model, task.training, values, chosen, processes)
             identity |= {
                 "data": describe(streams),
                 **{name: value for name, value in options.items() if value},

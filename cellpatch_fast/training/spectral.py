@@ -9,7 +9,9 @@ With M what attention of slope ½ sees of a cell (`expression.seen`):
 
 - Gene dimensions 0 to dim - 2: the leading right singular vectors of (M - μ) · w, mapped back to
   genes (times w), each divided by the standard deviation of its scores, all by one factor, so that
-  the mean square over expressed genes and dimensions is 1. Padding's row is 0.
+  the mean square over expressed genes and dimensions is 1. Padding's row is 0. Where cells have
+  labels, up to half of the dimensions come from a linear model of them instead (``guide``): the
+  directions in which its scores tell the cells apart, with variance 1 too.
 - The last dimension carries the value: value weight its unit vector, bias 0, gene rows 0 there.
 - Keys: the first dimension of each head reads the value alone, no other reads it. Queries: that
   dimension is ½ · √head_dim for every patch, by the bias. So a score grows by v/2.
@@ -33,7 +35,9 @@ logger = logging.getLogger("cellpatch_fast")
 
 
 @torch.no_grad()
-def start_from_data(model: CellPatch, values: csr_array, seed: int) -> None:
+def start_from_data(
+    model: CellPatch, values: csr_array, seed: int, guide: np.ndarray | None = None
+) -> None:
     """Replace what a new model has drawn for genes, values, and how its patches look at them.
 
     Parameters
@@ -44,6 +48,8 @@ def start_from_data(model: CellPatch, values: csr_array, seed: int) -> None:
         Of training cells [cells, gene tokens], see `expression.Expression`.
     seed
         Of the iteration that finds the components.
+    guide
+        Weights [gene tokens, classes] of a linear model of what is seen of cells; None for none.
 
     Raises
     ------
@@ -61,9 +67,12 @@ def start_from_data(model: CellPatch, values: csr_array, seed: int) -> None:
             "are not rounded tell genes apart more finely"
         )
     attention, _ = seen(values)
-    found = components(attention, dim - 1, seed)
+    rows = np.zeros((values.shape[1], 0))
+    if guide is not None:
+        rows = _directions(attention, guide)[:, : (dim - 1) // 2]
+    found = components(attention, dim - 1 - rows.shape[1], seed)
     deviations = found.singular_values / np.sqrt(values.shape[0])
-    rows = found.loadings / deviations
+    rows = np.concatenate([rows, found.loadings / deviations], axis=1)
     expressed = np.bincount(values.indices, minlength=values.shape[1])
     square = (expressed[:, None] * rows**2).sum() / max(1, expressed.sum()) / max(1, rows.shape[1])
     rows /= np.sqrt(square) if square > 0 else 1.0
@@ -81,6 +90,21 @@ def start_from_data(model: CellPatch, values: csr_array, seed: int) -> None:
         key[first] = 0.0
         key[first, -1] = 1.0
         attending.in_proj_bias[first] = SLOPE * (dim // heads) ** 0.5
+
+
+def _directions(attention: csr_array, guide: np.ndarray) -> np.ndarray:
+    """Gene weights [genes, classes - 1] whose scores of the cells are uncorrelated, variance 1.
+
+    The scores of a softmax have one direction too many: the same number for all classes.
+    """
+    scores = np.asarray(attention @ guide)  # [cells, classes]
+    scores -= scores.mean(axis=0)
+    _, sizes, axes = np.linalg.svd(scores, full_matrices=False)
+    kept = sizes[: guide.shape[1] - 1] > 1e-9 * max(sizes[0], 1e-30)
+    number = int(kept.sum())
+    turned = guide @ axes[:number].T * (np.sqrt(len(scores)) / sizes[:number])
+    strongest = np.abs(turned).argmax(axis=0)
+    return turned * np.sign(turned[strongest, np.arange(number)])
 
 
 def _carry_values(embedding: nn.Linear | nn.Embedding) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 
 from .. import kernels
 from ..config import CellPatchConfig
@@ -21,7 +22,6 @@ from ..model import CellPatch
 from ..model.storage import local_directory, parts_of
 from .data import new_genes, opened
 from .distributed import Processes
-from .expression import gather
 from .settings import TrainingSettings
 from .spectral import start_from_data
 
@@ -79,9 +79,10 @@ def starting_model(
 def begin(
     model: CellPatch,
     loader: CellLoader,
-    rows: np.ndarray,
+    values: csr_array | None,
     settings: TrainingSettings,
     processes: Processes,
+    guide: np.ndarray | None = None,
 ) -> None:
     """Start a new model from the cells that it is to learn from, as its settings say.
 
@@ -90,12 +91,13 @@ def begin(
     model
         A new model.
     loader
-        Of the cells to train on, ``rows`` of its streams: int64 [cells], or ranges [ranges, 2].
+        Of the cells to train on.
+    values, guide
+        See `spectral.start_from_data`; ``values`` is None where the start is not spectral.
     """
     if settings.spectral:
-        size = model.config.max_genes
-        values = gather(loader.streams, rows, size, settings.seed).values
-        start_from_data(model, values, settings.seed)
+        assert values is not None
+        start_from_data(model, values, settings.seed, guide)
     if settings.whitened:
         whiten_attention(model, loader, settings, processes)
 
