@@ -44,8 +44,8 @@ from bench.quality_methods import (
     FULL,
     METHODS,
     NETWORK,
-    PAPERS,
     PRETRAINED,
+    REFERENCES,
     TOY,
     Recipe,
     Score,
@@ -80,8 +80,8 @@ def jobs_of(datasets: Sequence[Dataset], options: argparse.Namespace) -> list[Jo
     jobs = []
     for seed in range(options.splits):
         methods = list(ANNOTATION) if "annotation" in options.parts else []
-        if seed >= options.papers:
-            methods = [name for name in methods if name != PAPERS]
+        if seed >= options.references:
+            methods = [name for name in methods if name not in REFERENCES]
         if "pretraining" in options.parts and seed < options.pretrained:
             methods += PRETRAINED
         jobs += [Job(name, Split(data, seed)) for data in datasets for name in methods]
@@ -189,7 +189,11 @@ def parse() -> argparse.Namespace:
         "--pretrained", type=int, default=1, metavar="N", help="pretrain for N of the splits"
     )
     parser.add_argument(
-        "--papers", type=int, default=3, metavar="N", help="the paper's recipe on N of the splits"
+        "--references",
+        type=int,
+        default=3,
+        metavar="N",
+        help="the untrained model and the paper's recipe on N of the splits",
     )
     parser.add_argument("--jobs", type=int, default=1, help="scores measured at a time")
     parser.add_argument("--folder", type=Path, help="keep scores here; measure those that lack")
@@ -197,9 +201,9 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.toy:
         options.splits = TOY_SPLITS
-    options.papers = min(options.papers, options.splits)
-    if min(options.splits, options.jobs, options.papers) < 1:
-        parser.error("--splits, --papers and --jobs are 1 at least")
+    options.references = min(options.references, options.splits)
+    if min(options.splits, options.jobs, options.references) < 1:
+        parser.error("--splits, --references and --jobs are 1 at least")
     if not 1 <= options.pretrained <= options.splits:
         parser.error("--pretrained is 1 to --splits")
     return options
