@@ -52,7 +52,8 @@ class TrainingSettings:
     optimizer
         ``"adam"``, as in the paper: its weight decay is part of the gradient, which Adam scales, so
         that weights with small gradients (those of rare genes) decay fast. ``"adamw"`` decays all
-        weights alike.
+        weights alike. Rows of genes that were not measured are no part of a step: AdamW's decay is
+        made up for at the end, under Adam they stay as they are.
     learning_rate, weight_decay
         Of the optimiser.
     gradient_clip
