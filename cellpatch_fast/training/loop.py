@@ -111,7 +111,7 @@ class Trainer:
             self._losses.compile(dynamic=True)
         self._replica: nn.Module = self._losses
         if processes.world_size > 1:
-            self._replica = DistributedDataParallel(self._losses)
+            self._replica = DistributedDataParallel(self._losses, broadcast_buffers=False)
         self._steps_per_epoch = len(task.training)
         self._log_steps = -(-self._steps_per_epoch * settings.epochs // MOST_ROWS)
 
