@@ -1,16 +1,17 @@
 """What validation cells tell of an annotator's probabilities: temperature, and a mixture's shares.
 
 Both are few numbers found from few cells, so both have a prior worth some cells: without evidence
-the temperature is 1 and the shares are equal.
+the temperature is 1 and the shares are those of the prior.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-PRIOR_CELLS = 5.0  # that speak for each member of a mixture from the beginning
 SPREAD = 0.5  # of log temperature, before any cell is seen
 HIGHEST = 4.0  # |log temperature|: e^4 is 55
 STEPS = 1_000  # of the iteration; it converges in some dozens
@@ -37,18 +38,20 @@ def temperature(logits: np.ndarray, codes: np.ndarray) -> float:
     return float(np.exp(found.x)) if len(codes) else 1.0
 
 
-def mixture_shares(members: np.ndarray) -> np.ndarray:
+def mixture_shares(members: np.ndarray, prior: Sequence[float]) -> np.ndarray:
     """Shares float64 [members], of sum 1, of the most likely mixture.
 
     Parameters
     ----------
     members
         float [members, cells]: each member's probability of the true class.
+    prior
+        Cells that speak for each member from the beginning, positive.
     """
-    number, cells = members.shape
-    shares = np.full(number, 1 / number)
+    before = np.asarray(prior, np.float64)
+    shares = before / before.sum()
     for _ in range(STEPS):  # expectation-maximisation: the likelihood has one maximum
         parts = shares[:, None] * np.maximum(members, LEAST)
-        sums = (parts / parts.sum(0)).sum(1)
-        shares = (sums + PRIOR_CELLS) / (cells + number * PRIOR_CELLS)
+        sums = (parts / parts.sum(0)).sum(1) + before
+        shares = sums / sums.sum()
     return shares

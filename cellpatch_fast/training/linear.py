@@ -54,6 +54,10 @@ class Table:
     bias: np.ndarray
     penalty: float
 
+    def tempered(self, temperature: float) -> Table:
+        """The same model, its logits divided by ``temperature``."""
+        return Table(self.weights / temperature, self.bias / temperature, self.penalty)
+
 
 @dataclass(frozen=True, eq=False)
 class LinearModels:
@@ -61,6 +65,11 @@ class LinearModels:
 
     values: Table
     seen: Table
+
+    def tempered(self, temperatures: Sequence[float]) -> LinearModels:
+        """The same models, their logits divided by a temperature each."""
+        of_values, of_seen = temperatures
+        return LinearModels(self.values.tempered(of_values), self.seen.tempered(of_seen))
 
     def load_into(self, path: LinearPath, shares: np.ndarray) -> None:
         """Make them an annotator's."""
