@@ -5,14 +5,15 @@ that a noisy machine disturbs both alike:
 
 - a pretraining step: 512 cells of 1,000 genes (median), 30 % of them masked and half as many zeros;
 - a fine-tuning step: 256 cells of 1,000 genes, 11 classes, no projection;
-- memory of a pretraining step against the number of entries, and against the longest cell.
+- memory of a pretraining step against the number of entries, and against the longest cell;
+- a fine-tuning step of few cells against the size of the vocabulary (`bench.training_vocabulary`).
 
 Both sides see the same cells, have the paper's sizes, and drop 10 % of the attention weights. The
 original takes a pretraining batch in parts whose gradients add up, because it holds all pairs of
 prompts, 4 GB per tensor for 512 cells; of some sizes of part the fastest counts. On a GPU both
 compute under autocast to bfloat16.
 
-Prints Markdown and writes JSON beside it.
+Prints Markdown and writes JSON beside it; ``--parts`` names those to measure alone.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench import training_vocabulary
 from bench.cells import GENES, draw_cells
 from bench.cpu import median, timed, with_values
 from bench.machine import processor
@@ -50,7 +52,7 @@ ATLAS = 10_000_000 * 50  # cells the paper's pretraining sees, in all epochs
 CLASSES = 11
 # Cells that the original pretrains with at a time, by kind of device. On two cores a step of 64
 # cells took 2.2 s in parts of 4, 2.5 s in parts of 16, 3.0 s at once.
-PARTS = {"cpu": (4, 64), "cuda": (64, 128, 256)}
+PART_CELLS = {"cpu": (4, 64), "cuda": (64, 128, 256)}
 TARGETS = {"cpu": 5.0, "cuda": 20.0}  # times the original
 
 Step = Callable[[], None]
@@ -153,9 +155,9 @@ def original_pretraining(masked: Masked, cells: int, device: torch.device) -> St
 
 
 def fastest_original_pretraining(masked: Masked, device: torch.device) -> tuple[int, Step]:
-    """In parts of one of `PARTS`, whose first call after a warm-up is the fastest; and which."""
+    """In parts of the one of `PART_CELLS` that is fastest after a warm-up; and which that is."""
     cells = len(masked.encoder)
-    sizes = sorted({min(part, cells) for part in PARTS[device.type]})
+    sizes = sorted({min(part, cells) for part in PART_CELLS[device.type]})
     steps = [original_pretraining(masked, size, device) for size in sizes]
     taken = timed(*steps, repeats=1)
     return min(zip(taken, sizes, steps, strict=True), key=lambda found: found[0])[1:]
@@ -256,41 +258,59 @@ def report(results: dict[str, Any]) -> str:
         f"{results['date']}"
     ]
     for title in ("pretraining", "fine-tuning"):
-        body = [[name, f"{value:,.4g}"] for name, value in results[title].items()]
-        lines += table([title, ""], body)
-    header = list(results["memory"][0])
-    body = [
-        [value if isinstance(value, str) else f"{value:,.0f}" for value in row.values()]
-        for row in results["memory"]
-    ]
-    return "\n".join(lines + table(header, body))
+        body = [[name, f"{value:,.4g}"] for name, value in results.get(title, {}).items()]
+        lines += table([title, ""], body) if body else []
+    if "memory" in results:
+        body = [
+            [value if isinstance(value, str) else f"{value:,.0f}" for value in row.values()]
+            for row in results["memory"]
+        ]
+        lines += table(list(results["memory"][0]), body)
+    if "vocabulary" in results:
+        lines += training_vocabulary.report(results["vocabulary"])
+    return "\n".join(lines)
 
 
-def measure(sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    target = TARGETS[device.type]
+def measure_pretraining(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     masked = hide(draw(sizes.pretraining_cells, sizes.length))
+    return compare(
+        our_pretraining(masked, device),
+        fastest_original_pretraining(masked, device)[1],
+        *(sizes.pretraining_cells, sizes.repeats, TARGETS[device.type]),
+    )
+
+
+def measure_finetuning(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     cells = draw(sizes.finetuning_cells, sizes.length)
     labels = torch.arange(len(cells)) % CLASSES
-    return {
-        "pretraining": compare(
-            our_pretraining(masked, device),
-            fastest_original_pretraining(masked, device)[1],
-            *(sizes.pretraining_cells, sizes.repeats, target),
-        ),
-        "fine-tuning": compare(
-            our_finetuning(cells, labels, device),
-            original_finetuning(cells, labels, device),
-            *(sizes.finetuning_cells, sizes.repeats, target),
-        ),
-        "memory": measure_memory(sizes, device),
-    }
+    return compare(
+        our_finetuning(cells, labels, device),
+        original_finetuning(cells, labels, device),
+        *(sizes.finetuning_cells, sizes.repeats, TARGETS[device.type]),
+    )
+
+
+def measure_vocabulary(sizes: Sizes, device: torch.device) -> dict[str, Any]:
+    """On the CPU: its own sizes, and its own toy."""
+    parts = training_vocabulary
+    return parts.measure(parts.TOY if sizes == TOY else parts.Sizes())
+
+
+PARTS = {
+    "pretraining": measure_pretraining,
+    "fine-tuning": measure_finetuning,
+    "memory": measure_memory,
+    "vocabulary": measure_vocabulary,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to see that it works")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     options = parser.parse_args()
+    sizes = TOY if options.toy else Sizes()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
@@ -301,7 +321,7 @@ def main() -> None:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        **measure(TOY if options.toy else Sizes(), device),
+        **{part: PARTS[part](sizes, device) for part in options.parts},
     }
     print(report(results))
     if options.output:

@@ -24,7 +24,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import os
 import time
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -38,19 +37,17 @@ from torch.nn.parallel import DistributedDataParallel
 from ..embedding import memory_errors
 from ..errors import InputError
 from ..loader import CellBatch
-from ..model import CellPatch
 from ..progress import Pace, progress_bar
 from .distributed import Processes
 from .folder import EPOCHS, STEPS, RunFolder
 from .occurring import OccurringGenes
+from .optimizing import first_not_finite, make_optimizer, untrained_rows_left
+from .records import MOST_ROWS, Recent, best_of
+from .repeating import deterministic, step_seed
 from .settings import TrainingSettings
 from .task import History, Place, Task, describe_epoch
 
 logger = logging.getLogger("cellpatch_fast")
-
-MOST_ROWS = 20_000  # of steps.csv, about: a longer run has a row for every so many steps
-STEP_COLUMNS = ["step", "epoch", "loss", "learning_rate", "gradient_norm", "cells_per_second"]
-TIMED_COLUMNS = {"cells_per_second", "seconds"}  # the only ones that differ from run to run
 
 
 class _Losses(nn.Module):
@@ -97,13 +94,7 @@ class Trainer:
         self.best: dict[str, float] = {}
         self._checkpoint_seconds = 60 * checkpoint_minutes
         self._genes = OccurringGenes(task.model, task.training.streams)
-        optimizer = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-        self._optimizer = optimizer(
-            _groups(task.model, settings),
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self._optimizer = make_optimizer(task.model, settings)
         if checkpoint is not None:
             self._restore(checkpoint)
         self._losses: Any = _Losses(task)
@@ -160,7 +151,7 @@ class Trainer:
             progress = False
         with (
             progress_bar(epochs * cells, "training", progress, done=first) as bar,
-            _deterministic(self.settings.deterministic),
+            deterministic(self.settings.deterministic),
         ):
             while not self.finished:
                 self._train_epoch(bar)
@@ -186,7 +177,7 @@ class Trainer:
         place, loader = self.place, self.task.training
         loader.epoch, loader.first_batch = place.epoch, place.batch
         self.task.train()
-        recent = _Recent()
+        recent = Recent()
         saved = time.perf_counter()
         with contextlib.closing(iter(loader)) as batches:
             for batch in batches:
@@ -200,8 +191,9 @@ class Trainer:
                 bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}", refresh=False)
                 bar.update(cells)
                 if place.step % self._log_steps == 0 and self.folder is not None:
-                    self.folder.add_row(STEPS, self._row(recent, norm))
-                    recent = _Recent()
+                    rate = self._rate(place.step - 1)
+                    self.folder.add_row(STEPS, recent.row(place, rate, norm))
+                    recent = Recent()
                 if time.perf_counter() - saved >= self._checkpoint_seconds:
                     place.seconds += time.perf_counter() - saved
                     self._save()
@@ -210,17 +202,6 @@ class Trainer:
 
     def _rate(self, step: int) -> float:
         return self.settings.rate(step, self._steps_per_epoch * self.settings.epochs)
-
-    def _row(self, recent: _Recent, norm: float) -> dict[str, Any]:
-        place = self.place
-        return {
-            "step": place.step,
-            "epoch": place.epoch + 1,
-            "loss": recent.loss,
-            "learning_rate": self._rate(place.step - 1),
-            "gradient_norm": norm,
-            "cells_per_second": recent.speed,
-        }
 
     def _step(self, batch: CellBatch) -> tuple[float, float]:
         """One step of the optimiser; returns the batch's loss and its gradient's norm."""
@@ -264,20 +245,11 @@ class Trainer:
 
     def _not_finite(self, loss: float) -> str:
         """What to say of a loss or gradient that is not finite."""
-        named: list[tuple[str, Tensor]] = [
-            (f"parameter {name}", p) for name, p in self.task.model.named_parameters()
-        ]
-        named += [
-            (f"gradient of {name}", p.grad)
-            for name, p in self.task.model.named_parameters()
-            if p.grad is not None
-        ]
-        culprits = (name for name, tensor in named if not tensor.isfinite().all())
-        what = f"the {next(culprits, 'sum')} is not finite"
+        culprit = first_not_finite(self.task.model)
         return (
             f"the loss is {loss} at step {self.place.step + 1} (epoch {self.place.epoch + 1}): "
-            f"{what}. The step was not taken. A lower learning rate or a smaller gradient clip "
-            "often helps; the last checkpoint is as it was"
+            f"the {culprit} is not finite. The step was not taken. A lower learning rate or a "
+            "smaller gradient clip often helps; the last checkpoint is as it was"
         )
 
     def _end_epoch(self) -> dict[str, Any]:
@@ -302,11 +274,7 @@ class Trainer:
         improved = better or not self.settings.keep_best
         place.stale = 0 if better else place.stale + 1
         if improved:
-            self.best = {
-                name: float(value)
-                for name, value in row.items()
-                if value is not None and name not in TIMED_COLUMNS
-            } | {"score": score}
+            self.best = best_of(row, score)
         place.batch, place.loss_sum, place.targets = 0, 0.0, 0.0
         if self.folder is not None:
             self.folder.add_row(EPOCHS, row)
@@ -319,12 +287,8 @@ class Trainer:
     @property
     def _left(self) -> float:
         """What decay has left by now of a gene row that no cell has."""
-        settings = self.settings
-        trained = self.task.model.gene_embedding.weight.requires_grad
-        if settings.optimizer != "adamw" or not trained:
-            return 1.0
-        rates = np.array([self._rate(step) for step in range(self.place.step)])
-        return float(np.prod(1 - rates * settings.gene_rate * settings.weight_decay))
+        rates = map(self._rate, range(self.place.step))
+        return untrained_rows_left(self.task.model, self.settings, rates)
 
     def _validate(self) -> dict[str, float]:
         """How the model does on the validation cells; nothing where there are none."""
@@ -353,31 +317,6 @@ class Trainer:
             )
 
 
-class _Recent:
-    """Mean loss and speed of the steps since the last row."""
-
-    def __init__(self) -> None:
-        self._losses: list[float] = []
-        self._cells, self._start = 0, time.perf_counter()
-
-    def add(self, loss: float, cells: int) -> None:
-        self._losses.append(loss)
-        self._cells += cells
-
-    @property
-    def loss(self) -> float:
-        return float(np.mean(self._losses))
-
-    @property
-    def speed(self) -> float:
-        return self._cells / (time.perf_counter() - self._start)
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of PyTorch's generators for a step, another one for every step and process."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
-
-
 def _with_last(items: Iterator[Any]) -> Generator[tuple[Any, bool]]:
     """Each item, and whether it is the last."""
     before = next(items)
@@ -385,30 +324,3 @@ def _with_last(items: Iterator[Any]) -> Generator[tuple[Any, bool]]:
         yield before, False
         before = item
     yield before, True
-
-
-def _groups(model: CellPatch, settings: TrainingSettings) -> list[dict[str, Any]]:
-    """The optimiser's groups: weights to train, and ``times``, their learning rate's multiple."""
-    encoder = model.encoder_state().keys()
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, weight in model.named_parameters():
-        times = 1.0
-        if name == "gene_embedding.weight":
-            times = settings.gene_rate
-        elif name in encoder:
-            times = settings.encoder_rate
-        if weight.requires_grad:
-            groups.setdefault(times, []).append(weight)
-    return [{"params": weights, "times": times} for times, weights in groups.items()]
-
-
-@contextlib.contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    if wanted:  # else cuBLAS, which reads this when it is first used, is refused
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted or before)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)

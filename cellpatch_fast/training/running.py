@@ -15,7 +15,8 @@ from ..errors import InputError
 from ..kernels import resolve_backend
 from .distributed import Processes
 from .folder import CHECKPOINT, EPOCHS, STEPS, RunFolder, read_checkpoint, require_run_folder
-from .loop import STEP_COLUMNS, Trainer
+from .loop import Trainer
+from .records import STEP_COLUMNS
 from .settings import TrainingSettings
 from .task import History, Task
 

@@ -104,6 +104,21 @@ def test_toy_run_of_whole_steps(tmp_path: Path) -> None:
     assert long["longest cell"] > 2 * like["longest cell"]
     assert twice["entries"] == 2 * like["entries"]
     assert all(row["peak MB"] > 0 for row in results["memory"])
+    assert len(results["vocabulary"]["rows"]) == 2
+
+
+def test_toy_run_of_one_part(tmp_path: Path) -> None:
+    options = ("--parts", "vocabulary", "--output", str(tmp_path / "toy.json"))
+    printed = run("training.py", *options)
+    results = json.loads((tmp_path / "toy.json").read_text())
+    assert "pretraining" not in results
+    found = results["vocabulary"]
+    assert found["met"] == (found["most times the smallest"] <= found["target"] == 1.1)
+    assert [row["gene tokens"] for row in found["rows"]] == [100, 300]
+    assert found["rows"][0]["times the smallest"] == 1
+    for name in found["rows"][0]:
+        assert all(row[name] > 0 for row in found["rows"])
+        assert name in printed
 
 
 def test_both_sides_pretrain_on_the_same_loss(bench: SimpleNamespace, tmp_path: Path) -> None:
