@@ -270,9 +270,14 @@ class GeneVocabulary:
 
     def save(self, path: str | Path) -> None:
         """Write ``vocabulary.json``, one gene a line; a crash leaves the old file or the new."""
+        write_whole(path, self._file)
+
+    @cached_property
+    def _file(self) -> bytes:
+        """What `save` writes, made once: training saves its model after every epoch."""
         head = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION})[:-1]
         genes = ",\n".join(map(json.dumps, self._rows()))
-        write_whole(path, f'{head}, "genes": [\n{genes}\n]}}\n')
+        return f'{head}, "genes": [\n{genes}\n]}}\n'.encode("ascii")
 
     def match(self, names: Sequence[str]) -> GeneMatch:
         """Find the token of every name; the rules are at the head of this file."""

@@ -18,10 +18,13 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 @contextlib.contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """Meanwhile PyTorch uses deterministic algorithms alone, where that is ``wanted``."""
-    if wanted:  # else cuBLAS, which reads this when it is first used, is refused
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if not wanted:  # what is set stays: setting it imports PyTorch's compiler, 1.1 s
+        yield
+        return
+    # without this, which cuBLAS reads when it is first used, it is refused
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted or before)
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:

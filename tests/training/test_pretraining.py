@@ -245,6 +245,25 @@ def command_of(
     return [str(word) for word in command]
 
 
+def test_training_does_not_import_the_compiler(
+    pretraining: Settings, file: Path, config: CellPatchConfig, tmp_path: Path,
+    small_vocabulary: GeneVocabulary,
+) -> None:  # fmt: skip
+    """Nor does going on with a run: it takes a second of each process."""
+    code = """if True:
+        import sys
+        from cellpatch_fast import cli
+        print(cli.main(sys.argv[1:]), "torch._dynamo" in sys.modules)
+    """
+    settings = pretraining(optimizer="adamw")
+    command = command_of(tmp_path / "run", file, config, settings, small_vocabulary, tmp_path)
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *command], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split()[-2:] == ["0", "False"]
+
+
 def test_parts_of_a_batch_add_up_to_it(
     run: Pretrain, pretraining: Settings, config: CellPatchConfig
 ) -> None:
