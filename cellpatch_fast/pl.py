@@ -15,7 +15,7 @@ import numpy as np
 
 from .errors import InputError
 from .figures import GREY, OKABE_ITO, finish, new_figure
-from .scatter import Palette, column_of, draw_numbers, umap_of
+from .scatter import OTHERS, Palette, column_of, draw_numbers, umap_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
 
     from .training.evaluation import Evaluation
 
@@ -168,6 +169,7 @@ def embedding(
     adata: AnnData,
     *,
     color: str | Sequence[str],
+    highlight: ArrayLike | None = None,
     key: str = "X_cellpatch",
     seed: int = 0,
     save: str | Path | None = None,
@@ -187,6 +189,9 @@ def embedding(
         computed from 15 neighbours of each cell otherwise.
     color
         One column of ``adata.obs``, or several.
+    highlight
+        bool [cells]: which cells to colour, of test cells among all others, say. The others are
+        grey, below them. None for all.
     key
         The embedding.
     seed
@@ -199,8 +204,8 @@ def embedding(
     Raises
     ------
     InputError
-        If the embedding or a column is missing, there are too few cells, or the embedding holds
-        numbers that are not finite.
+        If the embedding or a column is missing, there are too few cells, the embedding holds
+        numbers that are not finite, or ``highlight`` is not of these cells.
     """
     names = [color] if isinstance(color, str) else list(dict.fromkeys(color))
     if not names:
@@ -212,6 +217,12 @@ def embedding(
         )
     points = umap_of(adata, key, seed)  # [c, 2]
     columns = {name: column_of(adata.obs[name]) for name in names}
+    if highlight is not None:
+        shown = _mask(highlight, adata.n_obs)
+        columns = {
+            name: column.where(shown, OTHERS if column.dtype == object else np.nan)
+            for name, column in columns.items()
+        }
     palette = Palette([column for column in columns.values() if column.dtype == object])
     across = min(len(names), 3)
     down = -(-len(names) // across)
@@ -230,6 +241,13 @@ def embedding(
     if len(palette):
         palette.add_legend(figure, legend_columns)
     return finish(figure, save, show)
+
+
+def _mask(highlight: ArrayLike, cells: int) -> np.ndarray:
+    mask = np.asarray(highlight)
+    if mask.dtype != bool or mask.shape != (cells,):
+        raise InputError(f"highlight is {mask.dtype} {list(mask.shape)}, expected bool [{cells}]")
+    return mask
 
 
 def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
