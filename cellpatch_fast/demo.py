@@ -108,8 +108,7 @@ def run_demo(output: Path) -> None:
     print(f"\nHow long it took:\n{speeds(results).to_string(header=False)}")
     print(f"annotation of all cells: {results.speed:,.0f} cells/s")
     print(f"\nOpen {output / PAGE}: it shows and explains all of this.")
-    print(f"Your own cells: cellpatch annotate cells.h5ad --model {output / ANNOTATOR} …, or an")
-    print("annotator of your own: cellpatch finetune cells.h5ad --label COLUMN --output DIR")
+    print("Next, with labels of your own: cellpatch finetune CELLS --label COLUMN --output DIR")
 
 
 class _Clock:
@@ -145,7 +144,8 @@ def _results(output: Path, data: AnnData, clock: _Clock) -> Results:
             overwrite=True,
         ),
     )
-    assert done.test is not None and done.linear is not None  # the split has test cells
+    assert done.test is not None  # the split has test cells
+    assert done.linear is not None
     print("\nAnnotating all cells, and comparing:", flush=True)
     made: Annotated = clock.time(
         "annotate all cells",
@@ -157,7 +157,12 @@ def _results(output: Path, data: AnnData, clock: _Clock) -> Results:
     return Results(
         data,
         annotated,
-        {OURS: done.test, NETWORK: _network(data, run), LINEAR: done.linear, BASELINE: baseline},
+        {
+            OURS: done.test,
+            NETWORK: _network(annotated, run),
+            LINEAR: done.linear,
+            BASELINE: baseline,
+        },
         {OURS: (labels == annotated.obs["cellpatch_label"].astype(str))[test], BASELINE: right},
         _vote(annotated.obsm["X_cellpatch"], data),
         _vote(_principal_components(data), data),
@@ -235,22 +240,21 @@ def _baseline(data: AnnData) -> tuple[Evaluation, np.ndarray]:
     return evaluate(truth, predicted, classes, probabilities=probabilities), truth == predicted
 
 
-def _network(data: AnnData, run: Path) -> Evaluation:
-    """What the annotator's network says without the linear models beside it."""
-    from . import tl
+def _network(annotated: AnnData, run: Path) -> Evaluation:
+    """What the annotator's network says, from the embedding, without the linear models."""
+    import torch
+
     from .model import CellPatchAnnotator
     from .training import evaluate
 
-    annotator = CellPatchAnnotator.from_pretrained(run)
-    annotator.linear = None
-    cells = data[_parts(data)[1]].copy()
-    tl.annotate(cells, annotator, device="cpu")
-    return evaluate(
-        cells.obs[LABEL],
-        cells.obs["cellpatch_label"],
-        annotator.classes,
-        probabilities=cells.obsm["cellpatch_probabilities"],
-    )
+    _, test, labels = _parts(annotated)
+    annotator = CellPatchAnnotator.from_pretrained(run).eval()
+    features = torch.from_numpy(annotated.obsm["X_cellpatch"][test])
+    with torch.inference_mode():
+        logits = annotator.head(features.unflatten(1, (annotator.config.patches, -1)))
+        probabilities = torch.softmax(logits / annotator.config.temperature, 1).numpy()
+    predicted = np.array(annotator.classes, object)[probabilities.argmax(1)]
+    return evaluate(labels[test], predicted, annotator.classes, probabilities=probabilities)
 
 
 def _principal_components(data: AnnData) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The page of ``cellpatch demo``: what this is, what was done, what came out, how fast, what next."""
+"""The page of ``cellpatch demo``: what this is, what was done and came out, how fast, what next."""
 
 from __future__ import annotations
 
@@ -48,25 +48,26 @@ a tenth of the cells says how to mix the three, and how sure to be.
 
 The baseline, {baseline}, is scikit-learn's, with an L2 penalty that cross-validation chooses.
 
-Left out: pretraining, on cells without labels. It is what a foundation model is about, and needs \
-far more cells than there are here."""
+Left out: pretraining, on cells without labels. It is what a foundation model is about, but on \
+these few cells it did not pay: within the training cells, networks with it were no better than \
+without. With many cells it comes first, see the end of this page."""
 
 CAME_OUT = """One test cell is {cell:.1%} of accuracy, and the standard error of an accuracy is \
 about {error:.3f}: smaller differences mean little. {only_ours} test cells were told right by \
 CellPatch only, {only_baseline} by the baseline only. A lower log loss is a better probability.
 
-What delivers it: the linear models, which are close kin to the baseline, and the network, each \
-shown alone. Annotation of few cells rests on both; the embedding below is the network's."""
+Which part delivers it: on so few cells, the linear models, which are close kin to the baseline. \
+The network alone is less accurate; what it adds is the embedding below."""
 
-EMBEDDING = """The network's embedding, which `scanpy.pp.neighbors` can work on. The colours are of \
-test cells; grey are the cells it was trained on.
+EMBEDDING = """What the network makes of a cell, 64 patches in one row, for scanpy.pp.neighbors \
+and all that follows. Test cells are coloured; grey are the cells that the annotator learnt from.
 
 Let the {k} nearest training cells of each test cell vote, by the embedding alone: they are right \
 on {neighbours:.1%} of the test cells. In 50 principal components of the same cells, the usual \
 choice without a model, it is {components:.1%}."""
 
-SPEED = """On this machine's CPU. The annotator labels and embeds {speed:,.0f} cells per second \
-here, start included; with more cells it is faster."""
+SPEED = """On this machine's CPU. The annotator labels and embeds {speed:,.0f} cells per second, \
+from the first cell read to the last one written."""
 
 NEXT = """Everything lies in {folder}: {data} holds the data, {annotator}/ the annotator, \
 {store} the annotated cells: anndata.read_zarr("{store}").obs["cellpatch_label"].
@@ -108,7 +109,7 @@ def write_results(output: Path, results: Results) -> None:
         Section("What this is", WHAT.format(**_sizes(results))),
         Section("What was done", DONE.format(**_sizes(results), ours=OURS, baseline=BASELINE)),
         _came_out(results),
-        Section("Each type", "F1 on the test cells.", tables={"": _per_type(results)}),
+        _types(results),
         _embedding(output, results),
         Section(
             "How fast",
@@ -133,7 +134,7 @@ def _sizes(results: Results) -> dict[str, int]:
 
 
 def _came_out(results: Results) -> Section:
-    ours, baseline = (results.evaluations[name] for name in (OURS, BASELINE))
+    ours = results.evaluations[OURS]
     right, baseline_right = (results.right[name] for name in (OURS, BASELINE))
     text = CAME_OUT.format(
         cell=1 / ours.cells,
@@ -141,13 +142,18 @@ def _came_out(results: Results) -> Section:
         only_ours=(right & ~baseline_right).sum(),
         only_baseline=(baseline_right & ~right).sum(),
     )
+    return Section(f"What came out on {ours.cells} test cells", text, tables={"": summary(results)})
+
+
+def _types(results: Results) -> Section:
+    """Which types are told, and which are taken for which."""
     figures = {
-        f"{name}: truth and prediction": pl.confusion_matrix(found)
-        for name, found in ((OURS, ours), (BASELINE.capitalize(), baseline))
+        f"{name[0].upper()}{name[1:]}: truth and prediction, on test cells": pl.confusion_matrix(
+            results.evaluations[name]
+        )
+        for name in (OURS, BASELINE)
     }
-    return Section(
-        f"What came out on {ours.cells} test cells", text, figures, {"": summary(results)}
-    )
+    return Section("Each type", figures=figures, tables={"F1 on test cells": _per_type(results)})
 
 
 def _per_type(results: Results) -> pd.DataFrame:
@@ -162,7 +168,7 @@ def _per_type(results: Results) -> pd.DataFrame:
 
 def _embedding(output: Path, results: Results) -> Section:
     cells = results.annotated.copy()
-    truth, predicted = "test cells: true type", "test cells: CellPatch's"
+    truth, predicted = "test cells: true type", "test cells: predicted type"
     cells.obs[truth], cells.obs[predicted] = cells.obs[LABEL], cells.obs["cellpatch_label"]
     figure = pl.embedding(
         cells,

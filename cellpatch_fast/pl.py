@@ -41,8 +41,9 @@ def training_curves(
 ) -> Figure:
     """Draw how a training run went: losses, and how good the model was on validation cells.
 
-    Also of a run that is still going on. A dotted line marks the best epoch, whose model is kept:
-    the one with the lowest validation loss, or of fine-tuning the most accurate one.
+    Also of a run that is still going on. A dotted line marks the best epoch, the one with the
+    lowest validation loss, or of fine-tuning the most accurate one; unless the run keeps the last
+    epoch's model, whatever the best one.
 
     Parameters
     ----------
@@ -67,21 +68,23 @@ def training_curves(
         raise InputError(f"{run} has no step to draw yet: wait until steps.csv has a row")
     metrics = [name for name in epochs if name.startswith("validation_")]
     metrics = [name for name in metrics if name != "validation_loss"]
+    marked = _keeps_best(Path(run))
     if ax is not None:
-        _draw_losses(ax, steps, epochs)
+        _draw_losses(ax, steps, epochs, marked)
         figure = cast("Figure", ax.get_figure(root=True))  # axes have one
         return finish(figure, save, show)
     panels = 2 if metrics else 1
     figure = new_figure(5 * panels + 0.5, 3.6, show)
     left, *right = figure.subplots(1, panels, squeeze=False)[0]
-    _draw_losses(left, steps, epochs)
+    _draw_losses(left, steps, epochs, marked)
     for axes in right:
         for name, color, marker in zip(
             metrics, cycle(OKABE_ITO[2::3]), cycle("s^vP"), strict=False
         ):
             label = name.removeprefix("validation_").replace("_", " ").replace(" f1", " F1")
             axes.plot(epochs["step"], epochs[name], color=color, marker=marker, label=label)
-        _mark_best(axes, epochs)
+        if marked:
+            _mark_best(axes, epochs)
         _label_curves(axes, "on validation cells")
     return finish(figure, save, show)
 
@@ -264,7 +267,17 @@ def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     return numbers.dropna(subset=columns)
 
 
-def _draw_losses(axes: Axes, steps: pd.DataFrame, epochs: pd.DataFrame) -> None:
+def _keeps_best(run: Path) -> bool:
+    """Whether the run keeps its best epoch's model; one that does not say so does."""
+    from .training.folder import read_settings
+
+    try:
+        return bool(read_settings(run)["settings"].get("keep_best", True))
+    except InputError:
+        return True
+
+
+def _draw_losses(axes: Axes, steps: pd.DataFrame, epochs: pd.DataFrame, marked: bool) -> None:
     """Every step, smoothed over a fiftieth of the run, and the mean of every epoch."""
     smooth = steps["loss"].rolling(max(1, len(steps) // 50), center=True, min_periods=1).mean()
     axes.plot(steps["step"], steps["loss"], color=GREY, linewidth=0.5, label="step")
@@ -276,7 +289,8 @@ def _draw_losses(axes: Axes, steps: pd.DataFrame, epochs: pd.DataFrame) -> None:
         if name in epochs:
             label = name.removesuffix("_loss") + " cells, by epoch"
             axes.plot(epochs["step"], epochs[name], color=color, marker=marker, label=label)
-    _mark_best(axes, epochs)
+    if marked:
+        _mark_best(axes, epochs)
     _label_curves(axes, "loss")
 
 
