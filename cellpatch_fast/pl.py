@@ -15,7 +15,7 @@ import numpy as np
 
 from .errors import InputError
 from .figures import GREY, OKABE_ITO, finish, new_figure
-from .scatter import Palette, column_of, draw_numbers, umap_of
+from .scatter import OTHERS, Palette, column_of, draw_numbers, umap_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
 
     from .training.evaluation import Evaluation
 
@@ -40,8 +41,9 @@ def training_curves(
 ) -> Figure:
     """Draw how a training run went: losses, and how good the model was on validation cells.
 
-    Also of a run that is still going on. A dotted line marks the best epoch, whose model is kept:
-    the one with the lowest validation loss, or of fine-tuning the most accurate one.
+    Also of a run that is still going on. A dotted line marks the best epoch, the one with the
+    lowest validation loss, or of fine-tuning the most accurate one; unless the run keeps the last
+    epoch's model, whatever the best one.
 
     Parameters
     ----------
@@ -66,21 +68,23 @@ def training_curves(
         raise InputError(f"{run} has no step to draw yet: wait until steps.csv has a row")
     metrics = [name for name in epochs if name.startswith("validation_")]
     metrics = [name for name in metrics if name != "validation_loss"]
+    marked = _keeps_best(Path(run))
     if ax is not None:
-        _draw_losses(ax, steps, epochs)
+        _draw_losses(ax, steps, epochs, marked)
         figure = cast("Figure", ax.get_figure(root=True))  # axes have one
         return finish(figure, save, show)
     panels = 2 if metrics else 1
     figure = new_figure(5 * panels + 0.5, 3.6, show)
     left, *right = figure.subplots(1, panels, squeeze=False)[0]
-    _draw_losses(left, steps, epochs)
+    _draw_losses(left, steps, epochs, marked)
     for axes in right:
         for name, color, marker in zip(
             metrics, cycle(OKABE_ITO[2::3]), cycle("s^vP"), strict=False
         ):
             label = name.removeprefix("validation_").replace("_", " ").replace(" f1", " F1")
             axes.plot(epochs["step"], epochs[name], color=color, marker=marker, label=label)
-        _mark_best(axes, epochs)
+        if marked:
+            _mark_best(axes, epochs)
         _label_curves(axes, "on validation cells")
     return finish(figure, save, show)
 
@@ -168,6 +172,7 @@ def embedding(
     adata: AnnData,
     *,
     color: str | Sequence[str],
+    highlight: ArrayLike | None = None,
     key: str = "X_cellpatch",
     seed: int = 0,
     save: str | Path | None = None,
@@ -187,6 +192,9 @@ def embedding(
         computed from 15 neighbours of each cell otherwise.
     color
         One column of ``adata.obs``, or several.
+    highlight
+        bool [cells]: which cells to colour, of test cells among all others, say. The others are
+        grey, below them. None for all.
     key
         The embedding.
     seed
@@ -199,8 +207,8 @@ def embedding(
     Raises
     ------
     InputError
-        If the embedding or a column is missing, there are too few cells, or the embedding holds
-        numbers that are not finite.
+        If the embedding or a column is missing, there are too few cells, the embedding holds
+        numbers that are not finite, or ``highlight`` is not of these cells.
     """
     names = [color] if isinstance(color, str) else list(dict.fromkeys(color))
     if not names:
@@ -212,6 +220,12 @@ def embedding(
         )
     points = umap_of(adata, key, seed)  # [c, 2]
     columns = {name: column_of(adata.obs[name]) for name in names}
+    if highlight is not None:
+        shown = _mask(highlight, adata.n_obs)
+        columns = {
+            name: column.where(shown, OTHERS if column.dtype == object else np.nan)
+            for name, column in columns.items()
+        }
     palette = Palette([column for column in columns.values() if column.dtype == object])
     across = min(len(names), 3)
     down = -(-len(names) // across)
@@ -232,6 +246,13 @@ def embedding(
     return finish(figure, save, show)
 
 
+def _mask(highlight: ArrayLike, cells: int) -> np.ndarray:
+    mask = np.asarray(highlight)
+    if mask.dtype != bool or mask.shape != (cells,):
+        raise InputError(f"highlight is {mask.dtype} {list(mask.shape)}, expected bool [{cells}]")
+    return mask
+
+
 def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     """The complete rows of a run's table."""
     import pandas as pd
@@ -246,7 +267,17 @@ def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     return numbers.dropna(subset=columns)
 
 
-def _draw_losses(axes: Axes, steps: pd.DataFrame, epochs: pd.DataFrame) -> None:
+def _keeps_best(run: Path) -> bool:
+    """Whether the run keeps its best epoch's model; one that does not say so does."""
+    from .training.folder import read_settings
+
+    try:
+        return bool(read_settings(run)["settings"].get("keep_best", True))
+    except InputError:
+        return True
+
+
+def _draw_losses(axes: Axes, steps: pd.DataFrame, epochs: pd.DataFrame, marked: bool) -> None:
     """Every step, smoothed over a fiftieth of the run, and the mean of every epoch."""
     smooth = steps["loss"].rolling(max(1, len(steps) // 50), center=True, min_periods=1).mean()
     axes.plot(steps["step"], steps["loss"], color=GREY, linewidth=0.5, label="step")
@@ -258,7 +289,8 @@ def _draw_losses(axes: Axes, steps: pd.DataFrame, epochs: pd.DataFrame) -> None:
         if name in epochs:
             label = name.removesuffix("_loss") + " cells, by epoch"
             axes.plot(epochs["step"], epochs[name], color=color, marker=marker, label=label)
-    _mark_best(axes, epochs)
+    if marked:
+        _mark_best(axes, epochs)
     _label_curves(axes, "loss")
 
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NO_CLASS = ("unknown", "missing")  # grey
+OTHERS = "other cells"  # than those that a figure is about
+NO_CLASS = ("unknown", "missing", OTHERS)  # grey
 NEIGHBOURS = 15
 FEWEST = 4  # cells that UMAP can lay out
 

@@ -185,7 +185,8 @@ def _finetune(parsed: argparse.Namespace) -> None:
         print(f"{parsed.output}: {history.epochs} epochs, {history.steps:,} steps")
         print(f"test: {done.test}" if done.test else "no test cells")
         if done.linear:
-            print(f"linear models alone, on the same cells: {done.linear}")
+            print(f"linear models alone, on the same cells: {done.linear.scores}")
+        print(f"Next: cellpatch annotate CELLS --model {parsed.output} --output annotated.zarr")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

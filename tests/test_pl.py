@@ -83,6 +83,13 @@ def write_run(tmp_path: Path) -> WriteRun:
     return write
 
 
+def test_no_epoch_is_marked_as_best_where_the_last_one_is_kept(write_run: WriteRun) -> None:
+    run = write_run("accuracy", "macro_f1")
+    (run / "training.json").write_text('{"settings": {"keep_best": false}}')
+    for axes in panels(pl.training_curves(run)):
+        assert not [line for line in axes.lines if str(line.get_label()).startswith("best")]
+
+
 def test_training_curves_show_losses_metrics_and_the_best_epoch(write_run: WriteRun) -> None:
     figure = pl.training_curves(write_run("accuracy", "macro_f1"))
     losses, scores = panels(figure)
@@ -293,6 +300,21 @@ def test_rare_classes_are_drawn_over_common_ones_and_no_class_below() -> None:
     assert len(sizes) == 6
 
 
+def test_cells_that_a_figure_is_not_about_are_grey() -> None:
+    adata = cells(3)
+    highlight = (np.arange(adata.n_obs) % 2).astype(bool)
+    figure = pl.embedding(adata, color=["truth", "depth"], highlight=highlight)
+    (points,) = panels(figure)[0].collections
+    shown = {tuple(place) for place in adata.obsm["X_umap"][highlight]}
+    for place, color in zip(points.get_offsets(), points.get_facecolor(), strict=True):
+        assert (tuple(color[:3]) == to_rgb(GREY)) == (tuple(place) not in shown)
+    assert figure.legends[0].get_texts()[-1].get_text() == "other cells"
+    others, coloured = panels(figure)[1].collections
+    assert (len(others.get_offsets()), len(coloured.get_offsets())) == (
+        *((~highlight).sum(), highlight.sum()),
+    )
+
+
 def test_numbers_have_a_scale_and_missing_values_are_grey() -> None:
     adata = cells(3)
     adata.obs.loc[adata.obs_names[:7], "depth"] = np.nan
@@ -324,6 +346,7 @@ def test_umap_is_computed_beside_the_data_and_the_same_each_time() -> None:
     [
         (None, {"color": ["truth", "kind"]}, "lacks 'kind'; it has 'truth', 'predicted', 'depth'"),
         (None, {"color": []}, "color is empty"),
+        (None, {"color": "truth", "highlight": [True]}, "highlight is bool .1., expected bool"),
         (None, {"color": "truth", "key": "X_pca"}, "lacks 'X_pca', it has X_cellpatch.*tl.embed"),
         (slice(3), {"color": "truth"}, "there are 3 cells: UMAP needs at least 4"),
         (np.nan, {"color": "truth"}, "'X_cellpatch'.*NaN"),

@@ -59,9 +59,11 @@ def choose(
     if few_cells is not None:
         return Choice(few_cells, "as asked for")
     cells = sum(_cells_of(each, options) for each in listed_inputs(data))
-    fewer = "fewer than" if cells < FEW else "at least"
+    few = cells < FEW
+    fewer, option = ("fewer than", "--no-few-cells") if few else ("at least", "--few-cells")
     return Choice(
-        cells < FEW, f"there are {cells:,} cells, {fewer} {FEW:,} (few_cells chooses otherwise)"
+        few,
+        f"there are {cells:,} cells, {fewer} {FEW:,} ({option}, few_cells={not few}: the others)",
     )
 
 

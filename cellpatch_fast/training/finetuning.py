@@ -239,10 +239,11 @@ def _say(
 ) -> None:
     """What is trained on and how, and what about it someone should look at."""
     logger.info("%s", labels)
+    logger.info("a %s model, %s", "new" if new else "given", choice)
     logger.info(
-        "%s of a %s model, %s; %d epochs of batches of %d on %s cells, %s to validate, %s to test",
-        *("fine-tuning", "new" if new else "given", choice, settings.epochs, settings.batch_size),
+        "%s cells to train on, %s to validate, %s to test; %d epochs of batches of %d cells",
         *(f"{len(rows[part]):,}" for part in ("training", "validation", "test")),
+        *(settings.epochs, settings.batch_size),
     )
     nameless = [name for name in labels.classes if name.lower() in NO_NAMES]
     if nameless:

@@ -24,7 +24,7 @@ from ..cells import RaggedCells
 from ..files import write_whole
 from ..loader import CellLoader
 from ..model import CellPatchAnnotator
-from ..model.linear import MEMBERS, LinearPath
+from ..model.linear import LinearPath
 from ..streams import Stream
 from .calibration import mixture_shares, temperature
 from .data import Labels
@@ -106,6 +106,8 @@ def _combine(
 ) -> tuple[LinearModels, np.ndarray]:
     """Give the annotator a temperature and its linear path; the models, and their shares."""
     training, validation = rows["training"], rows["validation"]
+    beside = "to compare with" if annotator.linear is None else "beside it"
+    logger.info("the network is trained; fitting linear models %s", beside)
     logits = np.zeros((0, len(annotator.classes)))
     if len(validation):
         logits = cells.computed(
@@ -126,14 +128,12 @@ def _combine(
     shares = mixture_shares(np.stack([*members, _likely(logits / found, true)]), PRIOR)
     if annotator.linear is not None:
         models.load_into(annotator.linear, shares)
-        listed = ", ".join(
-            f"{share:.2f} {name}" for share, name in zip(shares, MEMBERS, strict=True)
-        )
-        by = f"{len(validation):,} validation cells"
+        by = f"chosen by {len(validation):,} validation cells" if len(validation) else "default"
         logger.info(
-            "linear path: C %g and %g by cross-validation; of the mixture, by %s: %s",
-            *(models.values.penalty, models.seen.penalty, by if len(validation) else "default"),
-            listed,
+            "the annotator's probabilities: %.0f %% from a linear model of values (C %g), %.0f %% "
+            "from one of what attention sees of them (C %g), %.0f %% from the network; %s",
+            *(100 * shares[0], models.values.penalty, 100 * shares[1], models.seen.penalty),
+            *(100 * shares[2], by),
         )
     return models, shares
 

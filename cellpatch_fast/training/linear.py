@@ -101,11 +101,16 @@ def fit(
     penalties
         The C of each model; None chooses them.
     """
+    from threadpoolctl import threadpool_limits
+
     chosen = (None, None) if penalties is None else penalties
-    return LinearModels(
-        _fit_values(values, codes, classes, seed, chosen[0]),
-        _fit_seen(values, codes, classes, seed, chosen[1]),
-    )
+    # The iterations multiply small matrices thousands of times. Threads of BLAS spin while they
+    # wait for each other: beside other busy processes that took most of a run.
+    with threadpool_limits(1, user_api="blas"):
+        return LinearModels(
+            _fit_values(values, codes, classes, seed, chosen[0]),
+            _fit_seen(values, codes, classes, seed, chosen[1]),
+        )
 
 
 def _fit_values(

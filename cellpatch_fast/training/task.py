@@ -121,7 +121,12 @@ def describe_epoch(row: dict[str, Any], settings: TrainingSettings, left: float 
         for name, value in row.items()
         if value is not None and name not in ("epoch", "step", "learning_rate", "seconds")
     }
-    numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
+    numbers = ", ".join(
+        f"{name.replace('_', ' ').replace(' f1', ' F1')} {value:.4f}"
+        for name, value in shown.items()
+    )
+    first, *others = numbers.split("validation ")  # said once
+    numbers = f"{first}validation {''.join(others)}" if others else first
     times = f"{row['seconds']:,.0f} s"
     if left is not None:
         times += f", {'at most ' if settings.patience else ''}about {duration(left)} left"
