@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 
-from cellpatch_fast.training.calibration import PRIOR_CELLS, mixture_shares, temperature
+from cellpatch_fast.training.calibration import mixture_shares, temperature
+from cellpatch_fast.training.finishing import PRIOR
 
 CELLS = 20_011
 ERRORS = 5  # standard errors that an estimate may be away from what it estimates
@@ -66,19 +67,22 @@ def test_shares_are_those_of_the_mixture_that_cells_were_drawn_from() -> None:
     members = softmax(random.normal(0, 2, (3, CELLS, 5)), axis=2)
     codes = drawn(np.einsum("m,mck->ck", known, members), seed=1)
     likely = members[:, np.arange(CELLS), codes]  # [members, cells]
-    found = mixture_shares(likely)
+    found = mixture_shares(likely, PRIOR)
     # Fisher's information on the first two shares, the third being what is left
     scores = (likely[:2] - likely[2]) / (known @ likely)
     errors = np.sqrt(np.diag(np.linalg.inv(scores @ scores.T)))
-    prior = 3 * PRIOR_CELLS / CELLS
+    prior = sum(PRIOR) / CELLS
     assert (abs(found[:2] - known[:2]) <= ERRORS * errors + prior).all()
 
 
-@pytest.mark.parametrize("number", [2, 3])
-def test_shares_without_cells_or_without_differences_are_equal(number: int) -> None:
-    assert mixture_shares(np.zeros((number, 0))) == pytest.approx(np.full(number, 1 / number))
-    alike = np.tile(np.random.default_rng(0).random(17), (number, 1))
-    assert mixture_shares(alike) == pytest.approx(np.full(number, 1 / number))
+@pytest.mark.parametrize("prior", [(3.0, 5.0), (7.0, 7.0, 2.0)])
+def test_shares_without_cells_or_without_differences_are_the_prior_s(
+    prior: tuple[float, ...],
+) -> None:
+    expected = np.array(prior) / sum(prior)
+    assert mixture_shares(np.zeros((len(prior), 0)), prior) == pytest.approx(expected)
+    alike = np.tile(np.random.default_rng(0).random(17), (len(prior), 1))
+    assert mixture_shares(alike, prior) == pytest.approx(expected)
 
 
 @given(st.integers(0, 99), st.integers(2, 4), st.integers(0, 29))
@@ -88,11 +92,16 @@ def test_shares_are_positive_of_sum_1_and_follow_their_members(
     """Whatever is certain or impossible; the member that is always likelier has the most."""
     random = np.random.default_rng(seed)
     members = random.choice([0.0, 1e-300, 0.2, 0.7, 1.0], (number, cells))
-    shares = mixture_shares(members)
+    prior = np.full(number, PRIOR[0])
+    shares = mixture_shares(members, prior)
     assert (shares > 0).all()
     assert shares.sum() == pytest.approx(1, abs=1e-12)
-    assert shares.min() >= PRIOR_CELLS / (cells + number * PRIOR_CELLS) * (1 - 1e-12)
+    assert shares.min() >= PRIOR[0] / (cells + prior.sum()) * (1 - 1e-12)
     order = random.permutation(number)
-    assert mixture_shares(members[order]) == pytest.approx(shares[order], abs=1e-12)
+    assert mixture_shares(members[order], prior) == pytest.approx(shares[order], abs=1e-12)
     members[0] = members.max(axis=0)
-    assert mixture_shares(members).argmax() == 0 or cells == 0 or np.ptp(members, axis=0).max() == 0
+    assert (
+        mixture_shares(members, prior).argmax() == 0
+        or cells == 0
+        or np.ptp(members, axis=0).max() == 0
+    )

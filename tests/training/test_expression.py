@@ -139,7 +139,7 @@ def test_what_attention_sees_are_softmaxes_of_half_the_values(seed: int) -> None
 
 
 def test_a_gene_that_a_cell_has_twice_is_seen_twice() -> None:
-    twice = csr_array((np.float32([1, 3, 2]), [4, 4, 2], [0, 3, 3]), shape=(2, 5))
+    twice = csr_array((np.array([1, 3, 2], np.float32), [4, 4, 2], [0, 3, 3]), shape=(2, 5))
     found, scale = seen(twice)
     powers = np.exp([0.5, 1.5, 1.0])
     assert scale == pytest.approx(powers.sum())

@@ -61,7 +61,8 @@ def features_of_seen(values: csr_array) -> np.ndarray:
 def regressed(features: np.ndarray, codes: np.ndarray, penalty: float) -> LogisticRegression:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=penalty, tol=linear.TOLERANCE, max_iter=500).fit(features, codes)
+        regression = LogisticRegression(C=penalty, tol=linear.TOLERANCE, max_iter=500)
+        return regression.fit(features, codes)
 
 
 def seen_by_tables(values: csr_array) -> np.ndarray:
