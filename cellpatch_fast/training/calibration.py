@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 
 SPREAD = 0.5  # of log temperature, before any cell is seen
 HIGHEST = 4.0  # |log temperature|: e^4 is 55
-STEPS = 1_000  # of the iteration; it converges in some dozens
+STEPS, SETTLED = 1_000, 1e-13  # of the iteration, which takes some dozens; of a share
 LEAST = 1e-12  # probability
 
 
@@ -53,5 +53,7 @@ def mixture_shares(members: np.ndarray, prior: Sequence[float]) -> np.ndarray:
     for _ in range(STEPS):  # expectation-maximisation: the likelihood has one maximum
         parts = shares[:, None] * np.maximum(members, LEAST)
         sums = (parts / parts.sum(0)).sum(1) + before
-        shares = sums / sums.sum()
+        last, shares = shares, sums / sums.sum()
+        if np.abs(shares - last).max() < SETTLED:
+            break
     return shares
