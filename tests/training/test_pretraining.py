@@ -30,8 +30,9 @@ from cellpatch_fast import (
     cli,
 )
 from cellpatch_fast.training import PretrainingSettings, data, pretrain
-from cellpatch_fast.training.loop import Trainer, step_seed
+from cellpatch_fast.training.loop import Trainer
 from cellpatch_fast.training.pretraining import MaskedGenes
+from cellpatch_fast.training.repeating import step_seed
 
 from .conftest import assert_same_run, untimed, weights
 
