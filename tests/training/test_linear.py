@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,20 @@ from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
+from threadpoolctl import threadpool_limits
 
 from cellpatch_fast.training import linear
 from cellpatch_fast.training.expression import seen
 from cellpatch_fast.training.linear import SEEN_C, VALUES_C, Table, fit
 
 PENALTIES = 0.1, 100.0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads of small products wait for each other most of the time."""
+    with threadpool_limits(1):
+        yield
 
 
 @pytest.fixture
