@@ -223,9 +223,9 @@ def add_demo(commands: Commands) -> None:
     parser = commands.add_parser(
         "demo",
         help="the whole path on a small data set, offline",
-        description="Pretrain a model on the 700 blood cells that scanpy bundles, fine-tune it, "
-        "annotate the cells, and write a page that compares the result with logistic regression. "
-        "Takes some minutes. Needs the extra 'analysis' and no network.",
+        description="Train an annotator on 525 of the 700 blood cells that scanpy bundles, "
+        "annotate all, and write a page that compares the result on the other 175 with logistic "
+        "regression. Takes a minute or two. Needs the extra 'analysis' and no network.",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("cellpatch-demo"), metavar="DIR",

@@ -73,7 +73,7 @@ NEXT = """Everything lies in {folder}: {data} holds the data, {annotator}/ the a
 {store} the annotated cells: anndata.read_zarr("{store}").obs["cellpatch_label"].
 
 Annotate your own cells of the same kind:
-cellpatch annotate cells.h5ad --model {annotator} --output annotated.zarr
+cellpatch annotate cells.h5ad --model {annotator} --output my-cells.zarr
 
 Make an annotator from your own labels:
 cellpatch finetune cells.h5ad --label COLUMN --output my-annotator

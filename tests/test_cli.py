@@ -334,9 +334,7 @@ def test_demo(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(pl, "umap_of", lambda cells, key, seed: cells.obsm[key][:, :2])  # quick
     for _ in range(2):
         code, out, _ = run(capsys, "demo")
-        assert code == 0
-        assert "700 blood cells" in out
-        assert "175 test cells" in out
+        assert (code, "700 blood cells" in out, "175 test cells" in out) == (0, True, True)
         for name in (demo.OURS, demo.LINEAR, demo.BASELINE):
             assert re.search(rf"^{name} +0\.8", out, re.MULTILINE)
         assert re.search(rf"^{demo.NETWORK} +0\.", out, re.MULTILINE)

@@ -241,7 +241,7 @@ def _say(
     logger.info("%s", labels)
     logger.info("a %s model, %s", "new" if new else "given", choice)
     logger.info(
-        "%s cells to train on, %s to validate, %s to test; %d epochs of batches of %d cells",
+        "%s cells to train on, %s to validate, %s to test; epochs: %d, in batches of %d cells",
         *(f"{len(rows[part]):,}" for part in ("training", "validation", "test")),
         *(settings.epochs, settings.batch_size),
     )
