@@ -253,7 +253,7 @@ def test_interrupted_runs_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("cellpatch_fast.training.finetuning._test", interrupt)
+        patch.setattr("cellpatch_fast.training.finishing._test", interrupt)
         with pytest.raises(KeyboardInterrupt):
             start(tmp_path / "part", settings)
     again = start(tmp_path / "part", settings)
