@@ -87,6 +87,7 @@ def test_settings_that_are_given_come_before_defaults(kind: Any) -> None:
     assert complete(kind, given, False, 147) == kind(**given)
     assert complete(kind, given, True, 147) == kind.for_few_cells(147, **given)
     assert complete(kind, None, True, None) == kind.for_few_cells()
+    assert complete(kind, {"validation": 0}, True, 147).validation == 0  # patience is 0 there
     assert given == {"epochs": 7, "learning_rate": 0.25}
     for few in (True, False):
         with pytest.raises(InputError, match="unknown training settings: pace"):
@@ -164,7 +165,9 @@ def test_20_cells_are_few_and_that_is_said(
     order = np.argsort(labelled.obs["type"].to_numpy(), kind="stable")
     chosen = np.concatenate([order[:7], order[60:66], order[-7:]])
     cells = labelled[chosen].copy()
-    with pytest.raises(InputError, match="too few for batches of 256.*settings for few") as error:
+    with pytest.raises(
+        InputError, match=r"too few for batches of 256\..*settings for few"
+    ) as error:
         start(cells, few_cells=False)
     assert "--few-cells" in str(error.value)
     with caplog.at_level("INFO", "cellpatch_fast"):

@@ -1,4 +1,4 @@
-"""The spectral start of a new model: what its gene rows span, and how its patches look at values."""
+"""The spectral start of a new model: what gene rows span, and how patches look at values."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def test_a_token_store_starts_as_its_rounded_values_do(
 
 
 def test_a_model_of_one_dimension_is_refused(genes: GeneVocabulary) -> None:
-    with pytest.raises(InputError, match="needs a dim of at least 2 .*, found 1"):
+    with pytest.raises(InputError, match=r"needs a dim of at least 2 .*, found 1"):
         start_from_data(new_model(genes, dim=1, heads=1), random_values(0), seed=0)
 
 
