@@ -52,8 +52,8 @@ def test_few_cells_are_those_below_a_number_that_is_said(
         choice = choose(data, None, None, OPTIONS)
         assert choice.few
         assert str(choice) == (
-            f"settings for few cells: there are {cells} cells, fewer than 588 (few_cells chooses "
-            "otherwise)"
+            f"settings for few cells: there are {cells} cells, fewer than 588 (--no-few-cells, "
+            "few_cells=False: the others)"
         )
     choice = choose(inputs, None, {"epochs": 3}, OPTIONS)
     assert not choice.few
@@ -87,6 +87,7 @@ def test_settings_that_are_given_come_before_defaults(kind: Any) -> None:
     assert complete(kind, given, False, 147) == kind(**given)
     assert complete(kind, given, True, 147) == kind.for_few_cells(147, **given)
     assert complete(kind, None, True, None) == kind.for_few_cells()
+    assert complete(kind, {"validation": 0}, True, 147).validation == 0  # patience is 0 there
     assert given == {"epochs": 7, "learning_rate": 0.25}
     for few in (True, False):
         with pytest.raises(InputError, match="unknown training settings: pace"):
@@ -134,7 +135,8 @@ def test_a_store_can_be_trained_on_however_it_was_made(
     assert (settings["epochs"], settings["spectral"], settings["batch_size"]) == (1, True, 16)
     assert (
         "pretraining of a new model, settings for few cells: there are 147 cells, fewer than "
-        "20,000 (few_cells chooses otherwise); 1 epochs of batches of 16" in caplog.text
+        "20,000 (--no-few-cells, few_cells=False: the others); 1 epochs of batches of 16"
+        in caplog.text
     )
 
 
@@ -151,8 +153,9 @@ def start(tmp_path: Path, small_vocabulary: GeneVocabulary) -> Start:
     def run(data: anndata.AnnData, **options: Any) -> Finetuned:
         settings = {"epochs": 1} | options.pop("settings", {})
         config = SMALL | {"max_genes": small_vocabulary.size}
-        options = {"label": "type", "vocabulary": small_vocabulary, "config": config} | options
-        return finetune(data, tmp_path / "run", settings=settings, **options)
+        given: dict[str, Any] = {"label": "type", "vocabulary": small_vocabulary}
+        given |= {"config": config} | options
+        return finetune(data, tmp_path / "run", settings=settings, **given)
 
     return run
 
@@ -164,15 +167,17 @@ def test_20_cells_are_few_and_that_is_said(
     order = np.argsort(labelled.obs["type"].to_numpy(), kind="stable")
     chosen = np.concatenate([order[:7], order[60:66], order[-7:]])
     cells = labelled[chosen].copy()
-    with pytest.raises(InputError, match=r"too few for batches of 256.*settings for few") as error:
+    with pytest.raises(
+        InputError, match=r"too few for batches of 256\..*settings for few"
+    ) as error:
         start(cells, few_cells=False)
     assert "--few-cells" in str(error.value)
     with caplog.at_level("INFO", "cellpatch_fast"):
         start(cells)
     assert re.search(
         r"fine-tuning of a new model, settings for few cells: there are 20 cells, fewer than "
-        r"20,000 \(few_cells chooses otherwise\); 1 epochs of batches of 1 on 14 cells, 3 to "
-        r"validate, 3 to test",
+        r"20,000 \(--no-few-cells, few_cells=False: the others\); 1 epochs of batches of 1 on 14 "
+        r"cells, 3 to validate, 3 to test",
         caplog.text,
     )
     assert "there are only 3 test cells (1 of the rarest class): one is 33.3 %" in caplog.text

@@ -19,7 +19,7 @@ from scipy.sparse import csr_array
 from cellpatch_fast import CellLoader, CellPatchConfig, GeneVocabulary, InputError, MaskedGeneModel
 from cellpatch_fast.training import PretrainingSettings, pretrain
 from cellpatch_fast.training.distributed import Processes
-from cellpatch_fast.training.expression import gene_weights, seen
+from cellpatch_fast.training.expression import gather, gene_weights, seen
 from cellpatch_fast.training.spectral import start_from_data
 from cellpatch_fast.training.starting import begin
 
@@ -220,7 +220,8 @@ def test_starts_are_those_of_the_training_cells_in_any_format(
             Processes.join("cpu", None) as processes,
         ):
             loader = CellLoader([stream], rows=rows, batch_size=wanted.batch_size)
-            begin(model, loader, rows, wanted, processes)
+            values = gather([stream], rows, small_vocabulary.size, wanted.seed).values
+            begin(model, loader, values, wanted, processes)
         found.append(model.gene_embedding.weight.detach())
     assert all(torch.equal(x, found[0]) for x in found[1:])
 
@@ -230,7 +231,7 @@ def test_a_token_store_starts_as_its_rounded_values_do(
 ) -> None:
     """Its float16 change a value by 2^-11 at most; what that does to a gene row is bounded."""
     from cellpatch_fast import atlas
-    from cellpatch_fast.training.expression import components, gather
+    from cellpatch_fast.training.expression import components
 
     atlas.tokenize(
         file, tmp_path / "tokens.zarr", vocabulary=small_vocabulary, config=unrounded, shuffle=False
