@@ -30,7 +30,7 @@ from .calibration import mixture_shares, temperature
 from .data import Labels
 from .evaluation import Evaluation, evaluate
 from .expression import Expression, gather
-from .linear import GRAM_CELLS, LinearModels, fit, softmax
+from .linear import ABSENT, GRAM_CELLS, LinearModels, fit, softmax
 from .settings import FinetuningSettings
 
 logger = logging.getLogger("cellpatch_fast")
@@ -150,7 +150,9 @@ def _weighed(
         return first, [np.zeros(0)] * 2
     true = cells.codes(validation)
     members = cells.computed(validation, _logits_of(first, cells)).transpose(1, 0, 2)
-    temperatures = [temperature(logits, true) for logits in members]
+    cell = np.arange(len(true))
+    known = members[0][cell, true] > ABSENT / 2  # of no other class a temperature says anything
+    temperatures = [temperature(logits[known], true[known]) for logits in members]
     likely = [_likely(x / t, true) for x, t in zip(members, temperatures, strict=True)]
     penalties = first.values.penalty, first.seen.penalty
     codes, classes = cells.codes(expression.rows), len(cells.labels.classes)

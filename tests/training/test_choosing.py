@@ -175,10 +175,12 @@ def test_20_cells_are_few_and_that_is_said(
     with caplog.at_level("INFO", "cellpatch_fast"):
         start(cells)
     assert re.search(
-        r"fine-tuning of a new model, settings for few cells: there are 20 cells, fewer than "
-        r"20,000 \(--no-few-cells, few_cells=False: the others\); 1 epochs of batches of 1 on 14 "
-        r"cells, 3 to validate, 3 to test",
+        r"a new model, settings for few cells: there are 20 cells, fewer than "
+        r"20,000 \(--no-few-cells, few_cells=False: the others\)",
         caplog.text,
+    )
+    assert (
+        "14 cells to train on, 3 to validate, 3 to test; epochs: 1, in batches of 1" in caplog.text
     )
     assert "there are only 3 test cells (1 of the rarest class): one is 33.3 %" in caplog.text
 
