@@ -114,6 +114,14 @@ class CellStream:
         """int64 [cells]: the row of `measured` that each cell belongs to."""
         return np.zeros(self.n_cells, np.int64)
 
+    def expected_entries(self) -> int:
+        """The entries of all cells, about: a dense matrix does not say how many there are."""
+        entries = self.source.matrix.entries
+        if entries is None:
+            sample = sample_of(self.source)
+            entries = len(sample.data) * self.n_cells // len(sample)
+        return entries
+
     def obs_table(self) -> Table:
         return self.source.obs_table()
 
@@ -190,6 +198,10 @@ class TokenStream:
         assert column.categories is not None
         rows = np.array([inputs.index(name) for name in column.categories], np.int64)
         return rows[column.values]
+
+    def expected_entries(self) -> int:
+        """The entries of all cells."""
+        return int(self.store.offsets[-1])
 
     def obs_table(self) -> Table:
         return self.store.obs_table()

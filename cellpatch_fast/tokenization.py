@@ -43,7 +43,7 @@ from .io.token_writer import TokenWriter
 from .loader import CellLoader
 from .paths import describe_input, input_paths, output_path
 from .progress import progress_bar
-from .streams import CellStream, sample_of
+from .streams import CellStream
 from .tokens import Preprocessing
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ def _buckets(
     preprocessing: Preprocessing,
 ) -> Buckets:
     """Where the cells wait for their rows, if there is room for that."""
-    entries = sum(map(_expected_entries, streams))
+    entries = sum(stream.expected_entries() for stream in streams)
     types = gene_dtype(vocabulary.size), value_dtype(preprocessing)
     buckets = Buckets(writer.work / "buckets", rows, entries, *types)
     missing = 1 - buckets.next_cell / len(rows)
@@ -329,15 +329,6 @@ def _buckets(
             "or choose another output, then repeat this, or leave the cells in their order"
         )
     return buckets
-
-
-def _expected_entries(stream: CellStream) -> int:
-    """The entries of an input, about: a dense matrix does not say how many there are."""
-    entries = stream.source.matrix.entries
-    if entries is None:
-        sample = sample_of(stream.source)
-        entries = len(sample.data) * stream.n_cells // len(sample)
-    return entries
 
 
 def _write_shuffled(

@@ -116,7 +116,8 @@ def complete(
     if isinstance(settings, TrainingSettings):
         return settings
     given = dict(settings or {})
-    kind.from_dict(given)  # says what is wrong
+    defaults = kind.for_few_cells() if few else kind()
+    kind.from_dict(defaults.to_dict() | given)  # says what is wrong
     return kind.for_few_cells(cells, **given) if few else kind(**given)
 
 

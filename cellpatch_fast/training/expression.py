@@ -45,10 +45,6 @@ class Expression:
     values: csr_array
     rows: np.ndarray
 
-    def of(self, rows: np.ndarray) -> csr_array:
-        """The values of some of the cells [rows, gene tokens]; cells that are not here are not."""
-        return self.values[np.flatnonzero(np.isin(self.rows, rows))]
-
 
 def gather(
     streams: Sequence[Stream], rows: np.ndarray, genes: int, seed: int, threads: int | None = None
@@ -64,7 +60,7 @@ def gather(
     seed
         Of the sample, where not all cells fit.
     """
-    total = sum(int(stream.rows().offsets[-1]) for stream in streams)
+    total = sum(stream.expected_entries() for stream in streams)
     cells = sum(stream.n_cells for stream in streams)
     rows = _sampled(rows, max(1, int(MOST_ENTRIES * cells / max(1, total))), seed)
     loader = CellLoader(streams, rows=rows, batch_size=BATCH_CELLS, threads=threads)
@@ -171,7 +167,8 @@ def components(matrix: csr_array, number: int, seed: int) -> Components:
         matvec=lambda x: weighted @ x.ravel() - centre @ x.ravel(),
         rmatvec=lambda y: weighted.T @ y.ravel() - centre * y.sum(),
     )
-    _, singular_values, vectors = svds(operator, k=number, rng=np.random.default_rng(seed))
+    start = np.random.default_rng(seed).standard_normal(min(weighted.shape))
+    _, singular_values, vectors = svds(operator, k=number, v0=start)
     order = np.argsort(-singular_values)
     order = order[singular_values[order] > 1e-9 * singular_values.max()]
     directions = vectors[order].T  # [kept, components]

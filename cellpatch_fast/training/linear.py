@@ -33,6 +33,8 @@ SEEN_C = (10.0, 100.0, 1000.0)
 FOLDS = 3
 GRAM_CELLS = 5_000  # whose Gram matrix is 200 MB
 ITERATIONS = 500
+TOLERANCE = 1e-4  # largest gradient, where the iteration ends: scikit-learn's default
+ABSENT = -1e4  # logit of a class without cells: its probability is 0, and float16 holds it
 LEAST_PROBABILITY = 1e-9  # of a class that a fold had no cell of
 
 
@@ -183,19 +185,23 @@ def _best(features: np.ndarray, codes: np.ndarray, penalties: Sequence[float], s
 def _regress(
     features: np.ndarray | csr_array, codes: np.ndarray, classes: int, penalty: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Coefficients [classes, features] and intercepts [classes]; a missing class has -inf."""
+    """Coefficients [classes, features] and intercepts [classes]; a missing class has `ABSENT`."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     coefficients = np.zeros((classes, features.shape[1]))
-    intercept = np.full(classes, -np.inf)
+    intercept = np.full(classes, ABSENT)
     present = np.unique(codes)
     if len(present) == 1:
         intercept[present] = 0.0
         return coefficients, intercept
+    if not features.shape[1]:  # cells do not differ: how frequent classes are is all there is
+        intercept[present] = np.log(np.bincount(codes)[present] / len(codes))
+        return coefficients, intercept
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model = LogisticRegression(C=penalty, max_iter=ITERATIONS).fit(features, codes)
+        model = LogisticRegression(C=penalty, tol=TOLERANCE, max_iter=ITERATIONS)
+        model.fit(features, codes)
     found, bias = model.coef_, model.intercept_
     if len(present) == 2:  # one row, of the second class against the first
         found, bias = (np.concatenate([-x / 2, x / 2]) for x in (found, bias))
