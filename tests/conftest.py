@@ -16,6 +16,7 @@ import torch
 import zarr
 from anndata.io import write_elem
 from scipy import sparse
+from threadpoolctl import threadpool_limits
 
 from cellpatch_fast import (
     CellPatch,
@@ -36,6 +37,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Workers that all use all cores wait for each other: small steps took eight times as long.
     threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     torch.set_num_threads(threads)
+    threadpool_limits(threads)  # of NumPy's and scikit-learn's products
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of processes that tests start
 
 GENES = 307

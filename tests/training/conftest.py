@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cellpatch_fast import CellPatchConfig, GeneVocabulary
+from cellpatch_fast.streams import Stream, open_stream
 from cellpatch_fast.training import FinetuningSettings, PretrainingSettings
 
 from ..conftest import MakeCells
@@ -94,3 +98,16 @@ def untimed(table: Path) -> list[dict[str, str]]:
         rows = list(csv.DictReader(file))
     assert rows
     return [{name: x for name, x in row.items() if name not in TIMED} for row in rows]
+
+
+def stream_of(
+    data: Any, vocabulary: GeneVocabulary, config: CellPatchConfig
+) -> AbstractContextManager[Stream]:
+    """One input, opened for a model."""
+    return contextlib.closing(open_stream(data, vocabulary, config))
+
+
+@pytest.fixture(scope="session")
+def unrounded(config: CellPatchConfig) -> CellPatchConfig:
+    """The small model's configuration, with values as few cells have them."""
+    return replace(config, value_rounding="none", value_clip=None)

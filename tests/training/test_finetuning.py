@@ -253,7 +253,7 @@ def test_interrupted_runs_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("cellpatch_fast.training.finetuning._test", interrupt)
+        patch.setattr("cellpatch_fast.training.finishing._test", interrupt)
         with pytest.raises(KeyboardInterrupt):
             start(tmp_path / "part", settings)
     again = start(tmp_path / "part", settings)
@@ -324,7 +324,9 @@ def test_what_cannot_be_learnt_is_refused_before_any_work(
         start(run, finetuning(), data=one_type)
     with pytest.raises(InputError, match="holds numbers such as 0"):
         start(run, finetuning(), label="depth")
-    with pytest.raises(InputError, match="fewer than a batch of 500"):
+    with pytest.raises(
+        InputError, match=r"only \d+ cells are left to train on, too few for batches of 500"
+    ):
         start(run, finetuning(batch_size=500))
     with pytest.raises(InputError, match="a class 'unknown'"):
         start(run, finetuning(), data=reserved)
