@@ -138,13 +138,20 @@ def test_tokens_for_few_cells_are_those_of_a_new_model_for_few_cells(
 def test_a_new_model_for_few_cells_is_pretrained_on_tokens_for_few_cells(
     capsys: Capture, cells_file: Path, model_directory: Path, output: Path, tmp_path: Path
 ) -> None:
-    """And on no others; the refusal names the option that makes them."""
+    """And on others, whose values it then takes; if it is to have values for few cells, on no
+    others, and the refusal names the option that makes them."""
     vocabulary = ("--vocabulary", model_directory / "vocabulary.json")
-    (tmp_path / "config.json").write_text(json.dumps({"model": {"patches": 3, "dim": 6}}))
-    run_options = ("--config", tmp_path / "config.json", "--few-cells", "--epochs", 1)
-    pretrain = ("pretrain", output, "--output", tmp_path / "run", *vocabulary, *run_options)
+    small = {"patches": 3, "dim": 6}
+    (tmp_path / "any.json").write_text(json.dumps({"model": small}))
+    unrounded = small | {"value_rounding": "none", "value_clip": None}
+    (tmp_path / "config.json").write_text(json.dumps({"model": unrounded}))
+    command = ("pretrain", output, *vocabulary, "--few-cells", "--epochs", 1)
+    pretrain = (*command, "--config", tmp_path / "config.json", "--output", tmp_path / "run")
     tokenize = ("tokenize", cells_file, "--output", output, *vocabulary)
     assert run(capsys, *tokenize)[0] == 0
+    other = (*command, "--config", tmp_path / "any.json", "--output", tmp_path / "other")
+    code, _, err = run(capsys, *other)
+    assert code == 0, err
     code, _, err = run(capsys, *pretrain)
     assert code == 1
     assert "cellpatch tokenize --few-cells" in err

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_toy_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
-    from bench.quality_methods import ANNOTATION, METHODS
+    from bench.quality_methods import ANNOTATION, BOTH, METHODS, NETWORK
 
     output = tmp_path / "toy.json"
     done = subprocess.run(
@@ -27,9 +27,11 @@ def test_toy_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())
     (summary,) = results["annotation"]["summaries"].values()
-    assert list(summary["methods"]) == list(METHODS)
+    methods = list(METHODS)
+    methods.insert(methods.index(BOTH), NETWORK)  # of the same runs
+    assert list(summary["methods"]) == methods
     for name, row in summary["methods"].items():
-        assert row["splits"] == (2 if name in ANNOTATION else 1)
+        assert row["splits"] == (2 if name in {NETWORK, *ANNOTATION} else 1)
         assert row["seconds"] > 0
         for measure in ("accuracy", "macro F1"):
             assert 0 <= row[measure]["median"] <= 1
