@@ -111,18 +111,19 @@ def seen(values: csr_array) -> tuple[csr_array, float]:
     return found, scale
 
 
-def gene_weights(matrix: csr_array) -> tuple[np.ndarray, np.ndarray]:
-    """Mean μ and weight w = σ^(-1/2) of each gene, float64 [genes].
+def gene_weights(matrix: csr_array, exponent: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+    """Mean μ and weight w = σ^(-exponent) of each gene, float64 [genes].
 
-    Halfway between covariances (which a few strong genes rule) and correlations (which noise does).
-    Genes in fewer than `LEAST_CELLS` cells, and those that do not vary, have weight 0.
+    An exponent of ½ is halfway between covariances (which a few strong genes rule) and
+    correlations (which noise does). Genes in fewer than `LEAST_CELLS` cells, and those that do
+    not vary, have weight 0.
     """
     cells = max(1, matrix.shape[0])
     mean = matrix.sum(axis=0) / cells
     variance = matrix.power(2).sum(axis=0) / cells - mean**2
     expressed = np.bincount(matrix.indices, minlength=matrix.shape[1]) >= LEAST_CELLS
     varies = expressed & (variance > 1e-12 * np.maximum(mean**2, 1e-12))
-    return mean, np.where(varies, np.where(varies, variance, 1.0) ** -0.25, 0.0)
+    return mean, np.where(varies, np.where(varies, variance, 1.0) ** (-exponent / 2), 0.0)
 
 
 @dataclass(frozen=True, eq=False)

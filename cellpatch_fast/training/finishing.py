@@ -156,7 +156,8 @@ def _weighed(
     likely = [_likely(x / t, true) for x, t in zip(members, temperatures, strict=True)]
     penalties = first.values.penalty, first.seen.penalty
     codes, classes = cells.codes(expression.rows), len(cells.labels.classes)
-    models = fit(expression.values, codes, classes, settings.seed, penalties)
+    exponent = first.seen.exponent
+    models = fit(expression.values, codes, classes, settings.seed, penalties, exponent)
     return models.tempered(temperatures), likely
 
 

@@ -124,7 +124,7 @@ def test_validation_cells_decide_on_temperature_and_shares_and_then_are_trained_
     penalties = first.values.penalty, first.seen.penalty
     assert penalties[0] in VALUES_C
     assert penalties[1] in SEEN_C
-    last = fit(values, codes[known], 3, seed=0, penalties=penalties)
+    last = fit(values, codes[known], 3, 0, penalties, first.seen.exponent)
     path = model.linear
     assert path is not None
     saved = path.values.clone(), path.seen.clone()

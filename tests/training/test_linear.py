@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from cellpatch_fast.training import linear
 from cellpatch_fast.training.expression import seen
-from cellpatch_fast.training.linear import SEEN_C, VALUES_C, Table, fit
+from cellpatch_fast.training.linear import EXPONENTS, SEEN_C, VALUES_C, Table, fit
 
 PENALTIES = 0.1, 100.0
 
@@ -46,9 +46,9 @@ def cells_of(codes: np.ndarray, genes: int = 61, seed: int = 0, shift: float = 1
     return csr_array(found.astype(np.float32))
 
 
-def weights_of(dense: np.ndarray) -> np.ndarray:
+def weights_of(dense: np.ndarray, exponent: float = 0.5) -> np.ndarray:
     kept = ((dense > 0).sum(axis=0) >= 3) & (dense.std(axis=0) > 0)
-    return np.where(kept, np.where(kept, dense.std(axis=0), 1) ** -0.5, 0)
+    return np.where(kept, np.where(kept, dense.std(axis=0), 1) ** -exponent, 0)
 
 
 def features_of_values(values: csr_array) -> np.ndarray:
@@ -60,10 +60,10 @@ def features_of_values(values: csr_array) -> np.ndarray:
     return left[:, :kept] * singular_values[:kept]
 
 
-def features_of_seen(values: csr_array) -> np.ndarray:
+def features_of_seen(values: csr_array, exponent: float = 0.5) -> np.ndarray:
     """(M - μ) · w, over the root mean square norm of a cell."""
     dense = seen(values)[0].toarray()
-    weighted = (dense - dense.mean(axis=0)) * weights_of(dense)
+    weighted = (dense - dense.mean(axis=0)) * weights_of(dense, exponent)
     return weighted / np.sqrt(np.square(weighted).sum() / len(weighted))
 
 
@@ -208,10 +208,17 @@ def test_penalties_are_chosen_by_cells_left_out_of_those_given(seed: int) -> Non
         codes = np.random.default_rng(seed).integers(0, 3, 83)
         values = cells_of(codes, seed=seed, shift=shift)
         models = fit(values, codes, 3, seed)
+        exponent = models.seen.exponent
         tried: list[tuple[Table, np.ndarray, Any]] = [
             (models.values, features_of_values(values), VALUES_C),
-            (models.seen, features_of_seen(values), SEEN_C),
+            (models.seen, features_of_seen(values, exponent), SEEN_C),
         ]
+        highest = [
+            best_of(features_of_seen(values, each), codes, SEEN_C, seed)[1].max()
+            for each in EXPONENTS
+        ]
+        # to a hundredth of what one cell says in all: where both fit perfectly, either may be chosen
+        assert highest[EXPONENTS.index(exponent)] >= max(highest) - 0.01
         for table, features, penalties in tried:
             expected, scores = best_of(features, codes, penalties, seed)
             second, first = np.sort(scores)[-2:]
