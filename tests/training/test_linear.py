@@ -217,7 +217,7 @@ def test_penalties_are_chosen_by_cells_left_out_of_those_given(seed: int) -> Non
             best_of(features_of_seen(values, each), codes, SEEN_C, seed)[1].max()
             for each in EXPONENTS
         ]
-        # to a hundredth of what one cell says in all: where both fit perfectly, either may be chosen
+        # to 0.01 over all cells: where both fit perfectly, either may be chosen
         assert highest[EXPONENTS.index(exponent)] >= max(highest) - 0.01
         for table, features, penalties in tried:
             expected, scores = best_of(features, codes, penalties, seed)
