@@ -50,6 +50,7 @@ def add_pretrain(commands: Commands) -> None:
         rate="1e-4; few cells: 2e-3",
         decay="5e-5; few cells: 0.01",
         warmup="0; few cells: 50",
+        gene_rate="1; few cells: 10",
         encoder_rate="1; few cells: 0.3",
         validation="0.05",
         patience="0",
@@ -117,6 +118,7 @@ def add_finetune(commands: Commands) -> None:
         rate="1e-3",
         decay="5e-4; few cells: 0.3",
         warmup="0; few cells: 20",
+        gene_rate="1",
         encoder_rate="1; few cells: 0.1",
         validation="0.1",
         patience="10; few cells: 0",
@@ -244,6 +246,7 @@ def _add_settings(
     rate: str,
     decay: str,
     warmup: str,
+    gene_rate: str,
     encoder_rate: str,
     validation: str,
     patience: str,
@@ -294,7 +297,12 @@ def _add_settings(
         metavar="N",
         help=f"stop after N epochs without improvement; 0 for never (default: {patience})",
     )
-    add("--gene-rate", type=float, metavar="X", help="times the learning rate (default: 1)")
+    add(
+        "--gene-rate",
+        type=float,
+        metavar="X",
+        help=f"of the gene embedding, times the learning rate (default: {gene_rate})",
+    )
     add(
         "--encoder-rate",
         type=float,

@@ -200,7 +200,7 @@ class PretrainingSettings(TrainingSettings):
             Settings that shall be others.
         """
         fields = {"epochs": 20, "batch_size": batch_of(cells, 16), "learning_rate": 2e-3}
-        fields |= {"warmup_steps": 50, "weight_decay": 1e-2, "encoder_rate": 0.3}
+        fields |= {"warmup_steps": 50, "weight_decay": 1e-2, "encoder_rate": 0.3, "gene_rate": 10.0}
         return cls(**FEW_CELLS | fields | changes)
 
     @property
