@@ -297,18 +297,10 @@ def _add_settings(
         metavar="N",
         help=f"stop after N epochs without improvement; 0 for never (default: {patience})",
     )
-    add(
-        "--gene-rate",
-        type=float,
-        metavar="X",
-        help=f"of the gene embedding, times the learning rate (default: {gene_rate})",
-    )
-    add(
-        "--encoder-rate",
-        type=float,
-        metavar="X",
-        help=f"the same, of its rest (default: {encoder_rate})",
-    )
+    rate_help = f"of genes, times the learning rate (default: {gene_rate})"
+    add("--gene-rate", type=float, metavar="X", help=rate_help)
+    rate_help = f"the same, of the encoder's rest (default: {encoder_rate})"
+    add("--encoder-rate", type=float, metavar="X", help=rate_help)
     add(
         "--spectral",
         action=switch,
