@@ -14,7 +14,7 @@ from cellpatch_fast.kernels import (
     patch_attention,
     reference,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -70,6 +70,8 @@ def assert_gradients(
 
     An attention weight is the exponential of a score, so an absolute error of the one is a relative
     error of the other; and a score that float32 holds is known to 2^-24 of its size: 800 to 5e-5.
+    What is added to all entries alike has the sum of their gradients, in which they cancel: it is
+    as near as 1e-5 of the sum of their sizes.
     """
     there = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     found = gradients(move(weights, device), cells.to(device), backend=backend, **there)
@@ -80,7 +82,11 @@ def assert_gradients(
         if right is None or one is None:  # a weight that has no part in it
             assert right is one, name
             continue
-        assert (one.double() - right).norm() <= bound * right.norm(), name
+        size = right.norm()
+        if name in ("value_bias", "cross.in_bias"):
+            assert exact["genes"] is not None
+            size = torch.maximum(size, exact["genes"].abs().sum(0).norm())
+        assert (one.double() - right).norm() <= bound * size, name
 
 
 def highest_score(weights: EncoderWeights, cells: RaggedCells) -> float:
@@ -142,6 +148,7 @@ def batch(cells: RaggedCells) -> tuple[Tensor, Tensor, Tensor]:
 def test_gradients_for_all_shapes(
     lengths: list[int], heads: int, head_dim: int, patches: int, bins: int | None
 ) -> None:
+    assume(heads * head_dim > 3)  # a layer norm of 3 numbers makes any rounding 100 times larger
     weights = make_weights(heads=heads, head_dim=head_dim, patches=patches, bins=bins)
     cells = make_cells(lengths, bins=bins or 4)
     assert_gradients(weights, cells, "numba", torch.device("cpu"))
