@@ -17,7 +17,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -109,12 +111,14 @@ def fit(
     penalties, exponent
         The C of each model, and the exponent of ``seen``; without penalties all are chosen.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
     chosen = (None, None) if penalties is None else penalties
     # The iterations multiply small matrices thousands of times. Threads of BLAS spin while they
-    # wait for each other: beside other busy processes that took most of a run.
-    with threadpool_limits(1, user_api="blas"):
+    # wait for each other: beside other busy processes that took most of a run. So each fit has one.
+    with threadpool_limits(1, user_api="blas"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
         return LinearModels(
             _fit_values(values, codes, classes, seed, chosen[0]),
             _fit_seen(values, codes, classes, seed, chosen[1], exponent),
@@ -218,12 +222,17 @@ def _best(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a class has fewer cells than there are folds
         divided = list(folds.split(features, codes))
-    for fitted, left_out in divided:
-        for place, penalty in enumerate(penalties):
-            coefficients, intercept = _regress(features[fitted], codes[fitted], classes, penalty)
-            logits = features[left_out] @ coefficients.T + intercept
-            true = softmax(logits)[np.arange(len(left_out)), codes[left_out]]
-            scores[place] += np.log(true.clip(LEAST_PROBABILITY)).sum()
+
+    def score(fold: tuple[np.ndarray, np.ndarray], penalty: float) -> float:
+        fitted, left_out = fold
+        coefficients, intercept = _regress(features[fitted], codes[fitted], classes, penalty)
+        logits = features[left_out] @ coefficients.T + intercept
+        true = softmax(logits)[np.arange(len(left_out)), codes[left_out]]
+        return float(np.log(true.clip(LEAST_PROBABILITY)).sum())
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for fold in divided:
+            scores += list(pool.map(partial(score, fold), penalties))
     return penalties[int(scores.argmax())], float(scores.max())
 
 
@@ -231,7 +240,6 @@ def _regress(
     features: np.ndarray | csr_array, codes: np.ndarray, classes: int, penalty: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Coefficients [classes, features] and intercepts [classes]; a missing class has `ABSENT`."""
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     coefficients = np.zeros((classes, features.shape[1]))
@@ -243,10 +251,8 @@ def _regress(
     if not features.shape[1]:  # cells do not differ: how frequent classes are is all there is
         intercept[present] = np.log(np.bincount(codes)[present] / len(codes))
         return coefficients, intercept
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model = LogisticRegression(C=penalty, tol=TOLERANCE, max_iter=ITERATIONS)
-        model.fit(features, codes)
+    model = LogisticRegression(C=penalty, tol=TOLERANCE, max_iter=ITERATIONS)
+    model.fit(features, codes)
     found, bias = model.coef_, model.intercept_
     if len(present) == 2:  # one row, of the second class against the first
         found, bias = (np.concatenate([-x / 2, x / 2]) for x in (found, bias))
