@@ -7,8 +7,8 @@ probabilities with the network's. What they look at, of a cell with values v:
 - ``values``: v itself;
 - ``seen``: e^(v/2) / Σ e^(v/2), what attention of slope ½ sees.
 
-A gene of a cell costs two numbers per class. Both are fitted by `training.linear`, exactly, before
-the network is trained; nothing here is trained with it.
+A gene of a cell costs two numbers per class. Both are fitted by `training.linear`, apart from the
+network; nothing here is trained with it.
 """
 
 from __future__ import annotations

@@ -40,9 +40,10 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 SETTINGS, CHECKPOINT = "training.json", "checkpoint.pt"
 STEPS, EPOCHS = "steps.csv", "epochs.csv"
+LINEAR_METRICS = "linear_metrics.json"
 RESULTS = (  # of an earlier run, which would be taken for those of a new one
     *("metrics.json", "per_class.csv", "confusion.csv", "confusion.png", "confusion.svg"),
-    *("test_predictions.csv", "training_curves.png", "training_curves.svg"),
+    *("test_predictions.csv", "training_curves.png", "training_curves.svg", LINEAR_METRICS),
 )
 FIELDS = {  # of a checkpoint
     *("format_version", "kind", "model", "optimizer", "place", "best", "sizes", "finished"),
