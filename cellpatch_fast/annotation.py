@@ -20,7 +20,7 @@ from .training.evaluation import UNKNOWN
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .io.obs import Table
+    from .io.tables import Table
 
 logger = logging.getLogger("cellpatch_fast")
 

@@ -262,7 +262,7 @@ def add_tune(commands: Commands) -> None:
 def _tune(parsed: argparse.Namespace) -> None:
     import torch
 
-    from .embedding import usable_device
+    from .devices import usable_device
     from .kernels import resolve_backend
 
     device = usable_device(parsed.device)

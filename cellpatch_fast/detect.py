@@ -30,7 +30,7 @@ import numpy as np
 from .errors import InputError, InputWarning
 
 if TYPE_CHECKING:
-    from .io.sources import CellBlock
+    from .cells import CellBlock
 
 __all__ = [
     "Detected",

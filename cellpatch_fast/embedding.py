@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .devices import memory_errors, usable_device
 from .errors import InputError
 from .kernels import resolve_backend, synchronize
 from .loader import CellLoader
@@ -193,40 +194,9 @@ class Embedder:
         return pool(features, self.pooling), probabilities
 
 
-def usable_device(device: torch.device | str) -> torch.device:
-    """``device`` if this machine has it.
-
-    Raises
-    ------
-    InputError
-        If it has not.
-    """
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"cannot compute on the device {str(device)!r} ({reason}). PyTorch finds "
-            f"{torch.cuda.device_count()} CUDA devices here; cpu is always there"
-        ) from error
-    return found
-
-
 def _same(device: torch.device, other: torch.device) -> bool:
     """Whether they are one device; without an index, ``device`` is any of its type."""
     return device.type == other.type and device.index in (None, other.index)
-
-
-@contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
-    """PyTorch's ways of saying that there is not enough memory become Python's."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            raise MemoryError(str(error).splitlines()[0]) from error
-        raise
 
 
 @contextlib.contextmanager

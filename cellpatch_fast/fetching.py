@@ -16,10 +16,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .cells import CellBlock
+from .config import Preprocessing
+from .detect import InputKind
 from .gathering import EntryChunks, Shared, buffer
-from .io.chunks import Chunks, chunks_of
-from .io.matrices import CellBlock, CsrMatrix, DenseMatrix, dense_to_csr, numbers
-from .tokens import InputKind, Preprocessing, Tokenized, token_types, tokenize
+from .io.chunks import chunks_of
+from .io.interfaces import Chunks
+from .io.matrices import CsrMatrix, DenseMatrix, dense_to_csr, numbers
+from .tokens import Tokenized, token_types, tokenize
 
 
 class Part(Protocol):

@@ -15,8 +15,8 @@ import numpy as np
 from numba import njit
 
 from .errors import InputError
-from .io.arrays import remedy
-from .io.chunks import ChunkError, Chunks, stretches
+from .io.chunks import stretches
+from .io.interfaces import ChunkError, Chunks, remedy
 
 BESIDE_BYTES = 1 << 23  # of chunks that are decoded beside their place at a time
 

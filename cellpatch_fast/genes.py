@@ -28,16 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellpatch_fast.errors import InputError, InputWarning
-from cellpatch_fast.files import write_whole
-from cellpatch_fast.gene_names import (
-    first_names,
-    human_genes,
-    original_names,
-    split_name,
-    var_columns,
-    var_names,
-)
+from .errors import InputError, InputWarning
+from .files import write_whole
+from .gene_names import first_names, human_genes, original_names, split_name, var_columns, var_names
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError
-from .io.arrays import is_address
+from .io.interfaces import is_address
 from .io.partial import finished_facts, is_taken
 
 if TYPE_CHECKING:

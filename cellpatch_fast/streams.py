@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .columns import read_column
+from .config import Preprocessing
+from .detect import detect_input
 from .errors import InputError
 from .fetching import CsrRows, DenseRows, Rows, TokenRows
 from .io.matrices import MAX_ENTRIES, CsrMatrix, DenseMatrix
@@ -19,16 +21,15 @@ from .io.obs import SOURCE_COLUMN
 from .io.sources import CellSource, open_source
 from .io.token_store import TokenStore, is_token_store
 from .io.transpose import CscMatrix
-from .tokens import Preprocessing, detect_input
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from .cells import CellBlock
     from .config import CellPatchConfig
     from .detect import Expected
     from .genes import GeneVocabulary
-    from .io.obs import Table
-    from .io.sources import CellBlock
+    from .io.tables import Table
 
 SAMPLE_CELLS = 2_000  # cells that the kind of a matrix is told from
 

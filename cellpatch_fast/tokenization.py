@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .config import CellPatchConfig
+from .config import CellPatchConfig, Preprocessing
 from .errors import InputError
 from .genes import GeneVocabulary
 from .io.buckets import Buckets, bytes_needed
@@ -44,7 +44,6 @@ from .loader import CellLoader
 from .paths import describe_input, input_paths, output_path
 from .progress import progress_bar
 from .streams import CellStream
-from .tokens import Preprocessing
 
 if TYPE_CHECKING:
     from .detect import Expected

@@ -40,12 +40,9 @@ import numpy as np
 import torch
 
 from .cells import RaggedCells
-from .config import CellPatchConfig, ValueRounding
+from .config import Preprocessing
 from .detect import (
-    Detected,
     InputKind,
-    InputKindWarning,
-    detect_input,
     floating_type,
     invalid_entry,
     readable_block,
@@ -55,60 +52,7 @@ from .packing import digit_bits
 from .tokens_compiled import tokenize_cells
 
 if TYPE_CHECKING:
-    from .io.sources import CellBlock
-
-__all__ = [
-    "Detected",
-    "InputKind",
-    "InputKindWarning",
-    "Preprocessing",
-    "Tokenized",
-    "detect_input",
-    "tokenize",
-]
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How counts become values.
-
-    Parameters
-    ----------
-    target_sum
-        Library size after normalisation.
-    value_clip
-        Largest value after log1p; None for none, which only continuous values may have.
-    value_rounding
-        ``"round"`` (half to even) or ``"truncate"`` to integers, kept as uint8, or ``"none"``
-        for continuous values, kept as float32.
-    """
-
-    target_sum: float = 1e4
-    value_clip: float | None = 5.0
-    value_rounding: ValueRounding = "round"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.target_sum < math.inf:
-            raise ValueError(f"target_sum must be positive, found {self.target_sum}")
-        if self.value_rounding not in ("round", "truncate", "none"):
-            raise ValueError(
-                f"value_rounding must be round, truncate or none, found {self.value_rounding!r}"
-            )
-        clip = math.inf if self.value_clip is None else self.value_clip
-        if not clip > 0 or (self.discrete and clip > 255):
-            raise ValueError(
-                "value_clip must be positive, and at most 255 for discrete values (uint8); "
-                f"found {self.value_clip}"
-            )
-
-    @property
-    def discrete(self) -> bool:
-        return self.value_rounding != "none"
-
-    @classmethod
-    def from_config(cls, config: CellPatchConfig) -> Preprocessing:
-        """The preprocessing that a model was made for."""
-        return cls(config.target_sum, config.value_clip, config.value_rounding)
+    from .cells import CellBlock
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, atlas
+from cellpatch_fast.config import Preprocessing
 from cellpatch_fast.io import TokenStore
 from cellpatch_fast.io.partial import partial_of
 from cellpatch_fast.io.token_writer import TokenWriter
-from cellpatch_fast.tokens import Preprocessing
 
 from .conftest import GENES, tree
 from .test_cli import facts, run

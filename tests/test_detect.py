@@ -10,9 +10,9 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cellpatch_fast.cells import CellBlock
 from cellpatch_fast.detect import Expected, InputKindWarning, detect_input
 from cellpatch_fast.errors import InputError
-from cellpatch_fast.io.sources import CellBlock
 
 CELLS, GENES = 61, 307
 

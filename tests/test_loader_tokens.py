@@ -26,11 +26,11 @@ from cellpatch_fast import (
     pp,
     tokenization,
 )
+from cellpatch_fast.config import Preprocessing
 from cellpatch_fast.embedding import Embedder
 from cellpatch_fast.io.token_writer import TokenWriter
 from cellpatch_fast.loader import CellLoader
 from cellpatch_fast.masking import Masking
-from cellpatch_fast.tokens import Preprocessing
 
 from .conftest import GENES, MakeCells
 from .io.tokens import LARGE_VOCABULARY, VOCABULARY, write_store

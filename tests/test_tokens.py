@@ -13,17 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellpatch_fast.cells import RaggedCells
-from cellpatch_fast.config import CellPatchConfig
+from cellpatch_fast.cells import CellBlock, RaggedCells
+from cellpatch_fast.config import CellPatchConfig, Preprocessing
+from cellpatch_fast.detect import InputKind
 from cellpatch_fast.errors import InputError
-from cellpatch_fast.io.sources import CellBlock
-from cellpatch_fast.tokens import (
-    InputKind,
-    Preprocessing,
-    Tokenized,
-    _boundaries,
-    tokenize,
-)
+from cellpatch_fast.tokens import Tokenized, _boundaries, tokenize
 from cellpatch_fast.tokens_compiled import library_size
 
 CELLS, GENES = 131, 211

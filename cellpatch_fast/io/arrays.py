@@ -19,77 +19,17 @@ import itertools
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import InputError, summary
-from .chunks import ChunkError, Chunks, read_range
+from .chunks import read_range
+from .interfaces import ChunkError, Chunks, StoredArray, remedy
 
 if TYPE_CHECKING:
     import h5py
     import zarr
-
-COPY_AGAIN = "The file is truncated or damaged: copy or download it again"
-FAR_AWAY = "Check the address, the connection and your permission, or have the store written anew"
-
-
-def remedy(name: str) -> str:
-    """What to do about a file, or a store behind an address, that cannot be read."""
-    return FAR_AWAY if is_address(name) else COPY_AGAIN
-
-
-def is_address(name: object) -> bool:
-    """Whether ``name`` is an address such as ``https://...``, not a path."""
-    return isinstance(name, str) and "://" in name
-
-
-@contextlib.contextmanager
-def reading(name: str, what: str, advice: str | None = None) -> Iterator[None]:
-    """Turn any error of the libraries below into an `InputError`: ``name``, ``what``, advice.
-
-    HDF5, Zarr and their codecs report damage with whatever exception is at hand (OSError,
-    KeyError, RuntimeError, ValueError, zlib.error, ...), so nothing narrower would do. Keep the
-    body to calls of those libraries.
-    """
-    try:
-        yield
-    except (InputError, MemoryError):
-        raise
-    except BlockingIOError as error:
-        raise InputError(
-            f"{name}: cannot read {what} ({summary(error)}). Another program has it open for "
-            f"writing: wait until it is done."
-        ) from error
-    except Exception as error:
-        raise InputError(
-            f"{name}: cannot read {what} ({summary(error)}). {advice or remedy(name)}."
-        ) from error
-
-
-class StoredArray(Protocol):
-    """An array of which ranges of the first axis can be read."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """In the machine's byte order."""
-
-    @property
-    def chunk(self) -> int:
-        """Rows that are decoded together; 1 if any range costs what it holds."""
-
-    def read(self, start: int, out: np.ndarray) -> None:
-        """Copy the rows ``start : start + len(out)`` into ``out``."""
-
-    def place(self, start: int) -> str:
-        """Where the row ``start`` is stored, for messages."""
-
-    def chunks(self) -> Chunks | None:
-        """A reader of its own that decodes chunks outside of the libraries, where that is
-        possible. The caller closes it."""
 
 
 class Hdf5Array:

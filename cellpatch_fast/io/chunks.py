@@ -17,72 +17,16 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ..devices import usable_cores
 from ..errors import summary
-
-if TYPE_CHECKING:
-    from .arrays import StoredArray
+from .interfaces import ChunkError, Chunks, StoredArray
 
 CHUNK = 65_536  # elements that are read together where an array has no chunks
 TASK_BYTES = 2**20  # decoded by one thread at a time, so that starting it costs nothing beside
 DENSE_BYTES = 512 * 2**20  # at most so much of a dense matrix is decoded at a time
-
-
-class Chunks(Protocol):
-    """A stored array, flattened, as equal chunks that many threads decode at a time."""
-
-    @property
-    def length(self) -> int:
-        """Elements."""
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """In the machine's byte order."""
-
-    @property
-    def chunk(self) -> int:
-        """Elements of a chunk; the last one may have fewer."""
-
-    def read(self, chunks: Sequence[int] | np.ndarray, out: np.ndarray) -> None:
-        """Decode ``chunks`` (ascending numbers) one behind the other into ``out``.
-
-        That is one-dimensional, contiguous, of `dtype`, and has exactly the chunks' length. Byte
-        ranges that adjoin are read together; reading and decoding hold no GIL, and many threads
-        may call this at a time.
-
-        Raises
-        ------
-        ChunkError
-            If a chunk cannot be read or decoded.
-        """
-
-    def place(self, chunk: int) -> str:
-        """Where a chunk is stored, for messages."""
-
-    def close(self) -> None:
-        """Give back file descriptors."""
-
-
-class ChunkError(Exception):
-    """A chunk that cannot be read; the caller knows which cells that are.
-
-    Parameters
-    ----------
-    chunk
-        Its number.
-    place
-        Where it is stored.
-    reason
-        What is wrong with it.
-    """
-
-    def __init__(self, chunk: int, place: str, reason: str) -> None:
-        super().__init__(f"{place}: {reason}")
-        self.chunk, self.place, self.reason = chunk, place, reason
 
 
 class LibraryChunks:

@@ -19,9 +19,9 @@ import numpy as np
 
 from ..errors import summary
 from .blosc_compiled import decompressor, unpack_blosc
-from .chunks import ChunkError
 from .chunks_files import Range, Ranges
 from .codecs import Pipeline
+from .interfaces import ChunkError
 
 FILE_END = -1  # where a chunk ends, if that is where its file ends
 

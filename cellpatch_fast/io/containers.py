@@ -20,15 +20,8 @@ import numpy as np
 
 from ..errors import InputError
 from . import remote
-from .arrays import (
-    COPY_AGAIN,
-    Hdf5Array,
-    StoredArray,
-    ZarrArray,
-    absent_chunks,
-    local_keys,
-    reading,
-)
+from .arrays import Hdf5Array, ZarrArray, absent_chunks, local_keys
+from .interfaces import COPY_AGAIN, StoredArray, reading
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,55 +17,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..cells import CellBlock
 from ..errors import InputError
-from .arrays import COPY_AGAIN, SequentialReader, StoredArray
+from .arrays import SequentialReader
 from .chunks import DENSE_BYTES
+from .interfaces import COPY_AGAIN, StoredArray
 
 MAX_CELLS = 65_536
 MAX_ENTRIES = 8_000_000
 DENSE_VALUES = 4_000_000  # values of a dense matrix that are searched for non-zeros at a time
-
-
-@dataclass(frozen=True, eq=False)
-class CellBlock:
-    """A run of cells in file order, as a CSR matrix.
-
-    Parameters
-    ----------
-    start
-        Position of the first cell in the source.
-    indptr
-        int64 [cells + 1], starting at 0: cell ``start + c`` owns the entries
-        ``indptr[c] : indptr[c + 1]``.
-    indices
-        Integers [entries]: columns, that is rows of the source's ``var``.
-    data
-        Any integer or floating-point dtype, as stored [entries].
-    positions
-        int64 [cells]: positions of the cells in the source, where they are not a run from
-        ``start`` on.
-
-    The arrays may be views of the data of an AnnData object: do not write to them.
-    """
-
-    start: int
-    indptr: np.ndarray  # [c + 1]
-    indices: np.ndarray  # [n]
-    data: np.ndarray  # [n]
-    positions: np.ndarray | None = None  # [c]
-
-    def __len__(self) -> int:
-        """The number of cells."""
-        return len(self.indptr) - 1
-
-    def position(self, cell: int) -> int:
-        """Where the block's ``cell`` is in the source."""
-        return self.start + cell if self.positions is None else int(self.positions[cell])
-
-    @property
-    def stop(self) -> int:
-        """Position after the last cell."""
-        return self.start + len(self)
 
 
 class Matrix(Protocol):

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import InputError
-from .arrays import reading
+from .interfaces import reading
 
 if TYPE_CHECKING:
     import zarr

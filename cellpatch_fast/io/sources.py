@@ -23,12 +23,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from ..cells import CellBlock
 from ..errors import InputError
 from . import containers, memory, tenx
-from .arrays import COPY_AGAIN, is_address
-from .matrices import MAX_CELLS, MAX_ENTRIES, CellBlock, CsrMatrix, DenseMatrix, Matrix
-from .obs import FrameTable, StoredTable, Table
+from .interfaces import COPY_AGAIN, is_address
+from .matrices import MAX_CELLS, MAX_ENTRIES, CsrMatrix, DenseMatrix, Matrix
 from .stored import stored_matrix
+from .tables import FrameTable, StoredTable, Table
 from .transpose import MEMORY_LIMIT, CscMatrix
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, InputWarning
-from .arrays import reading
+from .interfaces import reading
 
 if TYPE_CHECKING:
     import h5py

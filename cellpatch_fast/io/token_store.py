@@ -33,16 +33,16 @@ import numpy as np
 
 from ..errors import InputError
 from . import containers
-from .arrays import COPY_AGAIN, is_address, reading
-from .chunks import Chunks, chunks_of
-from .obs import StoredTable, Table
+from .chunks import chunks_of
+from .interfaces import COPY_AGAIN, Chunks, is_address, reading
 from .partial import partial_of, unfinished_facts
+from .tables import StoredTable, Table
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from ..cells import RaggedCells
-    from ..tokens import Preprocessing
+    from ..config import Preprocessing
 
 FORMAT_VERSION = 1
 ATTRIBUTE = "cellpatch_tokens"
@@ -217,7 +217,7 @@ class TokenStore:
 
     def _take_facts(self) -> None:
         """What the metadata says; anything else than expected is damage."""
-        from ..tokens import Preprocessing
+        from ..config import Preprocessing
 
         try:
             vocabulary = self._facts["vocabulary"]

@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from zarr.core.array_spec import ArrayConfigParams
 
     from ..cells import RaggedCells
+    from ..config import Preprocessing
     from ..genes import GeneVocabulary
-    from ..tokens import Preprocessing
 
 CHUNK_ENTRIES = 32_768  # what a reader decodes at once: 22 cells of 1,500 genes
 SHARD_CHUNKS = 1_024  # 33.5 million entries, some 34 MB of genes and 8 MB of values

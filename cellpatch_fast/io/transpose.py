@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from ..cells import CellBlock
 from ..errors import InputError, summary
-from .arrays import SequentialReader, StoredArray
-from .matrices import CellBlock, CsrMatrix, check_indices, plan_blocks, signed_indices
+from .arrays import SequentialReader
+from .interfaces import StoredArray
+from .matrices import CsrMatrix, check_indices, plan_blocks, signed_indices
 
 MEMORY_LIMIT = 512 * 2**20
 BUCKET_CELLS = 65_536  # a cell's position in its bucket fits uint16

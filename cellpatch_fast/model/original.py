@@ -24,14 +24,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from cellpatch_fast.config import CellPatchConfig, ValueRounding
-from cellpatch_fast.errors import InputError
-
+from ..config import CellPatchConfig, ValueRounding
+from ..errors import InputError
 from .encoder import CellPatch
 from .storage import empty, listed, misfits
 
 if TYPE_CHECKING:
-    from cellpatch_fast.genes import GeneVocabulary
+    from ..genes import GeneVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def import_checkpoint(
     **extras: Any,
 ) -> CellPatchT:
     """See `CellPatch.from_original`; ``extras`` are further arguments of the constructor."""
-    from cellpatch_fast.genes import GeneVocabulary
+    from ..genes import GeneVocabulary
 
     checkpoint = Path(checkpoint)
     state = _read_checkpoint(checkpoint)

@@ -35,11 +35,11 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cellpatch_fast.config import CellPatchConfig
-from cellpatch_fast.errors import InputError
+from ..config import CellPatchConfig
+from ..errors import InputError
 
 if TYPE_CHECKING:
-    from cellpatch_fast.genes import GeneVocabulary
+    from ..genes import GeneVocabulary
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -192,7 +192,7 @@ class StoredModel(
             raise InputError(
                 f"{directory} holds a model, but no {cls.__name__}: {', '.join(missing)} is missing"
             )
-        from cellpatch_fast.genes import GeneVocabulary
+        from ..genes import GeneVocabulary
 
         config = _read_config(directory / CONFIG)
         vocabulary = GeneVocabulary.load(directory / VOCABULARY)

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..embedding import memory_errors
+from ..devices import memory_errors
 from ..errors import InputError
 from ..loader import CellBatch
 from ..progress import Pace, progress_bar

@@ -17,7 +17,8 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
 from cellpatch_fast.io.arrays import ZarrArray
-from cellpatch_fast.io.chunks import ChunkError, chunks_of
+from cellpatch_fast.io.chunks import chunks_of
+from cellpatch_fast.io.interfaces import ChunkError
 
 from .chunked import (
     CHUNK,

@@ -12,7 +12,8 @@ from zarr.codecs import BytesCodec
 
 from cellpatch_fast.io import chunks_files
 from cellpatch_fast.io.arrays import ZarrArray
-from cellpatch_fast.io.chunks import ChunkError, LibraryChunks, chunks_of
+from cellpatch_fast.io.chunks import LibraryChunks, chunks_of
+from cellpatch_fast.io.interfaces import ChunkError
 
 from .chunked import (
     CHUNK,

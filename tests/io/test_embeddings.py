@@ -21,7 +21,7 @@ import zarr
 from cellpatch_fast.errors import InputError
 from cellpatch_fast.io import embeddings, partial
 from cellpatch_fast.io.embeddings import ATTRIBUTE, EmbeddingWriter, shard_rows
-from cellpatch_fast.io.obs import FrameTable, write_obs
+from cellpatch_fast.io.obs import write_obs
 from cellpatch_fast.io.partial import (
     JOURNAL,
     LOCK,
@@ -32,6 +32,7 @@ from cellpatch_fast.io.partial import (
     tidy,
     unfinished_facts,
 )
+from cellpatch_fast.io.tables import FrameTable
 
 from ..conftest import tree
 

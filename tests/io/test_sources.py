@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from cellpatch_fast.io.sources import CellBlock, CellSource, open_source
+from cellpatch_fast.cells import CellBlock
+from cellpatch_fast.io.sources import CellSource, open_source
 
 from .conftest import (
     CELLS,

@@ -15,12 +15,12 @@ import pandas as pd
 import pytest
 import zarr
 
+from cellpatch_fast.config import Preprocessing
 from cellpatch_fast.errors import InputError
 from cellpatch_fast.io import TokenStore
-from cellpatch_fast.io.chunks import ChunkError
+from cellpatch_fast.io.interfaces import ChunkError
 from cellpatch_fast.io.partial import partial_of
 from cellpatch_fast.io.token_store import ATTRIBUTE, is_token_store
-from cellpatch_fast.tokens import Preprocessing
 
 from .tokens import (
     CONTINUOUS,
