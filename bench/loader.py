@@ -42,8 +42,8 @@ from bench.atlas_files import FORMATS, bytes_on_disk, write_atlas_files
 from bench.machine import processor
 from bench.processes import peak_memory
 from cellpatch_fast.devices import usable_cores
-from cellpatch_fast.io.chunks_direct import DirectChunks
-from cellpatch_fast.io.chunks_files import Range
+from cellpatch_fast.io.chunks.direct import DirectChunks
+from cellpatch_fast.io.chunks.files import Range
 
 WARM_CELLS = 3_000  # compile and open everything, and draw no conclusion
 SLICE = 4_096  # rows of a slice, for those who slice

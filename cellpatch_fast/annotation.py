@@ -20,7 +20,7 @@ from .training.evaluation import UNKNOWN
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .io.tables import Table
+    from .io.sources.tables import Table
 
 logger = logging.getLogger("cellpatch_fast")
 

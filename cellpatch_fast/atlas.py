@@ -22,9 +22,9 @@ import numpy as np
 from .annotation import label_column, most_likely, require_threshold, true_labels
 from .embedding import Embedder
 from .errors import InputError
-from .io.embeddings import ATTRIBUTE, EmbeddingWriter
-from .io.obs import write_obs
-from .io.partial import finished_counts, is_taken
+from .io.stores.embeddings import ATTRIBUTE, EmbeddingWriter
+from .io.stores.obs import write_obs
+from .io.stores.partial import finished_counts, is_taken
 from .model.storage import fingerprint
 from .paths import describe_input, input_paths, output_path
 from .progress import progress_bar

@@ -15,7 +15,7 @@ import numpy as np
 from .errors import InputError
 
 if TYPE_CHECKING:
-    from .io.tables import Table
+    from .io.sources.tables import Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ def read_column(tables: Sequence[Table], names: Sequence[str], column: str) -> C
     """
     import pandas as pd
 
-    from .io.tables import joined
+    from .io.sources.tables import joined
 
     for table, name in zip(tables, names, strict=True):
         if column not in table.columns:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from .errors import InputError
-from .io.partial import LOCK, partial_of
+from .io.stores.partial import LOCK, partial_of
 
 if TYPE_CHECKING:
     from anndata import AnnData

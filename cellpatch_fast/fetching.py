@@ -22,7 +22,7 @@ from .detect import InputKind
 from .gathering import EntryChunks, Shared, buffer
 from .io.chunks import chunks_of
 from .io.interfaces import Chunks
-from .io.matrices import CsrMatrix, DenseMatrix, dense_to_csr, numbers
+from .io.sources.matrices import CsrMatrix, DenseMatrix, dense_to_csr, numbers
 from .tokens import Tokenized, token_types, tokenize
 
 

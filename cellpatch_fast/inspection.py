@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .io.embeddings import ATTRIBUTE
-from .io.partial import finished_facts, partial_of, unfinished_facts
-from .io.token_store import KIND, TokenStore, is_token_store
+from .io.stores.embeddings import ATTRIBUTE
+from .io.stores.partial import finished_facts, partial_of, unfinished_facts
+from .io.stores.tokens import KIND, TokenStore, is_token_store
 
 if TYPE_CHECKING:
-    from .io.sources import CellSource
+    from .io.sources.source import CellSource
 
 
 def describe(place: Path | str) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def describe(place: Path | str) -> dict[str, Any]:
     if is_token_store(place):
         with TokenStore(place) as store:
             return {"kind": "token store"} | store.describe()
-    from .io.sources import open_source
+    from .io.sources.source import open_source
 
     with open_source(place) as source:
         return {"kind": "cells"} | source.describe() | _usable(source)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .errors import InputError
 from .io.interfaces import is_address
-from .io.partial import finished_facts, is_taken
+from .io.stores.partial import finished_facts, is_taken
 
 if TYPE_CHECKING:
     from .streams import Stream

@@ -17,7 +17,7 @@ from .config import CellPatchConfig
 from .detect import Detected, Expected, detect_input
 from .errors import InputError
 from .genes import GeneVocabulary
-from .io.sources import CellSource, open_source
+from .io.sources.source import CellSource, open_source
 from .loader import CellLoader
 from .streams import open_stream, reading_options, sample_of
 

@@ -16,11 +16,11 @@ from .config import Preprocessing
 from .detect import detect_input
 from .errors import InputError
 from .fetching import CsrRows, DenseRows, Rows, TokenRows
-from .io.matrices import MAX_ENTRIES, CsrMatrix, DenseMatrix
-from .io.obs import SOURCE_COLUMN
-from .io.sources import CellSource, open_source
-from .io.token_store import TokenStore, is_token_store
-from .io.transpose import CscMatrix
+from .io.sources.matrices import MAX_ENTRIES, CsrMatrix, DenseMatrix
+from .io.sources.source import CellSource, open_source
+from .io.sources.transpose import CscMatrix
+from .io.stores.obs import SOURCE_COLUMN
+from .io.stores.tokens import TokenStore, is_token_store
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .config import CellPatchConfig
     from .detect import Expected
     from .genes import GeneVocabulary
-    from .io.tables import Table
+    from .io.sources.tables import Table
 
 SAMPLE_CELLS = 2_000  # cells that the kind of a matrix is told from
 

@@ -27,19 +27,12 @@ import numpy as np
 from .config import CellPatchConfig, Preprocessing
 from .errors import InputError
 from .genes import GeneVocabulary
-from .io.buckets import Buckets, bytes_needed
-from .io.obs import write_obs
-from .io.partial import finished_counts, is_taken
-from .io.sources import open_source
-from .io.token_store import (
-    ATTRIBUTE,
-    KIND,
-    gene_dtype,
-    is_token_store,
-    narrowed,
-    value_dtype,
-)
-from .io.token_writer import TokenWriter
+from .io.sources.source import open_source
+from .io.stores.buckets import Buckets, bytes_needed
+from .io.stores.obs import write_obs
+from .io.stores.partial import finished_counts, is_taken
+from .io.stores.token_writer import TokenWriter
+from .io.stores.tokens import ATTRIBUTE, KIND, gene_dtype, is_token_store, narrowed, value_dtype
 from .loader import CellLoader
 from .paths import describe_input, input_paths, output_path
 from .progress import progress_bar

@@ -27,9 +27,10 @@ from cellpatch_fast import (
     cli,
     tokenization,
 )
-from cellpatch_fast.io import TokenStore, embeddings, obs, token_writer
-from cellpatch_fast.io.buckets import Buckets
-from cellpatch_fast.io.token_writer import TokenWriter
+from cellpatch_fast.io import TokenStore
+from cellpatch_fast.io.stores import embeddings, obs, token_writer
+from cellpatch_fast.io.stores.buckets import Buckets
+from cellpatch_fast.io.stores.token_writer import TokenWriter
 
 from .io.tokens import read_chunks
 

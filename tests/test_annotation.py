@@ -11,7 +11,7 @@ import pytest
 from cellpatch_fast import InputError
 from cellpatch_fast.annotation import read_label_map, true_labels
 from cellpatch_fast.errors import InputWarning
-from cellpatch_fast.io.tables import FrameTable
+from cellpatch_fast.io.sources.tables import FrameTable
 
 CLASSES = ["B", "T, naive"]
 

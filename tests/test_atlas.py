@@ -18,7 +18,7 @@ import zarr
 
 import cellpatch_fast as cp
 from cellpatch_fast import CellPatch, InputError
-from cellpatch_fast.io import embeddings
+from cellpatch_fast.io.stores import embeddings
 
 from .conftest import GENES, MakeCells, stopped_after, tree, write_zarr
 

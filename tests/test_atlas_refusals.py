@@ -14,8 +14,8 @@ import zarr
 
 import cellpatch_fast as cp
 from cellpatch_fast import CellPatch, GeneVocabulary, InputError
-from cellpatch_fast.io import embeddings
-from cellpatch_fast.io.partial import partial_of
+from cellpatch_fast.io.stores import embeddings
+from cellpatch_fast.io.stores.partial import partial_of
 
 from .conftest import stopped_after, tree, write_zarr
 

@@ -12,7 +12,7 @@ import zarr
 from scipy import sparse
 
 from cellpatch_fast import CellPatch, cli
-from cellpatch_fast.io.partial import partial_of
+from cellpatch_fast.io.stores.partial import partial_of
 
 from .conftest import GENES, Change, Changed, Embed, MakeCells, Refused, write_zarr
 

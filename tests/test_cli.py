@@ -16,7 +16,7 @@ import torch
 
 import cellpatch_fast
 from cellpatch_fast import CellPatch, cli, demo, pl
-from cellpatch_fast.io.embeddings import EmbeddingWriter
+from cellpatch_fast.io.stores.embeddings import EmbeddingWriter
 
 from .conftest import GENES, MakeCells
 

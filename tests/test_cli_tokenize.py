@@ -16,8 +16,8 @@ import pytest
 from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, atlas
 from cellpatch_fast.config import Preprocessing
 from cellpatch_fast.io import TokenStore
-from cellpatch_fast.io.partial import partial_of
-from cellpatch_fast.io.token_writer import TokenWriter
+from cellpatch_fast.io.stores.partial import partial_of
+from cellpatch_fast.io.stores.token_writer import TokenWriter
 
 from .conftest import GENES, tree
 from .test_cli import facts, run

@@ -347,7 +347,7 @@ import faulthandler, sys, threading, time
 
 faulthandler.dump_traceback_later(60, exit=True)
 from cellpatch_fast import loader
-from cellpatch_fast.io.chunks_direct import DirectChunks
+from cellpatch_fast.io.chunks.direct import DirectChunks
 
 loader.WINDOW_BYTES = 1
 read = DirectChunks.read

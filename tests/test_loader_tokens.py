@@ -28,7 +28,7 @@ from cellpatch_fast import (
 )
 from cellpatch_fast.config import Preprocessing
 from cellpatch_fast.embedding import Embedder
-from cellpatch_fast.io.token_writer import TokenWriter
+from cellpatch_fast.io.stores.token_writer import TokenWriter
 from cellpatch_fast.loader import CellLoader
 from cellpatch_fast.masking import Masking
 

@@ -26,7 +26,7 @@ from cellpatch_fast import (
     tokenization,
 )
 from cellpatch_fast.io import TokenStore
-from cellpatch_fast.io.buckets import Buckets
+from cellpatch_fast.io.stores.buckets import Buckets
 
 from .conftest import GENES, MakeCells, Tokenize, tree, write_zarr
 

@@ -22,10 +22,10 @@ from cellpatch_fast import (
     InputError,
     streams,
 )
-from cellpatch_fast.io.buckets import Buckets
-from cellpatch_fast.io.partial import partial_of
-from cellpatch_fast.io.shards import ShardFile
-from cellpatch_fast.io.token_writer import TokenWriter
+from cellpatch_fast.io.stores.buckets import Buckets
+from cellpatch_fast.io.stores.partial import partial_of
+from cellpatch_fast.io.stores.shards import ShardFile
+from cellpatch_fast.io.stores.token_writer import TokenWriter
 
 from .conftest import Tokenize, tree
 

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from ..config import CellPatchConfig
 from ..errors import InputError
-from ..io.sources import open_source
-from ..io.token_store import TokenStore, is_token_store
+from ..io.sources.source import open_source
+from ..io.stores.tokens import TokenStore, is_token_store
 from ..loader import listed_inputs
 from .settings import FinetuningSettings, PretrainingSettings, TrainingSettings
 

@@ -32,7 +32,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from ..errors import InputError, InputWarning
-from ..io.partial import LOCK, differences, locked, replace_json, to_disk
+from ..io.stores.partial import LOCK, differences, locked, replace_json, to_disk
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -20,9 +20,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.codecs import numcodecs as v3
 from zarr.storage import LocalStore, MemoryStore, ZipStore
 
-from cellpatch_fast.io.arrays import ZarrArray, absent_chunks, local_keys
 from cellpatch_fast.io.chunks import read_range
 from cellpatch_fast.io.interfaces import ChunkError, Chunks
+from cellpatch_fast.io.sources.arrays import ZarrArray, absent_chunks, local_keys
 
 DTYPES = ("bool", "uint8", "int16", "uint16", "int32", "uint32", "int64", "float16", "float64")
 LENGTH, CHUNK, PER_SHARD = 1_009, 53, 3  # 20 chunks, the last one short; 7 shards

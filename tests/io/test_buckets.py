@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellpatch_fast import RaggedCells
-from cellpatch_fast.io.buckets import Buckets, bytes_needed
-from cellpatch_fast.io.token_store import gene_dtype, narrowed, value_dtype
+from cellpatch_fast.io.stores.buckets import Buckets, bytes_needed
+from cellpatch_fast.io.stores.tokens import gene_dtype, narrowed, value_dtype
 
 from .tokens import CONTINUOUS, DISCRETE, VOCABULARY, make_cells
 

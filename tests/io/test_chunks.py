@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cellpatch_fast.io.arrays import ZarrArray
 from cellpatch_fast.io.chunks import chunks_of
-from cellpatch_fast.io.transpose import TemporaryArray
+from cellpatch_fast.io.sources.arrays import ZarrArray
+from cellpatch_fast.io.sources.transpose import TemporaryArray
 
 from .chunked import (
     check,

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from cellpatch_fast.io import codecs
-from cellpatch_fast.io.codecs_compiled import accumulate, unpack_lzf, unshuffle
+from cellpatch_fast.io.chunks import codecs
+from cellpatch_fast.io.chunks.codecs_compiled import accumulate, unpack_lzf, unshuffle
 
 checked_lzf: Any = njit(boundscheck=True)(unpack_lzf.py_func)
 

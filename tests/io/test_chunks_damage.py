@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
-from cellpatch_fast.io.arrays import ZarrArray
 from cellpatch_fast.io.chunks import chunks_of
 from cellpatch_fast.io.interfaces import ChunkError
+from cellpatch_fast.io.sources.arrays import ZarrArray
 
 from .chunked import (
     CHUNK,

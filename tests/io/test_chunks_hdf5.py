@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellpatch_fast.io.arrays import Hdf5Array, SequentialReader
 from cellpatch_fast.io.chunks import LibraryChunks, chunks_of
 from cellpatch_fast.io.interfaces import ChunkError
+from cellpatch_fast.io.sources.arrays import Hdf5Array, SequentialReader
 
 from .chunked import CHUNK, DTYPES, LENGTH, check, descriptors, failure, hammer, target, values_of
 

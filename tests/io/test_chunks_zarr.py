@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BytesCodec
 
-from cellpatch_fast.io import chunks_files
-from cellpatch_fast.io.arrays import ZarrArray
 from cellpatch_fast.io.chunks import LibraryChunks, chunks_of
 from cellpatch_fast.io.interfaces import ChunkError
+from cellpatch_fast.io.sources.arrays import ZarrArray
 
 from .chunked import (
     CHUNK,
@@ -122,7 +121,7 @@ def test_foreign_byte_order(dtype: str, options: dict[str, Any]) -> None:
 
 @pytest.fixture
 def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks_files, "MOST_OPEN", 2)
+    monkeypatch.setattr(files, "MOST_OPEN", 2)
 
 
 @pytest.mark.usefixtures("few_files")
@@ -144,7 +143,7 @@ def test_files_stay_open_but_few_and_none_after_close(layout: dict[str, Any]) ->
         before = descriptors()
         reader = chunks_of(ZarrArray(array))
         hammer(reader, values)
-        assert before < descriptors() <= before + chunks_files.MOST_OPEN
+        assert before < descriptors() <= before + files.MOST_OPEN
         reader.close()
         assert descriptors() == before
         with pytest.raises(ChunkError, match="was closed"):

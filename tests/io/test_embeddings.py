@@ -19,10 +19,11 @@ import pytest
 import zarr
 
 from cellpatch_fast.errors import InputError
-from cellpatch_fast.io import embeddings, partial
-from cellpatch_fast.io.embeddings import ATTRIBUTE, EmbeddingWriter, shard_rows
-from cellpatch_fast.io.obs import write_obs
-from cellpatch_fast.io.partial import (
+from cellpatch_fast.io.sources.tables import FrameTable
+from cellpatch_fast.io.stores import embeddings, partial
+from cellpatch_fast.io.stores.embeddings import ATTRIBUTE, EmbeddingWriter, shard_rows
+from cellpatch_fast.io.stores.obs import write_obs
+from cellpatch_fast.io.stores.partial import (
     JOURNAL,
     LOCK,
     REPLACED,
@@ -32,7 +33,6 @@ from cellpatch_fast.io.partial import (
     tidy,
     unfinished_facts,
 )
-from cellpatch_fast.io.tables import FrameTable
 
 from ..conftest import tree
 

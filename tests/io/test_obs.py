@@ -14,10 +14,10 @@ import zarr
 from anndata.io import read_elem
 
 from cellpatch_fast.errors import InputError
-from cellpatch_fast.io import obs as obs_module
-from cellpatch_fast.io.obs import SOURCE_COLUMN, write_obs
-from cellpatch_fast.io.sources import open_source
-from cellpatch_fast.io.tables import FrameTable, StoredTable, Table
+from cellpatch_fast.io.sources.source import open_source
+from cellpatch_fast.io.sources.tables import FrameTable, StoredTable, Table
+from cellpatch_fast.io.stores import obs as obs_module
+from cellpatch_fast.io.stores.obs import SOURCE_COLUMN, write_obs
 
 from .conftest import opened, write_plain
 

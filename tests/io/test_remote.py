@@ -21,9 +21,9 @@ import zarr
 
 from cellpatch_fast.errors import InputError, InputWarning
 from cellpatch_fast.io.chunks import chunks_of
-from cellpatch_fast.io.matrices import CsrMatrix
-from cellpatch_fast.io.sources import open_source
-from cellpatch_fast.io.token_store import TokenStore
+from cellpatch_fast.io.sources.matrices import CsrMatrix
+from cellpatch_fast.io.sources.source import open_source
+from cellpatch_fast.io.stores.tokens import TokenStore
 
 from .chunked import descriptors, failure, hammer
 from .conftest import CHUNK, SHARD
@@ -224,7 +224,7 @@ def test_server_that_sends_whole_files_only(server: type[Server], published: Sto
 def test_server_that_falls_silent(
     server: type[Server], published: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cellpatch_fast.io.remote.SILENCE", 0.5)
+    monkeypatch.setattr("cellpatch_fast.io.sources.remote.SILENCE", 0.5)
     path = published("zarr-v3")
     server.silent = "/X/data/c/3"
     message = message_of(f"{server.address}/{path.name}")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from cellpatch_fast.cells import CellBlock
-from cellpatch_fast.io.sources import CellSource, open_source
+from cellpatch_fast.io.sources.source import CellSource, open_source
 
 from .conftest import (
     CELLS,

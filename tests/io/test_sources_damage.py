@@ -17,7 +17,7 @@ import zarr
 from scipy import sparse
 
 from cellpatch_fast.errors import InputError
-from cellpatch_fast.io.sources import open_source
+from cellpatch_fast.io.sources.source import open_source
 
 from .conftest import (
     CELLS,

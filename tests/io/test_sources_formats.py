@@ -18,7 +18,7 @@ from scipy import io as scipy_io
 from scipy import sparse
 
 from cellpatch_fast.errors import InputError
-from cellpatch_fast.io.sources import open_source
+from cellpatch_fast.io.sources.source import open_source
 
 from .conftest import CELLS, GENES, RAW_GENES, counts, make_adata, opened
 from .test_sources import EXPECTED, PLACES, TOO_LITTLE_MEMORY, Store, all_of, assert_same

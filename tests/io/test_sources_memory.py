@@ -29,7 +29,7 @@ RANDOM = np.random.default_rng(0)
 STREAM = """
 import resource, sys
 import anndata, scipy.sparse, zarr  # what any run has imported
-from cellpatch_fast.io.sources import open_source
+from cellpatch_fast.io.sources.source import open_source
 
 path, how, limit, memory_limit = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 with open("/proc/self/status") as status:

@@ -14,7 +14,7 @@ import pytest
 from scipy import sparse
 
 from cellpatch_fast.errors import InputError
-from cellpatch_fast.io.sources import open_source
+from cellpatch_fast.io.sources.source import open_source
 
 from .conftest import replace
 from .test_sources import TOO_LITTLE_MEMORY, Store
@@ -53,7 +53,7 @@ def test_disk_too_small_for_reordering(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, sys
 from cellpatch_fast.errors import InputError
-from cellpatch_fast.io.sources import open_source
+from cellpatch_fast.io.sources.source import open_source
 
 with open_source(sys.argv[1], memory_limit=5_000) as source:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, 1_000))

@@ -19,8 +19,8 @@ from cellpatch_fast.config import Preprocessing
 from cellpatch_fast.errors import InputError
 from cellpatch_fast.io import TokenStore
 from cellpatch_fast.io.interfaces import ChunkError
-from cellpatch_fast.io.partial import partial_of
-from cellpatch_fast.io.token_store import ATTRIBUTE, is_token_store
+from cellpatch_fast.io.stores.partial import partial_of
+from cellpatch_fast.io.stores.tokens import ATTRIBUTE, is_token_store
 
 from .tokens import (
     CONTINUOUS,

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 
 from cellpatch_fast import RaggedCells
 from cellpatch_fast.errors import InputError
-from cellpatch_fast.io import TokenStore, token_writer
-from cellpatch_fast.io.embeddings import EmbeddingWriter
-from cellpatch_fast.io.partial import JOURNAL, partial_of
-from cellpatch_fast.io.token_writer import LENGTHS
+from cellpatch_fast.io import TokenStore
+from cellpatch_fast.io.stores import token_writer
+from cellpatch_fast.io.stores.embeddings import EmbeddingWriter
+from cellpatch_fast.io.stores.partial import JOURNAL, partial_of
+from cellpatch_fast.io.stores.token_writer import LENGTHS
 
 from ..conftest import tree
 from .tokens import (

@@ -15,9 +15,9 @@ import zarr
 from cellpatch_fast import GeneVocabulary, RaggedCells
 from cellpatch_fast.config import Preprocessing
 from cellpatch_fast.io.interfaces import Chunks
-from cellpatch_fast.io.obs import write_obs
-from cellpatch_fast.io.tables import FrameTable
-from cellpatch_fast.io.token_writer import TokenWriter
+from cellpatch_fast.io.sources.tables import FrameTable
+from cellpatch_fast.io.stores.obs import write_obs
+from cellpatch_fast.io.stores.token_writer import TokenWriter
 
 DISCRETE, CONTINUOUS = Preprocessing(), Preprocessing(value_rounding="none", value_clip=None)
 VOCABULARY = GeneVocabulary([""] * 61, [f"G{gene}" for gene in range(61)])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .tables import Table, joined
+from ..sources.tables import Table, joined
 
 if TYPE_CHECKING:
     import zarr

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from ..cells import CellBlock
-from ..errors import InputError, summary
+from ...cells import CellBlock
+from ...errors import InputError, summary
+from ..interfaces import StoredArray
 from .arrays import SequentialReader
-from .interfaces import StoredArray
 from .matrices import CsrMatrix, check_indices, plan_blocks, signed_indices
 
 MEMORY_LIMIT = 512 * 2**20

@@ -20,9 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from ..devices import usable_cores
-from ..errors import summary
-from .interfaces import ChunkError, Chunks, StoredArray
+from ...devices import usable_cores
+from ...errors import summary
+from ..interfaces import ChunkError, Chunks, StoredArray
 
 CHUNK = 65_536  # elements that are read together where an array has no chunks
 TASK_BYTES = 2**20  # decoded by one thread at a time, so that starting it costs nothing beside

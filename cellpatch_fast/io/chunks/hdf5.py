@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .chunks import CHUNK, stretches
-from .chunks_direct import DirectChunks, Located
-from .chunks_files import LocalFile
+from . import CHUNK, stretches
 from .codecs import Codec, Lzf, Pipeline, Shuffle, Zlib
+from .direct import DirectChunks, Located
+from .files import LocalFile
 
 if TYPE_CHECKING:
     import h5py

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InputError, summary
-from .chunks import read_range
-from .interfaces import ChunkError, Chunks, StoredArray, remedy
+from ...errors import InputError, summary
+from ..chunks import read_range
+from ..interfaces import ChunkError, Chunks, StoredArray, remedy
 
 if TYPE_CHECKING:
     import h5py
@@ -55,7 +55,7 @@ class Hdf5Array:
             self._dataset.read_direct(out, np.s_[start : start + len(out)])
 
     def chunks(self) -> Chunks | None:
-        from .chunks_hdf5 import hdf5_chunks
+        from ..chunks.hdf5 import hdf5_chunks
 
         return hdf5_chunks(self._dataset)
 
@@ -121,7 +121,7 @@ class ZarrArray:
             out[...] = self._array[rows]
 
     def chunks(self) -> Chunks | None:
-        from .chunks_zarr import zarr_chunks
+        from ..chunks.zarr import zarr_chunks
 
         return zarr_chunks(self._array, self._may_lack)
 
@@ -136,7 +136,7 @@ class ZarrArray:
             opened.close()
 
     def place(self, start: int) -> str:
-        from .chunks_zarr import place_of
+        from ..chunks.zarr import place_of
 
         return place_of(self._array, start)
 

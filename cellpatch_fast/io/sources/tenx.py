@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ..errors import InputError, InputWarning
-from .interfaces import reading
+from ...errors import InputError, InputWarning
+from ..interfaces import reading
 
 if TYPE_CHECKING:
     import h5py

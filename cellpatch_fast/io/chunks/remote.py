@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .chunks_files import Fetched, Range
+from .files import Fetched, Range
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest, Store

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..cells import CellBlock
-from ..errors import InputError
+from ...cells import CellBlock
+from ...errors import InputError
+from ..chunks import DENSE_BYTES
+from ..interfaces import COPY_AGAIN, StoredArray
 from .arrays import SequentialReader
-from .chunks import DENSE_BYTES
-from .interfaces import COPY_AGAIN, StoredArray
 
 MAX_CELLS = 65_536
 MAX_ENTRIES = 8_000_000

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from numba import njit
 
-from ..cells import RaggedCells
-from ..errors import InputError
+from ...cells import RaggedCells
+from ...errors import InputError
 from .partial import DELETE, replace_json, to_disk
 
 BUCKET_BYTES = 1 << 27  # of a bucket; sorting it takes three times as much memory

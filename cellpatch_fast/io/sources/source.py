@@ -23,10 +23,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..cells import CellBlock
-from ..errors import InputError
+from ...cells import CellBlock
+from ...errors import InputError
+from ..interfaces import COPY_AGAIN, is_address
 from . import containers, memory, tenx
-from .interfaces import COPY_AGAIN, is_address
 from .matrices import MAX_CELLS, MAX_ENTRIES, CsrMatrix, DenseMatrix, Matrix
 from .stored import stored_matrix
 from .tables import FrameTable, StoredTable, Table

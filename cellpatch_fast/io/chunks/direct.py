@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from ..errors import summary
+from ...errors import summary
+from ..interfaces import ChunkError
 from .blosc_compiled import decompressor, unpack_blosc
-from .chunks_files import Range, Ranges
 from .codecs import Pipeline
-from .interfaces import ChunkError
+from .files import Range, Ranges
 
 FILE_END = -1  # where a chunk ends, if that is where its file ends
 

@@ -35,7 +35,7 @@ import torch
 
 from .partial import PartialStore, to_disk
 from .shards import EntryArray, ShardFile
-from .token_store import (
+from .tokens import (
     ATTRIBUTE,
     FORMAT_VERSION,
     KIND,
@@ -49,9 +49,9 @@ if TYPE_CHECKING:
     import zarr
     from zarr.core.array_spec import ArrayConfigParams
 
-    from ..cells import RaggedCells
-    from ..config import Preprocessing
-    from ..genes import GeneVocabulary
+    from ...cells import RaggedCells
+    from ...config import Preprocessing
+    from ...genes import GeneVocabulary
 
 CHUNK_ENTRIES = 32_768  # what a reader decodes at once: 22 cells of 1,500 genes
 SHARD_CHUNKS = 1_024  # 33.5 million entries, some 34 MB of genes and 8 MB of values

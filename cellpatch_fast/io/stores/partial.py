@@ -32,8 +32,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import InputError
-from .interfaces import reading
+from ...errors import InputError
+from ..interfaces import reading
 
 if TYPE_CHECKING:
     import zarr

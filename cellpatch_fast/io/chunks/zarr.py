@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import summary
-from .chunks import stretches
-from .chunks_direct import FILE_END, DirectChunks, Located
-from .chunks_files import LocalFiles, Range, Ranges
-from .chunks_stores import StoreFiles
+from ...errors import summary
+from . import stretches
 from .codecs import Crc32c, Pipeline, zarr_pipeline
+from .direct import FILE_END, DirectChunks, Located
+from .files import LocalFiles, Range, Ranges
+from .remote import StoreFiles
 
 if TYPE_CHECKING:
     import zarr

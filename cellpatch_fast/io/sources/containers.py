@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InputError
+from ...errors import InputError
+from ..interfaces import COPY_AGAIN, StoredArray, reading
 from . import remote
 from .arrays import Hdf5Array, ZarrArray, absent_chunks, local_keys
-from .interfaces import COPY_AGAIN, StoredArray, reading
 
 if TYPE_CHECKING:
     import pandas as pd

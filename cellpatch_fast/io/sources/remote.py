@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ...errors import InputError
 from .arrays import chunk_positions
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def present_keys(array: zarr.Array[Any], thorough: bool) -> set[str] | None:
     """
     from zarr.core.sync import sync
 
-    from .chunks_zarr import zarr_chunks
+    from ..chunks.zarr import zarr_chunks
 
     if not set(WEB) & set(_protocols(array.store)):
         return set(sync(_listed(array)))

@@ -31,18 +31,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ..errors import InputError
-from . import containers
-from .chunks import chunks_of
-from .interfaces import COPY_AGAIN, Chunks, is_address, reading
+from ...errors import InputError
+from ..chunks import chunks_of
+from ..interfaces import COPY_AGAIN, Chunks, is_address, reading
+from ..sources import containers
+from ..sources.tables import StoredTable, Table
 from .partial import partial_of, unfinished_facts
-from .tables import StoredTable, Table
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ..cells import RaggedCells
-    from ..config import Preprocessing
+    from ...cells import RaggedCells
+    from ...config import Preprocessing
 
 FORMAT_VERSION = 1
 ATTRIBUTE = "cellpatch_tokens"
@@ -86,7 +86,7 @@ def narrowed(
     """
     import torch
 
-    from ..cells import RaggedCells
+    from ...cells import RaggedCells
 
     values, dtype = cells.values.numpy(), value_dtype(preprocessing)
     with np.errstate(over="ignore"):
@@ -217,7 +217,7 @@ class TokenStore:
 
     def _take_facts(self) -> None:
         """What the metadata says; anything else than expected is damage."""
-        from ..config import Preprocessing
+        from ...config import Preprocessing
 
         try:
             vocabulary = self._facts["vocabulary"]

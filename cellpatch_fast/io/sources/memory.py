@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InputError
+from ...errors import InputError
 from . import containers
 from .matrices import CsrMatrix, DenseMatrix, Matrix, check_dtype, check_offsets
 from .stored import stored_matrix

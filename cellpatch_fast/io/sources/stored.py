@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, InputWarning
+from ...errors import InputError, InputWarning
+from ..interfaces import COPY_AGAIN, StoredArray, reading
 from .containers import SPARSE_PARTS, Container, refuse_absent, text
-from .interfaces import COPY_AGAIN, StoredArray, reading
 from .matrices import CsrMatrix, DenseMatrix, Matrix, check_dtype, check_offsets
 from .transpose import CscMatrix
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..errors import InputError
+from ...errors import InputError
+from ..interfaces import reading
 from .containers import Container, text
-from .interfaces import reading
 
 if TYPE_CHECKING:
     import pandas as pd
