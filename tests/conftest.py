@@ -32,7 +32,7 @@ from cellpatch_fast.io.stores import embeddings, obs, token_writer
 from cellpatch_fast.io.stores.buckets import Buckets
 from cellpatch_fast.io.stores.token_writer import TokenWriter
 
-from .io.tokens import read_chunks
+from .io.stores.token_files import read_chunks
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Workers that all use all cores wait for each other: small steps took eight times as long.

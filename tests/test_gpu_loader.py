@@ -18,7 +18,7 @@ from cellpatch_fast.masking import Masking
 from cellpatch_fast.slots import Slot, Slots
 
 from .conftest import MakeCells
-from .io.tokens import write_store
+from .io.stores.token_files import write_store
 from .loading import (
     assert_same,
     assert_same_batches,

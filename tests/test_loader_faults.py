@@ -28,7 +28,7 @@ from cellpatch_fast.loader import CellLoader
 from cellpatch_fast.masking import Masked, Masking, mask
 
 from .conftest import MakeCells, write_zarr
-from .io.tokens import append, make_cells, open_writer, write_store
+from .io.stores.token_files import append, make_cells, open_writer, write_store
 from .loading import assert_same, load, loading_threads, open_files, together
 
 CHUNK, SHARD_CHUNKS = 101, 7  # of the token store

@@ -33,8 +33,8 @@ from cellpatch_fast.loader import CellLoader
 from cellpatch_fast.masking import Masking
 
 from .conftest import GENES, MakeCells
-from .io.tokens import LARGE_VOCABULARY, VOCABULARY, write_store
-from .io.tokens import make_cells as make_tokens
+from .io.stores.token_files import LARGE_VOCABULARY, VOCABULARY, write_store
+from .io.stores.token_files import make_cells as make_tokens
 from .loading import assert_same, assert_same_batches, in_file_order, load, together
 
 CONTINUOUS = CellPatchConfig(value_rounding="none", value_clip=None)

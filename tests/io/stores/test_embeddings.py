@@ -34,7 +34,7 @@ from cellpatch_fast.io.stores.partial import (
     unfinished_facts,
 )
 
-from ..conftest import tree
+from ...conftest import tree
 
 ROWS, WIDTH, KEY = 53, 11, "X_cellpatch"
 SETTINGS = {"model": "abc", "inputs": ["one", "two"], "use_raw": False}

@@ -19,7 +19,7 @@ from cellpatch_fast.io.sources.tables import FrameTable, StoredTable, Table
 from cellpatch_fast.io.stores import obs as obs_module
 from cellpatch_fast.io.stores.obs import SOURCE_COLUMN, write_obs
 
-from .conftest import opened, write_plain
+from ..conftest import opened, write_plain
 
 ROWS = 23
 

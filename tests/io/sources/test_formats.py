@@ -20,8 +20,8 @@ from scipy import sparse
 from cellpatch_fast.errors import InputError
 from cellpatch_fast.io.sources.source import open_source
 
-from .conftest import CELLS, GENES, RAW_GENES, counts, make_adata, opened
-from .test_sources import EXPECTED, PLACES, TOO_LITTLE_MEMORY, Store, all_of, assert_same
+from ..conftest import CELLS, GENES, RAW_GENES, counts, make_adata, opened
+from .test_source import EXPECTED, PLACES, TOO_LITTLE_MEMORY, Store, all_of, assert_same
 
 # --- anndata < 0.7 ---------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from scipy import sparse
 from cellpatch_fast.cells import CellBlock
 from cellpatch_fast.io.sources.source import CellSource, open_source
 
-from .conftest import (
+from ..conftest import (
     CELLS,
     CONTAINERS,
     GENES,

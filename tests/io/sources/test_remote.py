@@ -25,9 +25,9 @@ from cellpatch_fast.io.sources.matrices import CsrMatrix
 from cellpatch_fast.io.sources.source import open_source
 from cellpatch_fast.io.stores.tokens import TokenStore
 
-from .chunked import descriptors, failure, hammer
-from .conftest import CHUNK, SHARD
-from .tokens import make_cells, read_chunks, write_store
+from ..chunks.chunked import descriptors, failure, hammer
+from ..conftest import CHUNK, SHARD
+from ..stores.token_files import make_cells, read_chunks, write_store
 
 pytest.importorskip("aiohttp")
 

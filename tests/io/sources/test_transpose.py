@@ -16,8 +16,8 @@ from scipy import sparse
 from cellpatch_fast.errors import InputError
 from cellpatch_fast.io.sources.source import open_source
 
-from .conftest import replace
-from .test_sources import TOO_LITTLE_MEMORY, Store
+from ..conftest import replace
+from .test_source import TOO_LITTLE_MEMORY, Store
 
 
 def test_nothing_is_left_in_the_temporary_folder(

@@ -19,16 +19,7 @@ from scipy import sparse
 from cellpatch_fast.errors import InputError
 from cellpatch_fast.io.sources.source import open_source
 
-from .conftest import (
-    CELLS,
-    CHUNK,
-    GENES,
-    counts,
-    make_adata,
-    opened,
-    replace,
-    write_plain,
-)
+from ..conftest import CELLS, CHUNK, GENES, counts, make_adata, opened, replace, write_plain
 
 Store = Callable[..., Path]
 

@@ -26,8 +26,8 @@ from cellpatch_fast.io.stores.embeddings import EmbeddingWriter
 from cellpatch_fast.io.stores.partial import JOURNAL, partial_of
 from cellpatch_fast.io.stores.token_writer import LENGTHS
 
-from ..conftest import tree
-from .tokens import (
+from ...conftest import tree
+from .token_files import (
     CHUNK,
     CONTINUOUS,
     DISCRETE,

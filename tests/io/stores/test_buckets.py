@@ -15,7 +15,7 @@ from cellpatch_fast import RaggedCells
 from cellpatch_fast.io.stores.buckets import Buckets, bytes_needed
 from cellpatch_fast.io.stores.tokens import gene_dtype, narrowed, value_dtype
 
-from .tokens import CONTINUOUS, DISCRETE, VOCABULARY, make_cells
+from .token_files import CONTINUOUS, DISCRETE, VOCABULARY, make_cells
 
 
 def open_buckets(folder: Path, rows: np.ndarray, cells: RaggedCells, **sizes: Any) -> Buckets:

@@ -22,7 +22,7 @@ from cellpatch_fast.io.interfaces import ChunkError
 from cellpatch_fast.io.stores.partial import partial_of
 from cellpatch_fast.io.stores.tokens import ATTRIBUTE, is_token_store
 
-from .tokens import (
+from .token_files import (
     CONTINUOUS,
     VOCABULARY,
     append,
