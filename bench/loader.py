@@ -85,7 +85,7 @@ def load_shuffled(path: Path, cells: int) -> Clocked:
 
 def load_masked(path: Path, cells: int) -> Clocked:
     """For pretraining; hidden entries count too."""
-    from cellpatch_fast.masking import Masking
+    from cellpatch_fast.preprocessing.masking import Masking
 
     (found, _), taken = load(path, cells, shuffle=True, block_size=64, masking=Masking())
     from cellpatch_fast.io import TokenStore

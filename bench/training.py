@@ -45,8 +45,8 @@ from bench.machine import processor
 from bench.peers.original import PaddedPathFormer, PaddedPathFormerLp
 from bench.report import table
 from cellpatch_fast import CellPatchConfig, GeneVocabulary, RaggedCells
-from cellpatch_fast.masking import Masked, Masking, Measured, mask
 from cellpatch_fast.model import CellPatchAnnotator, MaskedGeneModel
+from cellpatch_fast.preprocessing.masking import Masked, Masking, Measured, mask
 
 ATLAS = 10_000_000 * 50  # cells the paper's pretraining sees, in all epochs
 CLASSES = 11

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .errors import InputError
     from .genes import GeneVocabulary
     from .loader import CellLoader
-    from .masking import Masking
     from .model import CellPatch, CellPatchAnnotator, MaskedGeneModel, accelerate
+    from .preprocessing.masking import Masking
 
 __all__ = [
     "CellLoader",
@@ -52,7 +52,7 @@ _DEFINED_IN = {
     "GeneVocabulary": "genes",
     "InputError": "errors",
     "MaskedGeneModel": "model",
-    "Masking": "masking",
+    "Masking": "preprocessing.masking",
     "RaggedCells": "cells",
     "accelerate": "model",
 }

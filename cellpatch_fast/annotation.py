@@ -14,7 +14,7 @@ import numpy as np
 
 from .columns import read_names
 from .errors import InputError, InputWarning
-from .gene_names import first_names
+from .genes.names import first_names
 from .training.evaluation import UNKNOWN
 
 if TYPE_CHECKING:

@@ -36,10 +36,10 @@ from .training.folder import warn_of_unfinished
 if TYPE_CHECKING:
     import torch
 
-    from .detect import Expected
     from .embedding import EmbeddedCells
     from .model import CellPatch, CellPatchAnnotator
     from .model.encoder import Pool
+    from .preprocessing.detection import Expected
     from .streams import Stream
 
 logger = logging.getLogger("cellpatch_fast")

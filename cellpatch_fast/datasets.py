@@ -31,7 +31,7 @@ from .devices import usable_cores
 from .errors import InputError
 from .files import made_whole
 from .frequencies import GENES, SPREAD, depths, mean_counts
-from .gene_names import human_genes
+from .genes.names import human_genes
 from .io.appending import AnnDataWriter, require_writable
 from .progress import progress_bar
 
@@ -341,7 +341,7 @@ def _drawn(law: Law, cells: int, seed: int) -> Iterator[_Drawn]:
 def _draw(law: Law, key: np.uint64, start: int, stop: int) -> list[_Drawn]:
     """The cells ``start : stop``; in several parts if they are much longer than expected."""
     from .datasets_compiled import draw_cells
-    from .packing import digit_bits
+    from .preprocessing.ordering import digit_bits
 
     parts = []
     digit = digit_bits(len(law.columns))

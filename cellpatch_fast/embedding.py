@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from .cells import RaggedCells
-    from .detect import Expected
     from .model.encoder import Pool
+    from .preprocessing.detection import Expected
 
 MAX_CELLS = 8_192  # of a batch: its features take 20 MiB at the paper's sizes
 MAX_ENTRIES = 1 << 22  # of a batch: 4 million take some 100 MB on their way to tokens

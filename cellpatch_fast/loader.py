@@ -28,7 +28,7 @@ import torch
 from .columns import balancing_weights, read_column
 from .devices import usable_cores
 from .errors import InputError
-from .masking import Masked, Masking, Measured, mask
+from .preprocessing.masking import Masked, Masking, Measured, mask
 from .sampling import Chosen, Epoch, Sampling, batches_per_epoch
 from .streams import CellStream, Stream, TokenStream, open_stream, reading_options
 from .windows import Assembly, CellBatch, run
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from .cells import RaggedCells
     from .config import CellPatchConfig
-    from .detect import Expected
     from .genes import GeneVocabulary
+    from .preprocessing.detection import Expected
     from .windows import Mask
 
 __all__ = ["CellBatch", "CellLoader"]

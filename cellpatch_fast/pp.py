@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from .cells import RaggedCells
 from .config import CellPatchConfig
-from .detect import Detected, Expected, detect_input
 from .errors import InputError
 from .genes import GeneVocabulary
 from .io.sources.source import CellSource, open_source
 from .loader import CellLoader
+from .preprocessing.detection import Detected, Expected, detect_input
 from .streams import open_stream, reading_options, sample_of
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ import numpy as np
 
 from .columns import read_column
 from .config import Preprocessing
-from .detect import detect_input
 from .errors import InputError
 from .fetching import CsrRows, DenseRows, Rows, TokenRows
 from .io.sources.matrices import MAX_ENTRIES, CsrMatrix, DenseMatrix
@@ -21,15 +20,16 @@ from .io.sources.source import CellSource, open_source
 from .io.sources.transpose import CscMatrix
 from .io.stores.obs import SOURCE_COLUMN
 from .io.stores.tokens import TokenStore, is_token_store
+from .preprocessing.detection import detect_input
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from .cells import CellBlock
     from .config import CellPatchConfig
-    from .detect import Expected
     from .genes import GeneVocabulary
     from .io.sources.tables import Table
+    from .preprocessing.detection import Expected
 
 SAMPLE_CELLS = 2_000  # cells that the kind of a matrix is told from
 

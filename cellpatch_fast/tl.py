@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import torch
     from anndata import AnnData
 
-    from .detect import Expected
     from .model import CellPatch, CellPatchAnnotator
     from .model.encoder import Pool
+    from .preprocessing.detection import Expected
 
 logger = logging.getLogger("cellpatch_fast")
 

@@ -39,8 +39,8 @@ from .progress import progress_bar
 from .streams import CellStream
 
 if TYPE_CHECKING:
-    from .detect import Expected
     from .model import CellPatch
+    from .preprocessing.detection import Expected
     from .windows import CellBatch
 
 logger = logging.getLogger("cellpatch_fast")

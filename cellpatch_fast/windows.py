@@ -23,7 +23,7 @@ from .cells import RaggedCells
 from .errors import InputError
 from .fetching import Part, Rows
 from .gathering import copy_rows
-from .masking import MaskCounts, Masked
+from .preprocessing.masking import MaskCounts, Masked
 from .sampling import Chosen, Window
 from .slots import ALIGNMENT, Slot, Slots, slot_bytes
 

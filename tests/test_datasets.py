@@ -14,7 +14,7 @@ from scipy.stats import kstest, nbinom
 
 from cellpatch_fast import InputError, cli, datasets, frequencies
 from cellpatch_fast.datasets import SyntheticAtlas, synthetic_atlas
-from cellpatch_fast.gene_names import human_genes
+from cellpatch_fast.genes.names import human_genes
 from cellpatch_fast.io import appending
 
 CELLS, TYPES, BATCHES = 1_511, 7, 3

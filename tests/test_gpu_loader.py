@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cellpatch_fast import CellPatch, RaggedCells, pp
 from cellpatch_fast.loader import CellBatch, CellLoader
-from cellpatch_fast.masking import Masking
+from cellpatch_fast.preprocessing.masking import Masking
 from cellpatch_fast.slots import Slot, Slots
 
 from .conftest import MakeCells

@@ -21,7 +21,7 @@ from scipy import sparse
 
 from cellpatch_fast import CellPatch, InputError, RaggedCells, pp
 from cellpatch_fast.loader import CellLoader
-from cellpatch_fast.masking import Masking
+from cellpatch_fast.preprocessing.masking import Masking
 
 from .conftest import GENES, MakeCells
 from .loading import assert_same, in_file_order, load, loading_threads, open_files, together

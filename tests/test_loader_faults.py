@@ -25,7 +25,7 @@ import zarr
 from cellpatch_fast import CellPatch, InputError, RaggedCells, pp
 from cellpatch_fast.io import TokenStore
 from cellpatch_fast.loader import CellLoader
-from cellpatch_fast.masking import Masked, Masking, mask
+from cellpatch_fast.preprocessing.masking import Masked, Masking, mask
 
 from .conftest import MakeCells, write_zarr
 from .io.stores.token_files import append, make_cells, open_writer, write_store

@@ -30,7 +30,7 @@ from cellpatch_fast.config import Preprocessing
 from cellpatch_fast.embedding import Embedder
 from cellpatch_fast.io.stores.token_writer import TokenWriter
 from cellpatch_fast.loader import CellLoader
-from cellpatch_fast.masking import Masking
+from cellpatch_fast.preprocessing.masking import Masking
 
 from .conftest import GENES, MakeCells
 from .io.stores.token_files import LARGE_VOCABULARY, VOCABULARY, write_store

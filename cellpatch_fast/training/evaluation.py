@@ -26,7 +26,7 @@ import numpy as np
 from ..errors import InputError
 from ..figures import FORMATS, require_matplotlib
 from ..files import write_whole
-from ..gene_names import first_names
+from ..genes.names import first_names
 
 if TYPE_CHECKING:
     import pandas as pd

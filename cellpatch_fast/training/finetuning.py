@@ -19,8 +19,8 @@ from ..columns import Column, balancing_weights
 from ..config import CellPatchConfig
 from ..errors import InputError
 from ..loader import CellLoader
-from ..masking import Masking
 from ..model import CellPatch, CellPatchAnnotator, fingerprint
+from ..preprocessing.masking import Masking
 from ..streams import Stream, reading_options
 from .choosing import choose, complete, new_config
 from .classification import Annotation
@@ -46,8 +46,8 @@ from .starting import begin, learn_new_genes, loader_options, starting_model
 from .task import History
 
 if TYPE_CHECKING:
-    from ..detect import Expected
     from ..genes import GeneVocabulary
+    from ..preprocessing.detection import Expected
 
 logger = logging.getLogger("cellpatch_fast")
 

@@ -31,8 +31,8 @@ from .starting import begin, learn_new_genes, loader_options, starting_model
 from .task import History, Task, ranges_of
 
 if TYPE_CHECKING:
-    from ..detect import Expected
     from ..genes import GeneVocabulary
+    from ..preprocessing.detection import Expected
 
 
 logger = logging.getLogger("cellpatch_fast")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BytesCodec
 
-from cellpatch_fast.io.chunks import LibraryChunks, chunks_of
+from cellpatch_fast.io.chunks import LibraryChunks, chunks_of, files
 from cellpatch_fast.io.interfaces import ChunkError
 from cellpatch_fast.io.sources.arrays import ZarrArray
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from .packing import order_entries
+from .ordering import order_entries
 
 
 @njit(nogil=True, cache=True)

@@ -39,20 +39,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .cells import RaggedCells
-from .config import Preprocessing
-from .detect import (
-    InputKind,
-    floating_type,
-    invalid_entry,
-    readable_block,
-)
-from .errors import InputError
-from .packing import digit_bits
+from ..cells import RaggedCells
+from ..config import Preprocessing
+from ..errors import InputError
+from .detection import InputKind, floating_type, invalid_entry, readable_block
+from .ordering import digit_bits
 from .tokens_compiled import tokenize_cells
 
 if TYPE_CHECKING:
-    from .cells import CellBlock
+    from ..cells import CellBlock
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cells import RaggedCells
+from ..cells import RaggedCells
 from .masking_compiled import hash_integer, mask_cells
 
 __all__ = ["MaskCounts", "Masked", "Masking", "Measured", "mask"]

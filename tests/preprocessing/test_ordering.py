@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from cellpatch_fast.cells import CellBlock
 from cellpatch_fast.config import Preprocessing
-from cellpatch_fast.detect import InputKind
-from cellpatch_fast.packing import digit_bits, order_entries
-from cellpatch_fast.tokens import tokenize
+from cellpatch_fast.preprocessing.detection import InputKind
+from cellpatch_fast.preprocessing.ordering import digit_bits, order_entries
+from cellpatch_fast.preprocessing.tokens import tokenize
 
 # Vocabularies of one gene, of the human genes, and around the ends of a digit and of uint16.
 VOCABULARIES = [1, 2, 255, 256, 300, 60_665, 65_535, 65_536, 70_000, 300_000]

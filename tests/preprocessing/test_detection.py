@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellpatch_fast.cells import CellBlock
-from cellpatch_fast.detect import Expected, InputKindWarning, detect_input
 from cellpatch_fast.errors import InputError
+from cellpatch_fast.preprocessing.detection import Expected, InputKindWarning, detect_input
 
 CELLS, GENES = 61, 307
 

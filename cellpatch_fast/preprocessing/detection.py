@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from .errors import InputError, InputWarning
+from ..errors import InputError, InputWarning
 
 if TYPE_CHECKING:
-    from .cells import CellBlock
+    from ..cells import CellBlock
 
 __all__ = [
     "Detected",

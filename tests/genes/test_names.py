@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cellpatch_fast.gene_names import human_genes, split_name
 from cellpatch_fast.genes import GeneVocabulary
+from cellpatch_fast.genes.names import human_genes, split_name
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "build_human_genes.py"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from cellpatch_fast.cells import RaggedCells
-from cellpatch_fast.masking import MaskCounts, Masked, Masking, Measured, mask
-from cellpatch_fast.masking_compiled import hash_integer
+from cellpatch_fast.preprocessing.masking import MaskCounts, Masked, Masking, Measured, mask
+from cellpatch_fast.preprocessing.masking_compiled import hash_integer
 
 VOCABULARY = 1_009
 INPUTS = 3

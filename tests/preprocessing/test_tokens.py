@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from cellpatch_fast.cells import CellBlock, RaggedCells
 from cellpatch_fast.config import CellPatchConfig, Preprocessing
-from cellpatch_fast.detect import InputKind
 from cellpatch_fast.errors import InputError
-from cellpatch_fast.tokens import Tokenized, _boundaries, tokenize
-from cellpatch_fast.tokens_compiled import library_size
+from cellpatch_fast.preprocessing.detection import InputKind
+from cellpatch_fast.preprocessing.tokens import Tokenized, _boundaries, tokenize
+from cellpatch_fast.preprocessing.tokens_compiled import library_size
 
 CELLS, GENES = 131, 211
 CONTINUOUS = Preprocessing(value_clip=None, value_rounding="none")

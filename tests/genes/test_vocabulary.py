@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellpatch_fast.errors import InputError
-from cellpatch_fast.genes import GeneMatchWarning, GeneVocabulary
+from cellpatch_fast.genes.vocabulary import GeneMatchWarning, GeneVocabulary
 
 HUMAN = GeneVocabulary.human()
 CD3D, MS4A1 = "ENSG00000167286", "ENSG00000156738"

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import InputError, InputWarning
-from .files import write_whole
-from .gene_names import first_names, human_genes, original_names, split_name, var_columns, var_names
+from ..errors import InputError, InputWarning
+from ..files import write_whole
+from .names import first_names, human_genes, original_names, split_name, var_columns, var_names
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from .packing import sort_by_digit
+from .ordering import sort_by_digit
 
 __all__ = ["hash_integer", "mask_cells"]
 
