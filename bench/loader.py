@@ -67,7 +67,7 @@ def clocked() -> Iterator[Taken]:
 
 def load(path: Path, cells: int, **options: Any) -> Clocked:
     from cellpatch_fast import CellPatchConfig, GeneVocabulary
-    from cellpatch_fast.loader import CellLoader
+    from cellpatch_fast.loading import CellLoader
 
     vocabulary, config = GeneVocabulary.human(), CellPatchConfig()
     options |= {"batch_size": BATCH, "rows": [(0, cells)], "threads": THREADS}

@@ -22,7 +22,7 @@ from scipy import sparse
 
 from bench.report import table
 from cellpatch_fast import CellLoader, CellPatchConfig, GeneVocabulary
-from cellpatch_fast.loader import CellBatch
+from cellpatch_fast.loading import CellBatch
 from cellpatch_fast.model import CellPatchAnnotator
 from cellpatch_fast.preprocessing.masking import Masking
 from cellpatch_fast.training.classification import Annotation

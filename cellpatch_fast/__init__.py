@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .config import CellPatchConfig
     from .errors import InputError
     from .genes import GeneVocabulary
-    from .loader import CellLoader
+    from .loading import CellLoader
     from .model import CellPatch, CellPatchAnnotator, MaskedGeneModel, accelerate
     from .preprocessing.masking import Masking
 
@@ -45,7 +45,7 @@ __version__ = version("cellpatch-fast")
 
 # The module that defines each name; a name that is missing here is a module itself.
 _DEFINED_IN = {
-    "CellLoader": "loader",
+    "CellLoader": "loading",
     "CellPatch": "model",
     "CellPatchAnnotator": "model",
     "CellPatchConfig": "config",

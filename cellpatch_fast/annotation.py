@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .columns import read_names
 from .errors import InputError, InputWarning
 from .genes.names import first_names
+from .loading.columns import read_names
 from .training.evaluation import UNKNOWN
 
 if TYPE_CHECKING:

@@ -25,10 +25,10 @@ from .errors import InputError
 from .io.stores.embeddings import ATTRIBUTE, EmbeddingWriter
 from .io.stores.obs import write_obs
 from .io.stores.partial import finished_counts, is_taken
+from .loading.inputs import reading_options
 from .model.storage import fingerprint
 from .paths import describe_input, input_paths, output_path
 from .progress import progress_bar
-from .streams import reading_options
 from .tokenization import tokenize
 from .training.evaluation import Evaluation, evaluate, require_analysis
 from .training.folder import warn_of_unfinished
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     import torch
 
     from .embedding import EmbeddedCells
+    from .loading.inputs import Stream
     from .model import CellPatch, CellPatchAnnotator
     from .model.encoder import Pool
     from .preprocessing.detection import Expected
-    from .streams import Stream
 
 logger = logging.getLogger("cellpatch_fast")
 

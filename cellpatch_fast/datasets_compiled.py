@@ -56,7 +56,7 @@ def hash_seed(seed: int) -> Any:
 @njit(nogil=True, cache=True)
 def draw_cells(
     law: Any,
-    digit: int,  # bits, see `packing`
+    digit: int,  # bits, see `ordering`
     key: Any,  # uint64, see `hash_seed`
     start: int,
     stop: int,

@@ -16,9 +16,9 @@ from torch import Tensor
 from .devices import memory_errors, usable_device
 from .errors import InputError
 from .kernels import resolve_backend, synchronize
-from .loader import CellLoader
+from .loading import CellLoader
+from .loading.inputs import Stream, open_stream
 from .model import CellPatch, CellPatchAnnotator, pool
-from .streams import Stream, open_stream
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -101,8 +101,8 @@ def _unfinished(journal: dict[str, Any]) -> dict[str, Any]:
 def _usable(source: CellSource) -> dict[str, str]:
     """Whether the values and names of the genes are such that the cells can be embedded."""
     from .genes import GeneVocabulary
+    from .loading.inputs import sample_of
     from .preprocessing.detection import detect_input
-    from .streams import sample_of
 
     facts = {}
     with warnings.catch_warnings():

@@ -11,7 +11,7 @@ from .io.interfaces import is_address
 from .io.stores.partial import finished_facts, is_taken
 
 if TYPE_CHECKING:
-    from .streams import Stream
+    from .loading.inputs import Stream
 
 
 def input_paths(inputs: str | Path | Sequence[str | Path]) -> list[Path | str]:

@@ -17,9 +17,9 @@ from .config import CellPatchConfig
 from .errors import InputError
 from .genes import GeneVocabulary
 from .io.sources.source import CellSource, open_source
-from .loader import CellLoader
+from .loading import CellLoader
+from .loading.inputs import open_stream, reading_options, sample_of
 from .preprocessing.detection import Detected, Expected, detect_input
-from .streams import open_stream, reading_options, sample_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,9 +15,9 @@ import numpy as np
 from .annotation import label_column, most_likely, require_threshold
 from .embedding import Embedder
 from .errors import InputError
+from .loading.inputs import reading_options
 from .model.storage import fingerprint
 from .progress import progress_bar
-from .streams import reading_options
 from .training.folder import warn_of_unfinished
 
 if TYPE_CHECKING:

@@ -33,15 +33,15 @@ from .io.stores.obs import write_obs
 from .io.stores.partial import finished_counts, is_taken
 from .io.stores.token_writer import TokenWriter
 from .io.stores.tokens import ATTRIBUTE, KIND, gene_dtype, is_token_store, narrowed, value_dtype
-from .loader import CellLoader
+from .loading import CellLoader
+from .loading.inputs import CellStream
 from .paths import describe_input, input_paths, output_path
 from .progress import progress_bar
-from .streams import CellStream
 
 if TYPE_CHECKING:
+    from .loading.windows import CellBatch
     from .model import CellPatch
     from .preprocessing.detection import Expected
-    from .windows import CellBatch
 
 logger = logging.getLogger("cellpatch_fast")
 

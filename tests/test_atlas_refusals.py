@@ -144,7 +144,7 @@ def test_overwriting_waits_for_inputs_that_can_be_used(
     adata.X.data[-1] = -1
     adata.write_h5ad(broken)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cellpatch_fast.streams.SAMPLE_CELLS", 100)
+        patch.setattr("cellpatch_fast.loading.inputs.SAMPLE_CELLS", 100)
         with pytest.raises(InputError, match="the value is -1"):
             cp.atlas.embed(broken, small_model, begun, overwrite=True)
     assert tree(begun) == before

@@ -92,7 +92,7 @@ def test_damage_that_shows_late_leaves_what_was_done(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And it is not called finished."""
-    monkeypatch.setattr("cellpatch_fast.streams.SAMPLE_CELLS", 10)
+    monkeypatch.setattr("cellpatch_fast.loading.inputs.SAMPLE_CELLS", 10)
     path = write_zarr(make_cells(), tmp_path / "cells.zarr")
     for part in ("data", "indices"):
         array = zarr.open_array(path / "X" / part)
@@ -145,7 +145,7 @@ def test_values_that_cannot_be(
     late: bool,
 ) -> None:
     """In the cells that are looked at before, or in those that come much later."""
-    monkeypatch.setattr("cellpatch_fast.streams.SAMPLE_CELLS", 100 if late else 300)
+    monkeypatch.setattr("cellpatch_fast.loading.inputs.SAMPLE_CELLS", 100 if late else 300)
     cell = {}
 
     def change(adata: anndata.AnnData) -> None:

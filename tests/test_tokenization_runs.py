@@ -15,13 +15,7 @@ import anndata
 import pytest
 
 import cellpatch_fast as cp
-from cellpatch_fast import (
-    CellPatch,
-    CellPatchConfig,
-    GeneVocabulary,
-    InputError,
-    streams,
-)
+from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, InputError
 from cellpatch_fast.io.stores.buckets import Buckets
 from cellpatch_fast.io.stores.partial import partial_of
 from cellpatch_fast.io.stores.shards import ShardFile
@@ -249,7 +243,7 @@ def test_value_beyond_half_precision_is_refused(
     tokenize: Tokenize, cells_file: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only in a file whose first cells look like logarithms there can be so large ones."""
-    monkeypatch.setattr(streams, "SAMPLE_CELLS", 100)
+    monkeypatch.setattr("cellpatch_fast.loading.inputs.SAMPLE_CELLS", 100)
     adata = anndata.read_h5ad(cells_file)
     adata.X = adata.X.log1p()
     adata.X.data[-5] = 1e5  # of a known gene, in the last cell

@@ -35,7 +35,7 @@ def mask_cells(
     zeros_share: float,
     max_encoder: int,
     max_decoder: int,
-    digit: int,  # bits, see `packing`
+    digit: int,  # bits, see `ordering`
     run: Any,  # hash of seed and epoch
     encoder: Any,  # offsets, genes, values; to be written
     decoder: Any,  # likewise

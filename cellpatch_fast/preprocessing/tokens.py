@@ -21,7 +21,7 @@ The paper's preprocessing, cell by cell in the fastest cache and without a dense
 - A cell's entries are ordered by token, then by value, whatever their order in the file. The
   encoder's sums follow that order, so a cell gets the same bits from CSR, CSC and dense files,
   and from files that list their genes differently. (Library sizes of whole counts up to 2^53
-  are exact in any order; those of fractions may differ in the last bit.) See `packing`.
+  are exact in any order; those of fractions may differ in the last bit.) See `ordering`.
 
 A cell's result depends on that cell alone, so threads and blocks may divide the cells in any way.
 """

@@ -16,7 +16,7 @@ from ..config import CellPatchConfig
 from ..errors import InputError
 from ..io.sources.source import open_source
 from ..io.stores.tokens import TokenStore, is_token_store
-from ..loader import listed_inputs
+from ..loading.loader import listed_inputs
 from .settings import FinetuningSettings, PretrainingSettings, TrainingSettings
 
 FEW = 20_000  # cells below this are few: the paper's smallest data have three times as many

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..columns import read_names
 from ..errors import InputError
-from ..loader import listed_inputs
+from ..loading.columns import read_names
+from ..loading.inputs import CellStream, Stream, open_stream
+from ..loading.loader import listed_inputs
 from ..paths import describe_input
-from ..streams import CellStream, Stream, open_stream
 from .distributed import Processes
 from .settings import FinetuningSettings, TrainingSettings
 

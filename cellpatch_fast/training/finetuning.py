@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..columns import Column, balancing_weights
 from ..config import CellPatchConfig
 from ..errors import InputError
-from ..loader import CellLoader
+from ..loading import CellLoader
+from ..loading.columns import Column, balancing_weights
+from ..loading.inputs import Stream, reading_options
 from ..model import CellPatch, CellPatchAnnotator, fingerprint
 from ..preprocessing.masking import Masking
-from ..streams import Stream, reading_options
 from .choosing import choose, complete, new_config
 from .classification import Annotation
 from .data import (

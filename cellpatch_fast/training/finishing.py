@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ..cells import RaggedCells
 from ..files import write_whole
-from ..loader import CellLoader
+from ..loading import CellLoader
+from ..loading.inputs import Stream
 from ..model import CellPatchAnnotator
 from ..model.linear import LinearPath
-from ..streams import Stream
 from .calibration import mixture_shares, temperature
 from .data import Labels
 from .evaluation import Evaluation, evaluate

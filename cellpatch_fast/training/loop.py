@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..devices import memory_errors
 from ..errors import InputError
-from ..loader import CellBatch
+from ..loading import CellBatch
 from ..progress import Pace, progress_bar
 from .distributed import Processes
 from .folder import EPOCHS, STEPS, RunFolder

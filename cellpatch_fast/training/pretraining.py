@@ -18,9 +18,9 @@ from torch import Tensor
 from ..cells import RaggedCells
 from ..config import CellPatchConfig
 from ..errors import InputError
-from ..loader import CellBatch, CellLoader
+from ..loading import CellBatch, CellLoader
+from ..loading.inputs import reading_options
 from ..model import CellPatch, MaskedGeneModel, fingerprint
-from ..streams import reading_options
 from .choosing import choose, complete, new_config
 from .data import describe, opened, report, split_blocks
 from .distributed import Processes

@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 from .. import kernels
 from ..config import CellPatchConfig
 from ..errors import InputError
-from ..loader import CellLoader
+from ..loading import CellLoader
 from ..model import CellPatch
 from ..model.storage import local_directory, parts_of
 from .data import new_genes, opened

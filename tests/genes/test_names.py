@@ -16,7 +16,7 @@ import pytest
 from cellpatch_fast.genes import GeneVocabulary
 from cellpatch_fast.genes.names import human_genes, split_name
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "build_human_genes.py"
 HUMAN = GeneVocabulary.human()
 CD3D, MS4A1 = "ENSG00000167286", "ENSG00000156738"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, InputError, atlas
-from cellpatch_fast.streams import reading_options
+from cellpatch_fast.loading.inputs import reading_options
 from cellpatch_fast.training import (
     Finetuned,
     FinetuningSettings,

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from cellpatch_fast import CellPatch, RaggedCells, pp
-from cellpatch_fast.loader import CellBatch, CellLoader
+from cellpatch_fast.loading import CellBatch, CellLoader
+from cellpatch_fast.loading.slots import Slot, Slots
 from cellpatch_fast.preprocessing.masking import Masking
-from cellpatch_fast.slots import Slot, Slots
 
-from .conftest import MakeCells
-from .io.stores.token_files import write_store
-from .loading import (
+from ..conftest import MakeCells
+from ..io.stores.token_files import write_store
+from .batches import (
     assert_same,
     assert_same_batches,
     in_file_order,
@@ -73,7 +73,7 @@ def files(
 @pytest.fixture(autouse=True)
 def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many windows, so that memory is reused."""
-    monkeypatch.setattr("cellpatch_fast.loader.WINDOW_BYTES", 1)
+    monkeypatch.setattr("cellpatch_fast.loading.loader.WINDOW_BYTES", 1)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def allocations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             found.append(size[0])
         return empty(*size, **options)
 
-    monkeypatch.setattr("cellpatch_fast.slots.torch.empty", note)
+    monkeypatch.setattr("cellpatch_fast.loading.slots.torch.empty", note)
     return found
 
 

@@ -25,21 +25,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..devices import usable_cores
+from ..errors import InputError
+from ..preprocessing.masking import Masked, Masking, Measured, mask
 from .columns import balancing_weights, read_column
-from .devices import usable_cores
-from .errors import InputError
-from .preprocessing.masking import Masked, Masking, Measured, mask
+from .inputs import CellStream, Stream, TokenStream, open_stream, reading_options
 from .sampling import Chosen, Epoch, Sampling, batches_per_epoch
-from .streams import CellStream, Stream, TokenStream, open_stream, reading_options
 from .windows import Assembly, CellBatch, run
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from .cells import RaggedCells
-    from .config import CellPatchConfig
-    from .genes import GeneVocabulary
-    from .preprocessing.detection import Expected
+    from ..cells import RaggedCells
+    from ..config import CellPatchConfig
+    from ..genes import GeneVocabulary
+    from ..preprocessing.detection import Expected
     from .windows import Mask
 
 __all__ = ["CellBatch", "CellLoader"]

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from cellpatch_fast import CellPatch, InputError, RaggedCells, pp
-from cellpatch_fast.loader import CellLoader
+from cellpatch_fast.loading import CellLoader
 from cellpatch_fast.preprocessing.masking import Masking
 
-from .conftest import GENES, MakeCells
-from .loading import assert_same, in_file_order, load, loading_threads, open_files, together
+from ..conftest import GENES, MakeCells
+from .batches import assert_same, in_file_order, load, loading_threads, open_files, together
 
 CELLS = 211
 FORMATS = ["csr.h5ad", "gzip.h5ad", "csc.h5ad", "dense.h5ad", "v2.zarr", "v3.zarr", "sharded.zarr"]
@@ -288,8 +288,8 @@ def test_nothing_is_read_far_ahead_of_a_slow_consumer(
     files: dict[str, Path], small_model: CellPatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    batches = "cellpatch_fast.windows.Assembly.batches"
-    from cellpatch_fast.windows import Assembly
+    batches = "cellpatch_fast.loading.windows.Assembly.batches"
+    from cellpatch_fast.loading.windows import Assembly
 
     original = Assembly.batches
 
@@ -298,7 +298,7 @@ def test_nothing_is_read_far_ahead_of_a_slow_consumer(
         return original(self, plan, slots)  # type: ignore[arg-type]
 
     monkeypatch.setattr(batches, counted)
-    monkeypatch.setattr("cellpatch_fast.loader.WINDOW_BYTES", 1)
+    monkeypatch.setattr("cellpatch_fast.loading.loader.WINDOW_BYTES", 1)
     with CellLoader(
         files["csr.h5ad"], small_model.vocabulary, small_model.config, batch_size=5, threads=2
     ) as loader:
@@ -313,8 +313,10 @@ def test_an_error_in_a_worker_reaches_the_consumer_and_ends_all(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cellpatch_fast.streams.SAMPLE_CELLS", 100)  # the error is further on
-    monkeypatch.setattr("cellpatch_fast.loader.WINDOW_BYTES", 1)
+    monkeypatch.setattr(
+        "cellpatch_fast.loading.inputs.SAMPLE_CELLS", 100
+    )  # the error is further on
+    monkeypatch.setattr("cellpatch_fast.loading.loader.WINDOW_BYTES", 1)
     bad = adata.copy()
     bad.X.data[bad.X.indptr[150]] = -2
     path = tmp_path / "negative.h5ad"

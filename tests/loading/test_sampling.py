@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellpatch_fast.sampling import Epoch, Sampling, Window, batches_per_epoch
+from cellpatch_fast.loading.sampling import Epoch, Sampling, Window, batches_per_epoch
 
 
 def windows_of(

@@ -24,12 +24,12 @@ import zarr
 
 from cellpatch_fast import CellPatch, InputError, RaggedCells, pp
 from cellpatch_fast.io import TokenStore
-from cellpatch_fast.loader import CellLoader
+from cellpatch_fast.loading import CellLoader
 from cellpatch_fast.preprocessing.masking import Masked, Masking, mask
 
-from .conftest import MakeCells, write_zarr
-from .io.stores.token_files import append, make_cells, open_writer, write_store
-from .loading import assert_same, load, loading_threads, open_files, together
+from ..conftest import MakeCells, write_zarr
+from ..io.stores.token_files import append, make_cells, open_writer, write_store
+from .batches import assert_same, load, loading_threads, open_files, together
 
 CHUNK, SHARD_CHUNKS = 101, 7  # of the token store
 SHARD = 5  # that is damaged
@@ -104,7 +104,7 @@ def files(originals: Files, tmp_path: Path) -> Files:
 @pytest.fixture
 def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one batch."""
-    monkeypatch.setattr("cellpatch_fast.loader.WINDOW_BYTES", 1)
+    monkeypatch.setattr("cellpatch_fast.loading.loader.WINDOW_BYTES", 1)
 
 
 def assert_nothing_stays(folder: Path) -> None:
@@ -252,7 +252,7 @@ def test_any_error_in_a_worker_reaches_the_consumer(
     options: dict[str, Any] = {"batch_size": 10, "obs": ["n"], "masking": Masking()}
     with CellLoader(originals["tokens.zarr"], small_model.vocabulary, **options) as loader:
         if where == "masking":
-            monkeypatch.setattr("cellpatch_fast.loader.mask", fail)
+            monkeypatch.setattr("cellpatch_fast.loading.loader.mask", fail)
         else:
             loader._obs["n"] = loader._obs["n"][:100]
         batches = iter(loader)
@@ -327,7 +327,7 @@ def test_a_loader_closed_while_iterating_says_so(
     originals: Files, monkeypatch: pytest.MonkeyPatch, small: bool
 ) -> None:
     if small:
-        monkeypatch.setattr("cellpatch_fast.loader.WINDOW_BYTES", 1)
+        monkeypatch.setattr("cellpatch_fast.loading.loader.WINDOW_BYTES", 1)
     loader = CellLoader(originals["tokens.zarr"], batch_size=3, threads=2)
     batches = iter(loader)
     next(batches)

@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..config import Preprocessing
+from ..errors import InputError
+from ..io.sources.matrices import MAX_ENTRIES, CsrMatrix, DenseMatrix
+from ..io.sources.source import CellSource, open_source
+from ..io.sources.transpose import CscMatrix
+from ..io.stores.obs import SOURCE_COLUMN
+from ..io.stores.tokens import TokenStore, is_token_store
+from ..preprocessing.detection import detect_input
 from .columns import read_column
-from .config import Preprocessing
-from .errors import InputError
-from .fetching import CsrRows, DenseRows, Rows, TokenRows
-from .io.sources.matrices import MAX_ENTRIES, CsrMatrix, DenseMatrix
-from .io.sources.source import CellSource, open_source
-from .io.sources.transpose import CscMatrix
-from .io.stores.obs import SOURCE_COLUMN
-from .io.stores.tokens import TokenStore, is_token_store
-from .preprocessing.detection import detect_input
+from .rows import CsrRows, DenseRows, Rows, TokenRows
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from .cells import CellBlock
-    from .config import CellPatchConfig
-    from .genes import GeneVocabulary
-    from .io.sources.tables import Table
-    from .preprocessing.detection import Expected
+    from ..cells import CellBlock
+    from ..config import CellPatchConfig
+    from ..genes import GeneVocabulary
+    from ..io.sources.tables import Table
+    from ..preprocessing.detection import Expected
 
 SAMPLE_CELLS = 2_000  # cells that the kind of a matrix is told from
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import InputError
+from ..errors import InputError
 
 if TYPE_CHECKING:
-    from .io.sources.tables import Table
+    from ..io.sources.tables import Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ def read_column(tables: Sequence[Table], names: Sequence[str], column: str) -> C
     """
     import pandas as pd
 
-    from .io.sources.tables import joined
+    from ..io.sources.tables import joined
 
     for table, name in zip(tables, names, strict=True):
         if column not in table.columns:

@@ -29,13 +29,13 @@ from cellpatch_fast import (
 from cellpatch_fast.config import Preprocessing
 from cellpatch_fast.embedding import Embedder
 from cellpatch_fast.io.stores.token_writer import TokenWriter
-from cellpatch_fast.loader import CellLoader
+from cellpatch_fast.loading import CellLoader
 from cellpatch_fast.preprocessing.masking import Masking
 
-from .conftest import GENES, MakeCells
-from .io.stores.token_files import LARGE_VOCABULARY, VOCABULARY, write_store
-from .io.stores.token_files import make_cells as make_tokens
-from .loading import assert_same, assert_same_batches, in_file_order, load, together
+from ..conftest import GENES, MakeCells
+from ..io.stores.token_files import LARGE_VOCABULARY, VOCABULARY, write_store
+from ..io.stores.token_files import make_cells as make_tokens
+from .batches import assert_same, assert_same_batches, in_file_order, load, together
 
 CONTINUOUS = CellPatchConfig(value_rounding="none", value_clip=None)
 SIZES = [31, 1, 67, 13]  # cells of several files

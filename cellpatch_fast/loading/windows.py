@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .cells import RaggedCells
-from .errors import InputError
-from .fetching import Part, Rows
+from ..cells import RaggedCells
+from ..errors import InputError
+from ..preprocessing.masking import MaskCounts, Masked
 from .gathering import copy_rows
-from .preprocessing.masking import MaskCounts, Masked
+from .rows import Part, Rows
 from .sampling import Chosen, Window
 from .slots import ALIGNMENT, Slot, Slots, slot_bytes
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cellpatch_fast import CellPatch, RaggedCells
-from cellpatch_fast.loader import CellBatch, CellLoader
+from cellpatch_fast.loading import CellBatch, CellLoader
 
 
 def loading_threads() -> list[str]:

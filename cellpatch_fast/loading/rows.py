@@ -16,14 +16,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .cells import CellBlock
-from .config import Preprocessing
+from ..cells import CellBlock
+from ..config import Preprocessing
+from ..io.chunks import chunks_of
+from ..io.interfaces import Chunks
+from ..io.sources.matrices import CsrMatrix, DenseMatrix, dense_to_csr, numbers
+from ..preprocessing.detection import InputKind
+from ..preprocessing.tokens import Tokenized, token_types, tokenize
 from .gathering import EntryChunks, Shared, buffer
-from .io.chunks import chunks_of
-from .io.interfaces import Chunks
-from .io.sources.matrices import CsrMatrix, DenseMatrix, dense_to_csr, numbers
-from .preprocessing.detection import InputKind
-from .preprocessing.tokens import Tokenized, token_types, tokenize
 
 
 class Part(Protocol):

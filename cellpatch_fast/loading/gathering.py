@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from .errors import InputError
-from .io.chunks import stretches
-from .io.interfaces import ChunkError, Chunks, remedy
+from ..errors import InputError
+from ..io.chunks import stretches
+from ..io.interfaces import ChunkError, Chunks, remedy
 
 BESIDE_BYTES = 1 << 23  # of chunks that are decoded beside their place at a time
 
