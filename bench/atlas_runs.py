@@ -85,7 +85,7 @@ def measure_atlas(
 
 def make_atlas(folder: Path, cells: int) -> Path:
     """The atlas, unless it is there already."""
-    from cellpatch_fast.datasets import synthetic_atlas
+    from cellpatch_fast.synthetic.generate import synthetic_atlas
 
     path = folder / f"atlas-{cells}x{GENES}.h5ad"
     if not path.exists():

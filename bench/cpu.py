@@ -204,7 +204,7 @@ def measure_linearity(model: CellPatch, rng: np.random.Generator) -> dict[str, A
 def measure_embed(model: CellPatch, cells: int) -> dict[str, float]:
     """File to store against the encoder alone on the same cells, already in memory."""
     from cellpatch_fast import atlas, pp
-    from cellpatch_fast.datasets import synthetic_atlas
+    from cellpatch_fast.synthetic.generate import synthetic_atlas
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "atlas.h5ad"

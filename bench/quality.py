@@ -51,8 +51,8 @@ from bench.quality_methods import (
     Score,
 )
 from bench.quality_report import Scores, report, summarise, targets
-from cellpatch_fast.figures import FORMATS, save_figure
 from cellpatch_fast.files import write_whole
+from cellpatch_fast.plots.figures import FORMATS, save_figure
 
 PARTS = ("annotation", "pretraining", "curves")
 CURVE_STEPS, CURVE_PATCHES = 200, 16

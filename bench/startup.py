@@ -45,7 +45,7 @@ def starts(folder: Path, device: torch.device) -> list[Start]:
 
 def example(folder: Path) -> tuple[Path, Path]:
     """A file of a few cells and an untrained model, unless they are there already."""
-    from cellpatch_fast.datasets import synthetic_atlas
+    from cellpatch_fast.synthetic.generate import synthetic_atlas
 
     cells = folder / f"cells-{CELLS}x{GENES}.h5ad"
     if not cells.exists():

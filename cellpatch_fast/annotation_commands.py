@@ -75,7 +75,8 @@ def add_annotate(commands: Commands) -> None:
 
 def _annotate(parsed: argparse.Namespace) -> None:
     from . import atlas
-    from .annotation import read_label_map
+    from .inference.labels import read_label_map
+    from .plots.confusion import save_confusion
 
     if parsed.report is not None and parsed.label is None:
         raise InputError("--report compares with true types: name their column with --label")
@@ -100,3 +101,9 @@ def _annotate(parsed: argparse.Namespace) -> None:
     print(done)
     if parsed.report is not None and done.evaluation is not None:
         done.evaluation.save(parsed.report)
+        save_confusion(
+            done.evaluation.confusion,
+            parsed.report / "confusion",
+            others=len(done.evaluation.other_labels),
+            title=done.evaluation.headline,
+        )

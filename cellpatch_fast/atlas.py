@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .annotation import label_column, most_likely, require_threshold, true_labels
-from .embedding import Embedder
 from .errors import InputError
+from .inference.embedder import Embedder
+from .inference.evaluation import Evaluation, evaluate, require_analysis
+from .inference.labels import label_column, most_likely, require_threshold, true_labels
 from .io.stores.embeddings import ATTRIBUTE, EmbeddingWriter
 from .io.stores.obs import write_obs
 from .io.stores.partial import finished_counts, is_taken
@@ -30,13 +31,12 @@ from .model.storage import fingerprint
 from .paths import describe_input, input_paths, output_path
 from .progress import progress_bar
 from .tokenization import tokenize
-from .training.evaluation import Evaluation, evaluate, require_analysis
 from .training.folder import warn_of_unfinished
 
 if TYPE_CHECKING:
     import torch
 
-    from .embedding import EmbeddedCells
+    from .inference.embedder import EmbeddedCells
     from .loading.inputs import Stream
     from .model import CellPatch, CellPatchAnnotator
     from .model.encoder import Pool

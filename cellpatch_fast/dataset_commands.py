@@ -53,7 +53,7 @@ def add_synthetic_atlas(commands: Commands) -> None:
 
 
 def _synthetic_atlas(parsed: argparse.Namespace) -> None:
-    from .datasets import synthetic_atlas
+    from .synthetic.generate import synthetic_atlas
 
     names = (*SIZES, "spread", "marker_fold")
     given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}

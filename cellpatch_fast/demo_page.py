@@ -23,7 +23,7 @@ from .demo import (
     SPLIT,
     STORE,
 )
-from .reports import Section, write_page
+from .plots.page import Section, write_page
 
 if TYPE_CHECKING:
     from .demo import Results

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .annotation import label_column, most_likely, require_threshold
-from .embedding import Embedder
 from .errors import InputError
+from .inference.embedder import Embedder
+from .inference.labels import label_column, most_likely, require_threshold
 from .loading.inputs import reading_options
 from .model.storage import fingerprint
 from .progress import progress_bar

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..figures import new_figure
+from ..plots.figures import new_figure
 from .curves import (
     BLUE,
     FAINT,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from ..figures import OKABE_ITO, new_figure
+from ..plots.figures import OKABE_ITO, new_figure
 from .findings import compared, curve, genes_tried, ignored
 from .results import Record, Run
 

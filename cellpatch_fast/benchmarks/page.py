@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..reports import Section, write_page
+from ..plots.page import Section, write_page
 from .findings import (
     TARGET_GENES,
     curve,

@@ -6,8 +6,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ..errors import InputError
-from ..figures import FORMATS, require_matplotlib, save_figure
 from ..files import write_whole
+from ..plots.figures import FORMATS, require_matplotlib, save_figure
 from .charts import all_charts
 from .page import headline, write_results_page
 from .results import Run, require_writable

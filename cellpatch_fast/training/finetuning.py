@@ -17,6 +17,7 @@ import torch
 
 from ..config import CellPatchConfig
 from ..errors import InputError
+from ..inference.evaluation import UNKNOWN, Evaluation, require_analysis
 from ..loading import CellLoader
 from ..loading.columns import Column, balancing_weights
 from ..loading.inputs import Stream, reading_options
@@ -24,6 +25,7 @@ from ..model import CellPatch, CellPatchAnnotator, fingerprint
 from ..preprocessing.masking import Masking
 from .choosing import choose, complete, new_config
 from .classification import Annotation
+from .curves import training_curves
 from .data import (
     Labels,
     describe,
@@ -36,7 +38,6 @@ from .data import (
     split_labelled,
 )
 from .distributed import Processes
-from .evaluation import UNKNOWN, Evaluation, require_analysis
 from .expression import gather
 from .finishing import Tested, finish
 from .linear import LinearModels, fit
@@ -187,7 +188,7 @@ checkpoint_minutes, overwrite, progress
             if processes.leads:
                 _warn_of_majority(history, labels, rows)
                 tested = finish(output, streams, rows, labels, chosen, processes.device, linear)
-                _draw_curves(output)
+                training_curves(output, save=output / "training_curves")
             processes.wait()
     return Finetuned(history, tested.annotator, tested.linear)
 
@@ -307,9 +308,3 @@ def _task(
     if len(rows["validation"]):
         validation = CellLoader(streams, rows=rows["validation"], **common)
     return Annotation(annotator, training, validation, labels.codes, settings)
-
-
-def _draw_curves(output: Path) -> None:
-    from .. import pl
-
-    pl.training_curves(output, save=output / "training_curves")

@@ -27,7 +27,7 @@ from cellpatch_fast import (
     tokenization,
 )
 from cellpatch_fast.config import Preprocessing
-from cellpatch_fast.embedding import Embedder
+from cellpatch_fast.inference.embedder import Embedder
 from cellpatch_fast.io.stores.token_writer import TokenWriter
 from cellpatch_fast.loading import CellLoader
 from cellpatch_fast.preprocessing.masking import Masking

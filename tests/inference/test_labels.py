@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from cellpatch_fast import InputError
-from cellpatch_fast.annotation import read_label_map, true_labels
 from cellpatch_fast.errors import InputWarning
+from cellpatch_fast.inference.labels import read_label_map, true_labels
 from cellpatch_fast.io.sources.tables import FrameTable
 
 CLASSES = ["B", "T, naive"]

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .devices import memory_errors, usable_device
-from .errors import InputError
-from .kernels import resolve_backend, synchronize
-from .loading import CellLoader
-from .loading.inputs import Stream, open_stream
-from .model import CellPatch, CellPatchAnnotator, pool
+from ..devices import memory_errors, usable_device
+from ..errors import InputError
+from ..kernels import resolve_backend, synchronize
+from ..loading import CellLoader
+from ..loading.inputs import Stream, open_stream
+from ..model import CellPatch, CellPatchAnnotator, pool
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from .cells import RaggedCells
-    from .model.encoder import Pool
-    from .preprocessing.detection import Expected
+    from ..cells import RaggedCells
+    from ..model.encoder import Pool
+    from ..preprocessing.detection import Expected
 
 MAX_CELLS = 8_192  # of a batch: its features take 20 MiB at the paper's sizes
 MAX_ENTRIES = 1 << 22  # of a batch: 4 million take some 100 MB on their way to tokens

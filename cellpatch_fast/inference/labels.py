@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import InputError, InputWarning
-from .genes.names import first_names
-from .loading.columns import read_names
-from .training.evaluation import UNKNOWN
+from ..errors import InputError, InputWarning
+from ..genes.names import first_names
+from ..loading.columns import read_names
+from .evaluation import UNKNOWN
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .io.sources.tables import Table
+    from ..io.sources.tables import Table
 
 logger = logging.getLogger("cellpatch_fast")
 

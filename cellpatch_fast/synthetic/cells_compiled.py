@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from .preprocessing.masking_compiled import hash_integer
-from .preprocessing.ordering import sort_by_digit
+from ..preprocessing.masking_compiled import hash_integer
+from ..preprocessing.ordering import sort_by_digit
 
 __all__ = ["Law", "draw_cells", "hash_seed"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import InputError
+from ..errors import InputError
 from .figures import GREY, OKABE_ITO
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import InputError
+from ..errors import InputError
 from .figures import render
-from .files import write_whole
+from ..files import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,8 +11,8 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import InputError
-from .files import write_whole
+from ..errors import InputError
+from ..files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

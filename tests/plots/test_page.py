@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from cellpatch_fast import InputError
-from cellpatch_fast.reports import Section, write_page
+from cellpatch_fast.plots.page import Section, write_page
 
 VOID = {"meta", "img", "br", "link", "input"}
 

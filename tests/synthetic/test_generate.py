@@ -12,10 +12,10 @@ import pytest
 import scipy.sparse as sp
 from scipy.stats import kstest, nbinom
 
-from cellpatch_fast import InputError, cli, datasets, frequencies
-from cellpatch_fast.datasets import SyntheticAtlas, synthetic_atlas
+from cellpatch_fast import InputError, cli
 from cellpatch_fast.genes.names import human_genes
-from cellpatch_fast.io import appending
+from cellpatch_fast.synthetic import frequencies, generate, writer
+from cellpatch_fast.synthetic.generate import SyntheticAtlas, synthetic_atlas
 
 CELLS, TYPES, BATCHES = 1_511, 7, 3
 SMALL: dict[str, Any] = {"genes": 61, "cell_types": 3, "batches": 2, "progress": False}
@@ -71,8 +71,8 @@ def test_genes_per_cell_are_log_normal(atlas: anndata.AnnData) -> None:
 
 @pytest.mark.parametrize("genes", [43, 5_003])
 def test_the_median_and_spread_of_genes_are_those_asked_for(genes: int) -> None:
-    law = datasets._law(datasets._Kinds(2, 3, 8.0, 2, 2), genes, 0.07)
-    lengths = np.concatenate([np.diff(part.offsets) for part in datasets._drawn(law, 501, 0)])
+    law = generate._law(generate._Kinds(2, 3, 8.0, 2, 2), genes, 0.07)
+    lengths = np.concatenate([np.diff(part.offsets) for part in generate._drawn(law, 501, 0)])
     assert np.median(lengths) == pytest.approx(genes, rel=0.05)
     sampling = 1 / np.sqrt(genes)  # at most, of detecting genes by chance
     assert 0.06 < np.log(lengths).std() < 0.08 + sampling
@@ -81,12 +81,12 @@ def test_the_median_and_spread_of_genes_are_those_asked_for(genes: int) -> None:
 def test_genes_are_as_common_as_the_formula_says() -> None:
     """Without types and batches that differ, at one depth."""
     cells, depth = 4_001, 1.7
-    law = datasets._law(datasets._Kinds(1, 0, 1.0, 1, 1), 1_009, 0.0)
+    law = generate._law(generate._Kinds(1, 0, 1.0, 1, 1), 1_009, 0.0)
     law = law._replace(
         efficiencies=np.ones_like(law.efficiencies),
         log_depths=np.full_like(law.log_depths, np.log(depth)),
     )
-    parts = list(datasets._drawn(law, cells, 5))
+    parts = list(generate._drawn(law, cells, 5))
     columns, counts = (
         np.concatenate([getattr(p, x) for p in parts]) for x in ("columns", "counts")
     )
@@ -167,11 +167,11 @@ def test_formats_compressions_blocks_threads_and_chunks_leave_no_trace(
 ) -> None:
     synthetic_atlas(tmp_path / "a.h5ad", 307, **SMALL)
     expected = read(tmp_path / "a.h5ad")
-    monkeypatch.setattr(datasets, "BLOCK_ENTRIES", 5_000)
-    monkeypatch.setattr(datasets, "MOST_THREADS", 3)
-    monkeypatch.setattr(datasets, "usable_cores", lambda: 3)
-    monkeypatch.setattr(appending, "CHUNK", 997)
-    monkeypatch.setattr(appending, "SHARD_CHUNKS", 3)
+    monkeypatch.setattr(generate, "BLOCK_ENTRIES", 5_000)
+    monkeypatch.setattr(generate, "MOST_THREADS", 3)
+    monkeypatch.setattr(generate, "usable_cores", lambda: 3)
+    monkeypatch.setattr(writer, "CHUNK", 997)
+    monkeypatch.setattr(writer, "SHARD_CHUNKS", 3)
     for name, compression in [("b.h5ad", "gzip"), ("c.zarr", None), ("d.zarr", "zstd")]:
         synthetic_atlas(tmp_path / name, 307, compression=compression, **SMALL)
         assert_same(read(tmp_path / name), expected)
@@ -194,10 +194,10 @@ def test_much_longer_cells_than_expected_fit(
 ) -> None:
     """A block's room is for the cells that are expected; the rest is drawn in further parts."""
     synthetic_atlas(tmp_path / "a.h5ad", 31, genes=3_001, spread=1.5, progress=False)
-    monkeypatch.setattr(datasets, "BLOCK_ENTRIES", 1)
+    monkeypatch.setattr(generate, "BLOCK_ENTRIES", 1)
     synthetic_atlas(tmp_path / "b.h5ad", 31, genes=3_001, spread=1.5, progress=False)
-    law = datasets._law(datasets._Kinds(10, 40, 8.0, 4, 8), 3_001, 1.5)
-    assert len(datasets._draw(law, np.uint64(0), 0, 31)) > 1
+    law = generate._law(generate._Kinds(10, 40, 8.0, 4, 8), 3_001, 1.5)
+    assert len(generate._draw(law, np.uint64(0), 0, 31)) > 1
     assert_same(read(tmp_path / "a.h5ad"), read(tmp_path / "b.h5ad"))
 
 
@@ -206,7 +206,7 @@ def test_offsets_have_64_bits_where_entries_may_need_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Columns too: SciPy fails on matrices that have both."""
-    monkeypatch.setattr(datasets, "MOST_ENTRIES", 1_000)
+    monkeypatch.setattr(generate, "MOST_ENTRIES", 1_000)
     many = read(synthetic_atlas(tmp_path / name, 29, **SMALL).path).X
     assert many.indptr.dtype == many.indices.dtype == np.int64
     assert np.diff(many.indptr).min() > 0
@@ -224,18 +224,18 @@ class Stop(BaseException):
 def test_nothing_is_left_of_an_interrupted_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(datasets, "BLOCK_ENTRIES", 1_000)
+    monkeypatch.setattr(generate, "BLOCK_ENTRIES", 1_000)
     seen = []
-    append = appending.AnnDataWriter.append
+    append = writer.AnnDataWriter.append
 
-    def stop_at_the_third(self: appending.AnnDataWriter, *arguments: Any) -> None:
+    def stop_at_the_third(self: writer.AnnDataWriter, *arguments: Any) -> None:
         seen.append([path.name for path in tmp_path.iterdir()])
         if len(seen) == 3:
             raise Stop
         append(self, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(appending.AnnDataWriter, "append", stop_at_the_third)
+        patched.setattr(writer.AnnDataWriter, "append", stop_at_the_third)
         with pytest.raises(Stop):
             synthetic_atlas(tmp_path / name, 101, **SMALL)
     assert len(seen[-1]) == 1

@@ -1,4 +1,4 @@
-"""How good an annotation is: predicted cell types against true ones, in numbers and a figure.
+"""How good an annotation is: predicted cell types against true ones, in numbers and tables.
 
 All scores come from scikit-learn. Three conventions are ours, and stated with every result:
 
@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from ..figures import FORMATS, require_matplotlib
 from ..files import write_whole
 from ..genes.names import first_names
+from ..plots.figures import require_matplotlib
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -117,6 +117,16 @@ class Evaluation:
         share = self.cells / self.labelled_cells
         return f"{text} on {self.cells:,} of {self.labelled_cells:,} labelled cells ({share:.1%})"
 
+    @property
+    def headline(self) -> str:
+        """What stands above a figure of the table truth x predicted."""
+        if not self.other_labels:
+            return self.scores
+        return (
+            f"{self.scores}\noverall accuracy {self.overall_accuracy:.3f}; below the line: labels "
+            "that are not among the model's classes"
+        )
+
     def _notes(self) -> list[str]:
         notes = []
         if self.cells and self.unknown_share:
@@ -151,31 +161,22 @@ class Evaluation:
             "other_labels": list(self.other_labels),
         }
 
-    def save(self, folder: str | Path, figures: bool = True) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write ``metrics.json``, ``per_class.csv`` and ``confusion.csv`` to a folder.
 
-        And the table truth x predicted as ``confusion.png`` and ``confusion.svg``, unless no cell
-        has a label. Each file is written whole or not at all; those of an earlier evaluation are
-        replaced.
+        Each file is written whole or not at all; those of an earlier evaluation are replaced.
+        `cellpatch_fast.pl.confusion_matrix` draws the table truth x predicted.
 
         Parameters
         ----------
         folder
             Made if it does not exist.
-        figures
-            Draw the figures, which needs the extra ``analysis``.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "metrics.json", json.dumps(self.metrics(), indent=2) + "\n")
         write_whole(folder / "per_class.csv", self.per_class.to_csv())
         write_whole(folder / "confusion.csv", self.confusion.to_csv())
-        for format_ in FORMATS:  # an earlier evaluation's would be taken for this one's
-            (folder / f"confusion.{format_}").unlink(missing_ok=True)
-        if figures and self.labelled_cells:
-            from .. import pl
-
-            pl.confusion_matrix(self, save=folder / "confusion")
 
 
 def evaluate(
