@@ -99,7 +99,7 @@ def embed_alone(warm_up: str, atlas: str, model: str, folder: str, device: str) 
 
     import h5py
 
-    from cellpatch_fast.atlas import embed
+    from cellpatch_fast.atlas.embed import embed
 
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         embed(warm_up, model, Path(scratch, "warm-up.zarr"), device=device, progress=False)

@@ -22,7 +22,7 @@ from .io.stores.partial import LOCK, partial_of
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from .atlas import Annotated
+    from .atlas.embed import Annotated
     from .training import Evaluation, FinetuningSettings
 
 DATA, ANNOTATOR, STORE = "pbmc68k.h5ad", "annotator", "annotated.zarr"

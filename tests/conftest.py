@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,21 +19,16 @@ from anndata.io import write_elem
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
-from cellpatch_fast import (
-    CellPatch,
-    CellPatchConfig,
-    GeneVocabulary,
-    RaggedCells,
-    atlas,
-    cli,
-    tokenization,
-)
+from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, RaggedCells, atlas, cli
 from cellpatch_fast.io import TokenStore
 from cellpatch_fast.io.stores import embeddings, obs, token_writer
 from cellpatch_fast.io.stores.buckets import Buckets
 from cellpatch_fast.io.stores.token_writer import TokenWriter
 
 from .io.stores.token_files import read_chunks
+
+# `atlas.tokenize` is the function.
+tokenizing = importlib.import_module("cellpatch_fast.atlas.tokenize")
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Workers that all use all cores wait for each other: small steps took eight times as long.
@@ -246,10 +242,10 @@ class SmallBuckets(Buckets):
 @pytest.fixture
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches, chunks, shards and buckets that cells do not line up with."""
-    monkeypatch.setattr(tokenization, "MAX_ENTRIES", 401)
-    monkeypatch.setattr(tokenization, "TokenWriter", SmallWriter)
+    monkeypatch.setattr(tokenizing, "MAX_ENTRIES", 401)
+    monkeypatch.setattr(tokenizing, "TokenWriter", SmallWriter)
     monkeypatch.setattr(token_writer, "WAITING_CHUNKS", 4)
-    monkeypatch.setattr(tokenization, "Buckets", SmallBuckets)
+    monkeypatch.setattr(tokenizing, "Buckets", SmallBuckets)
     monkeypatch.setattr(obs, "ROWS", 17)
     monkeypatch.setattr(obs, "SORTED_ROWS", 83)
 

@@ -273,3 +273,11 @@ def reading_options(
 def sample_of(source: CellSource) -> CellBlock:
     """The first cells of a source, enough to tell what its matrix holds."""
     return next(source.blocks(0, min(SAMPLE_CELLS, source.n_cells), max_entries=MAX_ENTRIES))
+
+
+def describe_input(path: Path | str, stream: Stream) -> str:
+    """An input, for people; another string if anything about it is different."""
+    return (
+        f"{Path(path).name}: {stream.n_cells} cells, {stream.n_genes} genes, {stream.kind}, "
+        f"fingerprint {stream.fingerprint()[:16]}"
+    )

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .figures import render
 from ..files import write_whole
+from .figures import render
 
 if TYPE_CHECKING:
     import pandas as pd

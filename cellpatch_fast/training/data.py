@@ -20,9 +20,8 @@ import pandas as pd
 
 from ..errors import InputError
 from ..loading.columns import read_names
-from ..loading.inputs import CellStream, Stream, open_stream
+from ..loading.inputs import CellStream, Stream, describe_input, open_stream
 from ..loading.loader import listed_inputs
-from ..paths import describe_input
 from .distributed import Processes
 from .settings import FinetuningSettings, TrainingSettings
 

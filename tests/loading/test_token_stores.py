@@ -24,7 +24,6 @@ from cellpatch_fast import (
     RaggedCells,
     atlas,
     pp,
-    tokenization,
 )
 from cellpatch_fast.config import Preprocessing
 from cellpatch_fast.inference.embedder import Embedder
@@ -32,7 +31,7 @@ from cellpatch_fast.io.stores.token_writer import TokenWriter
 from cellpatch_fast.loading import CellLoader
 from cellpatch_fast.preprocessing.masking import Masking
 
-from ..conftest import GENES, MakeCells
+from ..conftest import GENES, MakeCells, tokenizing
 from ..io.stores.token_files import LARGE_VOCABULARY, VOCABULARY, write_store
 from ..io.stores.token_files import make_cells as make_tokens
 from .batches import assert_same, assert_same_batches, in_file_order, load, together
@@ -85,7 +84,7 @@ def make_store(
     def make(inputs: Path | list[Path], **options: Any) -> Path:
         output = tmp_path_factory.mktemp("stores") / "tokens.zarr"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tokenization, "TokenWriter", SmallWriter)
+            patch.setattr(tokenizing, "TokenWriter", SmallWriter)
             atlas.tokenize(inputs, output, **{"vocabulary": small_vocabulary} | options)
         return output
 

@@ -18,7 +18,7 @@ import cellpatch_fast
 from cellpatch_fast import CellPatch, cli, demo, pl
 from cellpatch_fast.io.stores.embeddings import EmbeddingWriter
 
-from .conftest import GENES, MakeCells
+from ..conftest import GENES, MakeCells
 
 COMMANDS = (
     *("embed", "tokenize", "pretrain", "finetune", "annotate", "new-model", "import-checkpoint"),
@@ -197,7 +197,7 @@ def test_only_our_own_warnings_are_shown(
 
 
 def test_imported_checkpoint_can_embed(capsys: Capture, tmp_path: Path) -> None:
-    with np.load(Path(__file__).parent / "data" / "original_outputs.npz") as file:
+    with np.load(Path(__file__).parents[1] / "data" / "original_outputs.npz") as file:
         prefix = "pretrain/state/"
         state = {
             name.removeprefix(prefix): torch.from_numpy(file[name])

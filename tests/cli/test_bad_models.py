@@ -16,7 +16,7 @@ import torch
 
 from cellpatch_fast import cli
 
-from .conftest import Refused
+from ..conftest import Refused
 
 Capture = pytest.CaptureFixture[str]
 
@@ -103,7 +103,7 @@ def import_checkpoint(capsys: Capture, tmp_path: Path) -> Callable[[object], str
 @pytest.fixture
 def state() -> dict[str, torch.Tensor]:
     """A state dict of the original's."""
-    with np.load(Path(__file__).parent / "data" / "original_outputs.npz") as file:
+    with np.load(Path(__file__).parents[1] / "data" / "original_outputs.npz") as file:
         prefix = "pretrain/state/"
         names = [name for name in file if name.startswith(prefix)]
         return {name.removeprefix(prefix): torch.from_numpy(file[name]) for name in names}

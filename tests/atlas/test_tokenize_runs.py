@@ -21,7 +21,7 @@ from cellpatch_fast.io.stores.partial import partial_of
 from cellpatch_fast.io.stores.shards import ShardFile
 from cellpatch_fast.io.stores.token_writer import TokenWriter
 
-from .conftest import Tokenize, tree
+from ..conftest import Tokenize, tree
 
 pytestmark = pytest.mark.usefixtures("_small_pieces")
 

@@ -14,7 +14,7 @@ from scipy import sparse
 from cellpatch_fast import CellPatch, cli
 from cellpatch_fast.io.stores.partial import partial_of
 
-from .conftest import GENES, Change, Changed, Embed, MakeCells, Refused, write_zarr
+from ..conftest import GENES, Change, Changed, Embed, MakeCells, Refused, write_zarr
 
 Capture = pytest.CaptureFixture[str]
 

@@ -24,24 +24,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .config import CellPatchConfig, Preprocessing
-from .errors import InputError
-from .genes import GeneVocabulary
-from .io.sources.source import open_source
-from .io.stores.buckets import Buckets, bytes_needed
-from .io.stores.obs import write_obs
-from .io.stores.partial import finished_counts, is_taken
-from .io.stores.token_writer import TokenWriter
-from .io.stores.tokens import ATTRIBUTE, KIND, gene_dtype, is_token_store, narrowed, value_dtype
-from .loading import CellLoader
-from .loading.inputs import CellStream
-from .paths import describe_input, input_paths, output_path
-from .progress import progress_bar
+from ..config import CellPatchConfig, Preprocessing
+from ..errors import InputError
+from ..genes import GeneVocabulary
+from ..io.sources.source import open_source
+from ..io.stores.buckets import Buckets, bytes_needed
+from ..io.stores.obs import write_obs
+from ..io.stores.partial import finished_counts, is_taken
+from ..io.stores.token_writer import TokenWriter
+from ..io.stores.tokens import ATTRIBUTE, KIND, gene_dtype, is_token_store, narrowed, value_dtype
+from ..loading import CellLoader
+from ..loading.inputs import CellStream, describe_input
+from ..progress import progress_bar
+from .paths import input_paths, output_path
 
 if TYPE_CHECKING:
-    from .loading.windows import CellBatch
-    from .model import CellPatch
-    from .preprocessing.detection import Expected
+    from ..loading.windows import CellBatch
+    from ..model import CellPatch
+    from ..preprocessing.detection import Expected
 
 logger = logging.getLogger("cellpatch_fast")
 
@@ -235,7 +235,7 @@ def _resolved(
         if config is not None:
             raise InputError("a model says how values are made: give no config beside it")
         if isinstance(model, str | Path):
-            from .model import CellPatch
+            from ..model import CellPatch
 
             model = CellPatch.from_pretrained(model)
         return model.vocabulary, model.config

@@ -17,7 +17,7 @@ from cellpatch_fast import CellPatch, GeneVocabulary, InputError
 from cellpatch_fast.io.stores import embeddings
 from cellpatch_fast.io.stores.partial import partial_of
 
-from .conftest import stopped_after, tree, write_zarr
+from ..conftest import stopped_after, tree, write_zarr
 
 CELLS = 211
 KEY = "X_cellpatch"

@@ -17,18 +17,11 @@ import scanpy as sc
 import torch
 
 import cellpatch_fast as cp
-from cellpatch_fast import (
-    CellPatch,
-    CellPatchConfig,
-    GeneVocabulary,
-    InputError,
-    RaggedCells,
-    tokenization,
-)
+from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, InputError, RaggedCells
 from cellpatch_fast.io import TokenStore
 from cellpatch_fast.io.stores.buckets import Buckets
 
-from .conftest import GENES, MakeCells, Tokenize, tree, write_zarr
+from ..conftest import GENES, MakeCells, Tokenize, tokenizing, tree, write_zarr
 
 pytestmark = pytest.mark.usefixtures("_small_pieces")
 
@@ -245,7 +238,7 @@ def test_dense_files_are_sized_by_a_sample(
         asked.append(entries)
         return Buckets(folder, rows, entries, *types)
 
-    monkeypatch.setattr(tokenization, "Buckets", buckets)
+    monkeypatch.setattr(tokenizing, "Buckets", buckets)
     tokenize(tmp_path / "dense.h5ad", shuffle=True)
     assert asked == [np.count_nonzero(adata.X)]
 

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from .conftest import GENES, MakeCells, tree
+from ..conftest import GENES, MakeCells, tree
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork, /proc and rlimits")
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .errors import InputError
-from .io.interfaces import is_address
-from .io.stores.partial import finished_facts, is_taken
-
-if TYPE_CHECKING:
-    from .loading.inputs import Stream
+from ..errors import InputError
+from ..io.interfaces import is_address
+from ..io.stores.partial import finished_facts, is_taken
 
 
 def input_paths(inputs: str | Path | Sequence[str | Path]) -> list[Path | str]:
@@ -79,11 +75,3 @@ def output_path(
         if taken.resolve() in (path.resolve(), *path.resolve().parents):
             raise InputError(f"the output {path} lies within the input {taken}: choose another")
     return path
-
-
-def describe_input(path: Path | str, stream: Stream) -> str:
-    """An input, for people; another string if anything about it is different."""
-    return (
-        f"{Path(path).name}: {stream.n_cells} cells, {stream.n_genes} genes, {stream.kind}, "
-        f"fingerprint {stream.fingerprint()[:16]}"
-    )

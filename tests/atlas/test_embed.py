@@ -20,7 +20,7 @@ import cellpatch_fast as cp
 from cellpatch_fast import CellPatch, InputError
 from cellpatch_fast.io.stores import embeddings
 
-from .conftest import GENES, MakeCells, stopped_after, tree, write_zarr
+from ..conftest import GENES, MakeCells, stopped_after, tree, write_zarr
 
 CELLS = 211
 KEY = "X_cellpatch"

@@ -19,7 +19,7 @@ from cellpatch_fast.io import TokenStore
 from cellpatch_fast.io.stores.partial import partial_of
 from cellpatch_fast.io.stores.token_writer import TokenWriter
 
-from .conftest import GENES, tree
+from ..conftest import GENES, tree
 from .test_cli import facts, run
 
 Capture = pytest.CaptureFixture[str]
