@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from bench.processes import COMPILING, Failed, peak_memory, run_python, timing_of
+from bench.reporting.results import Record
 from bench.startup import example
-from cellpatch_fast.benchmarks.results import Record
 
 SIZES = (10_000, 100_000, 1_000_000)
 QUICK_SIZES = (10_000, 30_000)

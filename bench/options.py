@@ -15,7 +15,7 @@ import torch
 
 from bench.cells import GENES
 from bench.command import TYPES
-from cellpatch_fast.benchmarks.results import Run, require_writable
+from bench.reporting.results import Run, require_writable
 from cellpatch_fast.errors import InputError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cellpatch_fast.benchmarks.results import Timing
+from bench.reporting.results import Timing
 
 ROOT = Path(__file__).parents[1]
 COMPILING = 120.0  # seconds beside a limit: the first process on a machine compiles kernels

@@ -9,7 +9,7 @@ import numpy as np
 
 from bench.quality_methods import LINEAR
 from bench.quality_report import CONFIDENCE, MEASURES
-from cellpatch_fast.benchmarks.curves import BLUE, FONT, VERMILLION, WIDTH, add_note, plain_frame
+from bench.reporting.curves import BLUE, FONT, VERMILLION, WIDTH, add_note, plain_frame
 from cellpatch_fast.plots.figures import new_figure
 
 if TYPE_CHECKING:

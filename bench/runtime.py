@@ -31,9 +31,9 @@ from bench.batches import DISTINCT, Drawing
 from bench.options import Options
 from bench.peers.registry import ENVIRONMENT, Peer
 from bench.processes import timing_of
+from bench.reporting.results import Record
 from bench.session import described
 from bench.worker import Broken, Made, Message, Order, Point, Tried
-from cellpatch_fast.benchmarks.results import Record
 
 PREPARING_LIMIT = 120.0  # seconds to make a model, or to read cells
 ENTRIES, QUICK_ENTRIES = 16_000_000, 2_000_000  # of the cells that are drawn for a point, at most

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from bench.processes import COMPILING, Failed, run_python, timing_of
-from cellpatch_fast.benchmarks.results import Record
+from bench.reporting.results import Record
 
 CELLS, GENES = 100, 1_000  # of the first embedding
 EMBED = """

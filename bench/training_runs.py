@@ -19,7 +19,7 @@ from bench.cpu import timed
 from bench.options import Options
 from bench.peers.registry import ENVIRONMENT, PEERS
 from bench.processes import COMPILING, Failed, run_python, timing_of
-from cellpatch_fast.benchmarks.results import Record
+from bench.reporting.results import Record
 
 QUICK = training.Sizes(pretraining_cells=32, finetuning_cells=64, repeats=3)
 FULL = training.Sizes(repeats=5)

@@ -24,7 +24,7 @@ from ..cells import RaggedCells
 from ..errors import InputError
 from ..kernels import Encoded, EncoderWeights
 from .encoder import gather_weights, run_encoder
-from .original import original_name
+from .original_names import original_name
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

@@ -15,14 +15,15 @@ import pytest
 import torch
 
 import cellpatch_fast
-from cellpatch_fast import CellPatch, cli, demo, pl
+from cellpatch_fast import CellPatch, cli, pl
+from cellpatch_fast.cli import demo
 from cellpatch_fast.io.stores.embeddings import EmbeddingWriter
 
 from ..conftest import GENES, MakeCells
 
 COMMANDS = (
     *("embed", "tokenize", "pretrain", "finetune", "annotate", "new-model", "import-checkpoint"),
-    *("inspect", "demo", "tune", "bench-report"),
+    *("inspect", "demo", "tune", "synthetic-atlas"),
 )
 HEAVY = ("torch", "numba", "numpy", "pandas", "anndata", "zarr", "h5py", "scanpy", "tqdm")
 

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from .errors import InputError
-from .io.stores.partial import LOCK, partial_of
+from ..errors import InputError
+from ..io.stores.partial import LOCK, partial_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from .atlas.embed import Annotated
-    from .training import Evaluation, FinetuningSettings
+    from ..atlas.embed import Annotated
+    from ..training import Evaluation, FinetuningSettings
 
 DATA, ANNOTATOR, STORE = "pbmc68k.h5ad", "annotator", "annotated.zarr"
 FIGURE, PAGE = "umap", "index.html"
@@ -128,8 +128,8 @@ def _results(output: Path, data: AnnData, clock: _Clock) -> Results:
     """Train, annotate, and compare."""
     import anndata
 
-    from . import atlas
-    from .training import finetune
+    from .. import atlas
+    from ..training import finetune
 
     run = output / ANNOTATOR
     done = clock.time(
@@ -222,7 +222,7 @@ def _baseline(data: AnnData) -> tuple[Evaluation, np.ndarray]:
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
     from threadpoolctl import threadpool_limits
 
-    from .training import evaluate
+    from ..training import evaluate
 
     training, test, labels = _parts(data)
     expression = data.X.toarray()
@@ -244,8 +244,8 @@ def _network(annotated: AnnData, run: Path) -> Evaluation:
     """What the annotator's network says, from the embedding, without the linear models."""
     import torch
 
-    from .model import CellPatchAnnotator
-    from .training import evaluate
+    from ..model import CellPatchAnnotator
+    from ..training import evaluate
 
     _, test, labels = _parts(annotated)
     annotator = CellPatchAnnotator.from_pretrained(run).eval()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cellpatch_fast.benchmarks.findings import (
+from bench.reporting.findings import (
     TARGET_RATIOS,
     digits,
     linear_fit,
@@ -18,8 +18,8 @@ from cellpatch_fast.benchmarks.findings import (
     targets,
     times,
 )
-from cellpatch_fast.benchmarks.results import STATUSES, Record
-from cellpatch_fast.benchmarks.tables import Table, all_tables, runtime_tables
+from bench.reporting.results import STATUSES, Record
+from bench.reporting.tables import Table, all_tables, runtime_tables
 
 from .runs import CAPPED, OURS, WHOLE, full_run, kernel, measured, point, run, runtime_run
 

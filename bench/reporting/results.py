@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..files import write_whole
+from cellpatch_fast.errors import InputError
+from cellpatch_fast.files import write_whole
 
 FORMAT, FORMAT_VERSION = "cellpatch-fast benchmarks", 1
 STATUSES = ("measured", "out of memory", "out of time", "inaccurate", "failed", "skipped")

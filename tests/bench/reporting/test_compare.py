@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.reporting.compare import compare, require_within, slower_than
+from bench.reporting.results import Record, Timing
 from cellpatch_fast import InputError
-from cellpatch_fast.benchmarks.compare import compare, require_within, slower_than
-from cellpatch_fast.benchmarks.results import Record, Timing
 
 from .runs import OURS, WHOLE, measured, point, run, runtime_run
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .commands import MODEL_HELP, RESUMABLE, Commands, add_inputs, add_reading, positive
-from .errors import InputError
+from ..errors import InputError
+from .options import MODEL_HELP, RESUMABLE, Commands, add_inputs, add_reading, positive
 
 
 def add_annotate(commands: Commands) -> None:
@@ -74,9 +74,9 @@ def add_annotate(commands: Commands) -> None:
 
 
 def _annotate(parsed: argparse.Namespace) -> None:
-    from . import atlas
-    from .inference.labels import read_label_map
-    from .plots.confusion import save_confusion
+    from .. import atlas
+    from ..inference.labels import read_label_map
+    from ..plots.confusion import save_confusion
 
     if parsed.report is not None and parsed.label is None:
         raise InputError("--report compares with true types: name their column with --label")

@@ -6,13 +6,13 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError
-from .io.stores.embeddings import ATTRIBUTE
-from .io.stores.partial import finished_facts, partial_of, unfinished_facts
-from .io.stores.tokens import KIND, TokenStore, is_token_store
+from ..errors import InputError
+from ..io.stores.embeddings import ATTRIBUTE
+from ..io.stores.partial import finished_facts, partial_of, unfinished_facts
+from ..io.stores.tokens import KIND, TokenStore, is_token_store
 
 if TYPE_CHECKING:
-    from .io.sources.source import CellSource
+    from ..io.sources.source import CellSource
 
 
 def describe(place: Path | str) -> dict[str, Any]:
@@ -35,15 +35,15 @@ def describe(place: Path | str) -> dict[str, Any]:
     if is_token_store(place):
         with TokenStore(place) as store:
             return {"kind": "token store"} | store.describe()
-    from .io.sources.source import open_source
+    from ..io.sources.source import open_source
 
     with open_source(place) as source:
         return {"kind": "cells"} | source.describe() | _usable(source)
 
 
 def _model(path: Path) -> dict[str, Any]:
-    from .model import CellPatch, CellPatchAnnotator, MaskedGeneModel, fingerprint
-    from .model.storage import parts_of
+    from ..model import CellPatch, CellPatchAnnotator, MaskedGeneModel, fingerprint
+    from ..model.storage import parts_of
 
     parts = parts_of(path)
     model: CellPatch
@@ -65,7 +65,7 @@ def _model(path: Path) -> dict[str, Any]:
 
 def _run(path: Path) -> dict[str, Any]:
     """What is known of the training run whose folder the directory is."""
-    from .training.folder import SETTINGS, read_settings
+    from ..training.folder import SETTINGS, read_settings
 
     if not (path / SETTINGS).exists():
         return {}
@@ -100,9 +100,9 @@ def _unfinished(journal: dict[str, Any]) -> dict[str, Any]:
 
 def _usable(source: CellSource) -> dict[str, str]:
     """Whether the values and names of the genes are such that the cells can be embedded."""
-    from .genes import GeneVocabulary
-    from .loading.inputs import sample_of
-    from .preprocessing.detection import detect_input
+    from ..genes import GeneVocabulary
+    from ..loading.inputs import sample_of
+    from ..preprocessing.detection import detect_input
 
     facts = {}
     with warnings.catch_warnings():

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cellpatch_fast import InputError, cli
-from cellpatch_fast.benchmarks.page import headline, method, write_results_page
-from cellpatch_fast.benchmarks.report import write_report
-from cellpatch_fast.benchmarks.results import Run
+from bench.reporting.__main__ import main
+from bench.reporting.page import headline, method, write_results_page
+from bench.reporting.results import Run
+from bench.reporting.write import write_report
+from cellpatch_fast import InputError
 
 from .runs import CAPPED, OURS, WHOLE, full_run, measured, point, run, runtime_run, timing
 
@@ -22,7 +23,7 @@ NASTY = '<b>&"|*`'
 def command(capsys: Capture, *arguments: object) -> tuple[int, str, str]:
     """Exit code, stdout, stderr."""
     try:
-        code = cli.main(["bench-report", *map(str, arguments)])
+        code = main([*map(str, arguments)])
     except SystemExit as error:
         code = int(error.code or 0)
     captured = capsys.readouterr()
@@ -98,12 +99,13 @@ def test_the_command_reports_on_the_newest_run(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bench.reporting.__main__.RESULTS", tmp_path / "results")
     code, out, err = command(capsys)
     assert (code, out) == (1, "")
-    assert "bench/results holds no results" in err
+    assert "results holds no results" in err
     assert "`pytest bench`" in err
     small = run(measured("startup", "help", 0.4, what="help", limit=0.5))
-    path = saved(small, small.path_in("bench/results"))
+    path = saved(small, small.path_in(tmp_path / "results"))
     code, out, err = command(capsys)
     assert (code, err) == (0, "")
     assert out.split() == [str(path.with_suffix(suffix)) for suffix in (".md", ".html")]
@@ -124,7 +126,7 @@ def test_the_command_compares(tmp_path: Path, capsys: Capture) -> None:
     assert code == 1
     assert "| 1.30 |" in out
     assert err == (
-        "cellpatch: 1 of 1 benchmarks are slower than 1.2 × the old run's: "
+        "bench.reporting: 1 of 1 benchmarks are slower than 1.2 × the old run's: "
         "runtime/CellPatch (ours)/503 (1.30 × the old time)\n"
     )
     assert command(capsys, old, "--compare", new, "--threshold", 1.2)[0] == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cellpatch_fast.benchmarks.results import Record, Run, Timing
+from bench.reporting.results import Record, Run, Timing
 
 OURS, CAPPED, WHOLE = "CellPatch (ours)", "scGPT", "Geneformer V1"
 CAP = 1_009

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..plots.figures import new_figure
+from cellpatch_fast.plots.figures import new_figure
+
 from .curves import (
     BLUE,
     FAINT,

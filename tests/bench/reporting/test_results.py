@@ -15,8 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellpatch_fast import InputError
-from cellpatch_fast.benchmarks.results import (
+from bench.reporting.results import (
     FORMAT,
     FORMAT_VERSION,
     GROUPS,
@@ -27,9 +26,11 @@ from cellpatch_fast.benchmarks.results import (
     newest,
     require_writable,
 )
+from cellpatch_fast import InputError
 
 from .runs import OURS, measured, point, run, runtime_run, timing
 
+ROOT = Path(__file__).parents[3]
 finite = st.floats(allow_nan=False, allow_infinity=False)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | finite | st.text(max_size=7),
@@ -196,9 +197,11 @@ def test_files_are_named_by_device_and_date_and_never_overwritten(tmp_path: Path
 
 def test_reading_results_needs_neither_torch_nor_matplotlib() -> None:
     code = (
-        "import sys, cellpatch_fast.benchmark_commands, cellpatch_fast.benchmarks.report, "
-        "cellpatch_fast.benchmarks.compare; "
+        "import sys, bench.reporting.__main__, bench.reporting.write, "
+        "bench.reporting.compare; "
         "print(*{'torch', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert done.stdout.strip() == ""

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from ..plots.figures import OKABE_ITO, new_figure
+from cellpatch_fast.plots.figures import OKABE_ITO, new_figure
+
 from .findings import compared, curve, genes_tried, ignored
 from .results import Record, Run
 

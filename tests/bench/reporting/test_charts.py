@@ -16,16 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 
-from cellpatch_fast.benchmarks.charts import (
-    all_charts,
-    memory,
-    roofline,
-    runtime,
-    scaling,
-    speed_ups,
-)
-from cellpatch_fast.benchmarks.curves import spread, styles
-from cellpatch_fast.benchmarks.results import Record, Run
+from bench.reporting.charts import all_charts, memory, roofline, runtime, scaling, speed_ups
+from bench.reporting.curves import spread, styles
+from bench.reporting.results import Record, Run
 
 from .runs import CAPPED, GENES, OURS, WHOLE, full_run, measured, point, run, runtime_run
 

@@ -1,6 +1,6 @@
 """The command ``cellpatch``: the parser, and how a command ends.
 
-What the commands do is in `commands` and the modules beside it.
+What the commands do is in the modules beside this one.
 
 Parsing imports nothing heavy, so that ``--help`` and mistakes are answered at once. What a user
 can mend (`InputError`, a full disk) is one message on stderr and exit code 1; a wrong command
@@ -17,23 +17,22 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
-from . import (
-    annotation_commands,
-    benchmark_commands,
-    commands,
-    dataset_commands,
-    model_commands,
-    training_commands,
-)
-from .devices import keep_to_quota, wait_passively
-from .errors import InputError, InputWarning
+from ..devices import keep_to_quota, wait_passively
+from ..errors import InputError, InputWarning
+from . import annotation, inference, models, synthetic, training
 
 ADD_COMMANDS = (  # in the order of --help
-    *(commands.add_embed, commands.add_tokenize),
-    *(training_commands.add_pretrain, training_commands.add_finetune),
-    *(annotation_commands.add_annotate, model_commands.add_new_model, model_commands.add_import),
-    *(commands.add_inspect, commands.add_demo, commands.add_tune),
-    *(dataset_commands.add_synthetic_atlas, benchmark_commands.add_bench_report),
+    inference.add_embed,
+    inference.add_tokenize,
+    training.add_pretrain,
+    training.add_finetune,
+    annotation.add_annotate,
+    models.add_new_model,
+    models.add_import,
+    inference.add_inspect,
+    inference.add_demo,
+    inference.add_tune,
+    synthetic.add_synthetic_atlas,
 )
 
 
@@ -111,7 +110,3 @@ def _explain(error: InputError | OSError | MemoryError, parsed: argparse.Namespa
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """One line, without the line of code that it came from."""
     print(f"cellpatch: warning: {message}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from . import pl
+from .. import pl
+from ..plots.page import Section, write_page
 from .demo import (
     ANNOTATOR,
     BASELINE,
@@ -23,7 +24,6 @@ from .demo import (
     SPLIT,
     STORE,
 )
-from .plots.page import Section, write_page
 
 if TYPE_CHECKING:
     from .demo import Results

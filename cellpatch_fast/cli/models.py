@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .commands import Commands, positive
-from .errors import InputError
+from ..errors import InputError
+from .options import Commands, positive
 
 
 def add_import(commands: Commands) -> None:
@@ -55,8 +55,8 @@ def add_import(commands: Commands) -> None:
 
 
 def _import_checkpoint(parsed: argparse.Namespace) -> None:
-    from .model import CellPatch, CellPatchAnnotator, MaskedGeneModel
-    from .model.original import holds_decoder
+    from ..model import CellPatch, CellPatchAnnotator, MaskedGeneModel
+    from ..model.original import holds_decoder
 
     _require_free(parsed.output)
     options = {
@@ -105,9 +105,9 @@ def _new_model(parsed: argparse.Namespace) -> None:
     _require_free(parsed.output)
     import torch
 
-    from .config import CellPatchConfig
-    from .genes import GeneVocabulary
-    from .model import CellPatch
+    from ..config import CellPatchConfig
+    from ..genes import GeneVocabulary
+    from ..model import CellPatch
 
     torch.manual_seed(parsed.seed)
     config = CellPatchConfig.for_few_cells() if parsed.few_cells else CellPatchConfig()

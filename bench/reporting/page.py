@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..plots.page import Section, write_page
+from cellpatch_fast.plots.page import Section, write_page
+
 from .findings import (
     TARGET_GENES,
     curve,

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TypeAlias
 
-from .errors import InputError
-
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
-RESUMABLE = "What is done is kept: the same command goes on from there."
-MODEL_HELP = "model directory, or a name on the hub"
+from ..errors import InputError
+from .options import (
+    MODEL_HELP,
+    RESUMABLE,
+    Commands,
+    add_inputs,
+    add_reading,
+    natural,
+    place,
+    positive,
+)
 
 
 def add_embed(commands: Commands) -> None:
@@ -70,7 +74,7 @@ def add_embed(commands: Commands) -> None:
 
 
 def _embed(parsed: argparse.Namespace) -> None:
-    from . import atlas
+    from .. import atlas
 
     summary = atlas.embed(
         parsed.inputs,
@@ -149,8 +153,8 @@ def add_tokenize(commands: Commands) -> None:
 
 
 def _tokenize(parsed: argparse.Namespace) -> None:
-    from . import atlas
-    from .config import CellPatchConfig
+    from .. import atlas
+    from ..config import CellPatchConfig
 
     config = CellPatchConfig.for_few_cells() if parsed.few_cells else None
     if parsed.value_rounding is not None:
@@ -170,53 +174,6 @@ def _tokenize(parsed: argparse.Namespace) -> None:
         overwrite=parsed.overwrite,
     )
     print(summary)
-
-
-def add_inputs(parser: argparse.ArgumentParser, others: str = "") -> None:
-    parser.add_argument(
-        "inputs",
-        nargs="+",
-        type=_place,
-        metavar="INPUT",
-        help="AnnData (.h5ad, .zarr, or the address of a .zarr store), 10x (.h5, folder with "
-        f"matrix.mtx){others}; the cells of several inputs follow each other",
-    )
-
-
-def add_reading(parser: argparse.ArgumentParser) -> None:
-    """How the inputs are read."""
-    parser.add_argument("--layer", metavar="L", help="read this layer instead of X")
-    parser.add_argument("--use-raw", action="store_true", help="read raw instead of X")
-    parser.add_argument(
-        "--gene-column",
-        metavar="C",
-        help="column of var with Ensembl IDs or symbols (default: the one that fits best)",
-    )
-    parser.add_argument(
-        "--values",
-        choices=("auto", "counts", "lognorm"),
-        default="auto",
-        help="what the matrix holds: raw counts, or log-normalised values (default: find out)",
-    )
-
-
-def add_inspect(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "inspect",
-        help="say what a path holds",
-        description="Say what a model directory, an AnnData file, a token store or an embedding "
-        "store holds.",
-    )
-    parser.add_argument("path", type=_place, metavar="PATH", help="a file, folder or address")
-    parser.set_defaults(run=_inspect)
-
-
-def _inspect(parsed: argparse.Namespace) -> None:
-    from .inspection import describe
-
-    for name, value in describe(parsed.path).items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-        print(f"{name}: {shown}")
 
 
 def add_demo(commands: Commands) -> None:
@@ -262,33 +219,33 @@ def add_tune(commands: Commands) -> None:
 def _tune(parsed: argparse.Namespace) -> None:
     import torch
 
-    from .devices import usable_device
-    from .kernels import resolve_backend
+    from ..devices import usable_device
+    from ..kernels import resolve_backend
 
     device = usable_device(parsed.device)
     try:
         resolve_backend("triton", device)
     except ValueError as error:
         raise InputError(str(error)) from error
-    from .kernels.gpu.tuning import tune
+    from ..kernels.gpu.tuning import tune
 
     print(tune(torch.device(device), output=parsed.output))
 
 
-def _place(text: str) -> Path | str:
-    """A path, unless it is an address such as https://..., which a path would change."""
-    return text if "://" in text else Path(text)
+def add_inspect(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="say what a path holds",
+        description="Say what a model directory, an AnnData file, a token store or an embedding "
+        "store holds.",
+    )
+    parser.add_argument("path", type=place, metavar="PATH", help="a file, folder or address")
+    parser.set_defaults(run=_inspect)
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, found {number}")
-    return number
+def _inspect(parsed: argparse.Namespace) -> None:
+    from .inspection import describe
 
-
-def natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, found {number}")
-    return number
+    for name, value in describe(parsed.path).items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        print(f"{name}: {shown}")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import InputError
+from cellpatch_fast.errors import InputError
+
 from .findings import digits
 from .results import Record, Run
 from .tables import NOTHING, Table

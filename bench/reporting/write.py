@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import quote
 
-from ..errors import InputError
-from ..files import write_whole
-from ..plots.figures import FORMATS, require_matplotlib, save_figure
+from cellpatch_fast.errors import InputError
+from cellpatch_fast.files import write_whole
+from cellpatch_fast.plots.figures import FORMATS, require_matplotlib, save_figure
+
 from .charts import all_charts
 from .page import headline, write_results_page
 from .results import Run, require_writable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .commands import Commands, natural, positive
+from .options import Commands, natural, positive
 
 SIZES = {  # name of the option, and what it says; defaults are those of the function
     "genes": "median number of genes per cell (default: 820)",
@@ -53,7 +53,7 @@ def add_synthetic_atlas(commands: Commands) -> None:
 
 
 def _synthetic_atlas(parsed: argparse.Namespace) -> None:
-    from .synthetic.generate import synthetic_atlas
+    from ..synthetic.generate import synthetic_atlas
 
     names = (*SIZES, "spread", "marker_fold")
     given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}

@@ -1,4 +1,4 @@
-"""The commands of ``cellpatch`` that train: pretrain and finetune.
+"""Options that several commands share, and what was given of them.
 
 Options that stand for a training setting are those of the settings' dataclass, so that defaults and
 checks are in one place; what is not given on the command line comes from ``--config``, else from
@@ -9,189 +9,71 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from .commands import (
-    MODEL_HELP,
-    RESUMABLE,
-    Commands,
-    add_inputs,
-    add_reading,
-    natural,
-    positive,
-)
-from .errors import InputError
+from ..errors import InputError
 
 if TYPE_CHECKING:
-    from .genes import GeneVocabulary
-    from .training import FinetuningSettings, PretrainingSettings
+    from ..genes import GeneVocabulary
+    from ..training import FinetuningSettings, PretrainingSettings
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 SettingsT = TypeVar("SettingsT", "PretrainingSettings", "FinetuningSettings")
 
-
-def add_pretrain(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "pretrain",
-        help="pretrain a model by masked gene modelling",
-        description="Hide genes of every cell and learn to tell their values from the others. The "
-        "output is a model directory with the run's tables beside it. After an interruption the "
-        "same command goes on, and ends with the same bits.",
-        epilog="example: cellpatch pretrain tokens.zarr --output pretrained --epochs 10",
-    )
-    add_inputs(parser, " or token stores")
-    _add_run(parser)
-    group = _add_settings(
-        parser,
-        epochs="50; few cells: 20",
-        batch_size="512; few cells: 16",
-        rate="1e-4; few cells: 2e-3",
-        decay="5e-5; few cells: 0.01",
-        warmup="0; few cells: 50",
-        gene_rate="1; few cells: 10",
-        encoder_rate="1; few cells: 0.3",
-        validation="0.05",
-        patience="0",
-    )
-    group.add_argument(
-        "--hidden", type=float, metavar="X", help="share of a cell's genes to hide (default: 0.3)"
-    )
-    group.add_argument(
-        "--zeros", type=float, metavar="X", help="zeros to predict per hidden gene (default: 0.5)"
-    )
-    group.add_argument(
-        "--max-encoder", type=positive, metavar="N", help="most genes seen (default: 3000)"
-    )
-    group.add_argument(
-        "--max-decoder", type=positive, metavar="N", help="most genes predicted (default: 1000)"
-    )
-    parser.set_defaults(run=_pretrain, after_interruption=RESUMABLE)
+RESUMABLE = "What is done is kept: the same command goes on from there."
+MODEL_HELP = "model directory, or a name on the hub"
 
 
-def _pretrain(parsed: argparse.Namespace) -> None:
-    from .training import PretrainingSettings, pretrain
-
-    if _starts_processes(parsed):
-        return
-    model_config, settings = _configured(parsed, PretrainingSettings)
-    history = pretrain(
-        parsed.inputs,
-        parsed.output,
-        model=parsed.model,
-        config=model_config,
-        vocabulary=_vocabulary(parsed),
-        settings=settings,
-        few_cells=parsed.few_cells,
-        **_run_options(parsed),
-    )
-    if _leads():
-        best = ", ".join(
-            f"{name.replace('_', ' ')} {value:.4f}"
-            for name, value in history.best.items()
-            if name.startswith(("training", "validation"))
-        )
-        print(f"{parsed.output}: {history.epochs} epochs, {history.steps:,} steps; {best}")
-
-
-def add_finetune(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "finetune",
-        help="train an annotator of cell types",
-        description="Train an encoder and a head to tell cell types, on cells that have a label. "
-        "Cells are split into training, validation (when to stop) and test (how good it is). "
-        "The output is a model directory with the test result, its tables and figures beside it. "
-        "After an interruption the same command goes on.",
-        epilog="example: cellpatch finetune cells.h5ad --label cell_type --model pretrained "
-        "--output annotator",
-    )
-    add_inputs(parser, " or token stores")
+def add_inputs(parser: argparse.ArgumentParser, others: str = "") -> None:
     parser.add_argument(
-        "--label", required=True, metavar="COLUMN", help="column of obs with the cell types"
+        "inputs",
+        nargs="+",
+        type=place,
+        metavar="INPUT",
+        help="AnnData (.h5ad, .zarr, or the address of a .zarr store), 10x (.h5, folder with "
+        f"matrix.mtx){others}; the cells of several inputs follow each other",
     )
-    _add_run(parser)
-    group = _add_settings(
-        parser,
-        epochs="50; few cells: of 700 steps together, 3 to 20",
-        batch_size="256; few cells: 32",
-        rate="1e-3",
-        decay="5e-4; few cells: 0.3",
-        warmup="0; few cells: 20",
-        gene_rate="1",
-        encoder_rate="1; few cells: 0.1",
-        validation="0.1",
-        patience="10; few cells: 0",
-    )
-    group.add_argument(
-        "--test", type=float, metavar="X", help="share of cells to test with (default: 0.1)"
-    )
-    group.add_argument(
-        "--split-column",
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How the inputs are read."""
+    parser.add_argument("--layer", metavar="L", help="read this layer instead of X")
+    parser.add_argument("--use-raw", action="store_true", help="read raw instead of X")
+    parser.add_argument(
+        "--gene-column",
         metavar="C",
-        help="column of obs that says train, validation or test, instead of shares",
+        help="column of var with Ensembl IDs or symbols (default: the one that fits best)",
     )
-    group.add_argument(
-        "--hidden",
-        type=float,
-        metavar="X",
-        help="share of a cell's genes to hide in training, others in every epoch (default: 0; few "
-        "cells: 0.5)",
+    parser.add_argument(
+        "--values",
+        choices=("auto", "counts", "lognorm"),
+        default="auto",
+        help="what the matrix holds: raw counts, or log-normalised values (default: find out)",
     )
-    group.add_argument(
-        "--guided",
-        action=argparse.BooleanOptionalAction,
-        help="take part of a spectral start from a linear model of the labels (default: for few "
-        "cells)",
-    )
-    group.add_argument(
-        "--linear",
-        action=argparse.BooleanOptionalAction,
-        help="linear models beside the network, mixed by validation cells (default: for few cells)",
-    )
-    group.add_argument(
-        "--freeze-encoder", action="store_true", default=None, help="train the head alone"
-    )
-    group.add_argument(
-        "--balance", action="store_true", default=None, help="show all types equally often"
-    )
-    group.add_argument(
-        "--min-cells",
-        type=positive,
-        metavar="N",
-        help="leave out types with fewer cells (default: 5)",
-    )
-    parser.set_defaults(run=_finetune, after_interruption=RESUMABLE)
 
 
-def _finetune(parsed: argparse.Namespace) -> None:
-    from .training import FinetuningSettings, finetune
-
-    if _starts_processes(parsed):
-        return
-    model_config, settings = _configured(parsed, FinetuningSettings)
-    done = finetune(
-        parsed.inputs,
-        parsed.output,
-        label=parsed.label,
-        model=parsed.model,
-        config=model_config,
-        vocabulary=_vocabulary(parsed),
-        settings=settings,
-        few_cells=parsed.few_cells,
-        split_column=parsed.split_column,
-        **_run_options(parsed),
-    )
-    if _leads():
-        history = done.history
-        print(f"{parsed.output}: {history.epochs} epochs, {history.steps:,} steps")
-        print(f"test: {done.test}" if done.test else "no test cells")
-        if done.linear:
-            print(f"linear models alone, on the same cells: {done.linear.scores}")
-        print(f"Next: cellpatch annotate CELLS --model {parsed.output} --output annotated.zarr")
+def place(text: str) -> Path | str:
+    """A path, unless it is an address such as https://..., which a path would change."""
+    return text if "://" in text else Path(text)
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {number}")
+    return number
+
+
+def natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, found {number}")
+    return number
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
     """What is trained, where it goes, and on which machine."""
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="the run's folder"
@@ -238,7 +120,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_settings(
+def add_settings(
     parser: argparse.ArgumentParser,
     *,
     epochs: str,
@@ -328,7 +210,7 @@ def _add_settings(
     return group
 
 
-def _configured(
+def configured(
     parsed: argparse.Namespace, kind: type[SettingsT]
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """What was given of a new model's configuration, and of the settings; options come first."""
@@ -355,13 +237,13 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _vocabulary(parsed: argparse.Namespace) -> GeneVocabulary | None:
-    from .genes import GeneVocabulary
+def given_vocabulary(parsed: argparse.Namespace) -> GeneVocabulary | None:
+    from ..genes import GeneVocabulary
 
     return None if parsed.vocabulary is None else GeneVocabulary.load(parsed.vocabulary)
 
 
-def _run_options(parsed: argparse.Namespace) -> dict[str, Any]:
+def run_options(parsed: argparse.Namespace) -> dict[str, Any]:
     return {
         "add_genes": parsed.add_genes,
         "layer": parsed.layer,
@@ -374,21 +256,3 @@ def _run_options(parsed: argparse.Namespace) -> dict[str, Any]:
         "checkpoint_minutes": parsed.checkpoint_minutes,
         "overwrite": parsed.overwrite,
     }
-
-
-def _starts_processes(parsed: argparse.Namespace) -> bool:
-    """Run the command in as many processes as asked for; True if that has been done here."""
-    from .training import distributed
-
-    if parsed.devices in (None, 1) or distributed.started():
-        return False
-    code = distributed.launch(parsed.devices, parsed.device, parsed.arguments)
-    if code:
-        sys.exit(code)
-    return True
-
-
-def _leads() -> bool:
-    from .training import distributed
-
-    return distributed.rank() == 0
