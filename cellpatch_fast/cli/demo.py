@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,6 +17,21 @@ import numpy as np
 
 from ..errors import InputError
 from ..io.stores.partial import LOCK, partial_of
+from .demo_results import (
+    ANNOTATOR,
+    BASELINE,
+    DATA,
+    LABEL,
+    LINEAR,
+    NEIGHBOURS,
+    NETWORK,
+    OURS,
+    PAGE,
+    PARTS,
+    SPLIT,
+    STORE,
+    Results,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -25,50 +39,12 @@ if TYPE_CHECKING:
     from ..atlas.embed import Annotated
     from ..training import Evaluation, FinetuningSettings
 
-DATA, ANNOTATOR, STORE = "pbmc68k.h5ad", "annotator", "annotated.zarr"
-FIGURE, PAGE = "umap", "index.html"
-PARTS = {DATA, ANNOTATOR, STORE, f"{FIGURE}.png", f"{FIGURE}.svg", PAGE}
-LABEL, SPLIT = "bulk_labels", "split"
 SEED = 0
 TEST_SHARE = 0.25
-OURS, BASELINE = "CellPatch", "logistic regression on all genes"
-NETWORK, LINEAR = "CellPatch, its network alone", "CellPatch, its linear models alone"
-NEIGHBOURS = 15
 PENALTIES = tuple(10.0**power for power in range(-4, 3))  # C, that the baseline chooses from
 FOLDS = 5
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Results:
-    """What the demo came to; every evaluation is of the test cells.
-
-    Attributes
-    ----------
-    data, annotated
-        All cells, and the same with labels and embedding.
-    evaluations
-        By the name of what annotates; the first is ours.
-    right
-        Of ours and the baseline, which test cells they told right, bool [test cells].
-    neighbours, components
-        Accuracy of the vote of the nearest training cells, in the embedding and in principal
-        components.
-    seconds
-        By step.
-    speed
-        Cells annotated per second.
-    """
-
-    data: AnnData
-    annotated: AnnData
-    evaluations: Mapping[str, Evaluation]
-    right: Mapping[str, np.ndarray]
-    neighbours: float
-    components: float
-    seconds: Mapping[str, float]
-    speed: float
 
 
 def finetuning() -> FinetuningSettings | Mapping[str, object]:

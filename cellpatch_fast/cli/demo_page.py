@@ -10,7 +10,7 @@ import pandas as pd
 
 from .. import pl
 from ..plots.page import Section, write_page
-from .demo import (
+from .demo_results import (
     ANNOTATOR,
     BASELINE,
     DATA,
@@ -26,7 +26,7 @@ from .demo import (
 )
 
 if TYPE_CHECKING:
-    from .demo import Results
+    from .demo_results import Results
 
 COLUMNS = {"accuracy": "accuracy", "macro_f1": "macro F1", "log_loss": "log loss"}
 

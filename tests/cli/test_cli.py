@@ -16,7 +16,7 @@ import torch
 
 import cellpatch_fast
 from cellpatch_fast import CellPatch, cli, pl
-from cellpatch_fast.cli import demo
+from cellpatch_fast.cli import demo, demo_results
 from cellpatch_fast.io.stores.embeddings import EmbeddingWriter
 
 from ..conftest import GENES, MakeCells
@@ -336,11 +336,11 @@ def test_demo(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for _ in range(2):
         code, out, _ = run(capsys, "demo")
         assert (code, "700 blood cells" in out, "175 test cells" in out) == (0, True, True)
-        for name in (demo.OURS, demo.LINEAR, demo.BASELINE):
+        for name in (demo_results.OURS, demo_results.LINEAR, demo_results.BASELINE):
             assert re.search(rf"^{name} +0\.8", out, re.MULTILINE)
-        assert re.search(rf"^{demo.NETWORK} +0\.", out, re.MULTILINE)
+        assert re.search(rf"^{demo_results.NETWORK} +0\.", out, re.MULTILINE)
         assert "cells/s" in out
-    assert set(os.listdir("cellpatch-demo")) == demo.PARTS
+    assert set(os.listdir("cellpatch-demo")) == demo_results.PARTS
     page = Path("cellpatch-demo/index.html").read_text()
     assert page.count("<img") == 4  # two confusion matrices, UMAP, the course of the training
     assert page.index("Which part delivers it") < page.index("How fast") < page.index("What next")
