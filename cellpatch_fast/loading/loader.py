@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..config import Reading
 from ..devices import usable_cores
 from ..errors import InputError
 from ..preprocessing.masking import Masked, Masking, Measured, mask
 from .columns import balancing_weights, read_column
-from .inputs import CellStream, Stream, TokenStream, open_stream, reading_options
+from .inputs import CellStream, Stream, TokenStream, open_stream
 from .sampling import Chosen, Epoch, Sampling, batches_per_epoch
 from .windows import Assembly, CellBatch, run
 
@@ -37,9 +38,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from ..cells import RaggedCells
-    from ..config import CellPatchConfig
+    from ..config import CellPatchConfig, Expected
     from ..genes import GeneVocabulary
-    from ..preprocessing.detection import Expected
     from .windows import Mask
 
 __all__ = ["CellBatch", "CellLoader"]
@@ -154,10 +154,10 @@ class CellLoader:
         self._memory_limit, self._masking = memory_limit, masking
         self._opened: list[Stream] = []
         self._closed = False
-        options = reading_options(layer, use_raw, gene_column, input)
+        reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
         try:
             self.streams = [
-                self._open(data, vocabulary, config, options) for data in listed_inputs(inputs)
+                self._open(data, vocabulary, config, reading) for data in listed_inputs(inputs)
             ]
             self._prepare(weights, rows, obs)
         except BaseException:
@@ -169,11 +169,11 @@ class CellLoader:
         data: str | Path | AnnData | Stream,
         vocabulary: GeneVocabulary | None,
         config: CellPatchConfig | None,
-        options: dict[str, Any],
+        reading: Reading,
     ) -> Stream:
         if isinstance(data, CellStream | TokenStream):
             return data
-        self._opened.append(open_stream(data, vocabulary, config, **options))
+        self._opened.append(open_stream(data, vocabulary, config, reading))
         return self._opened[-1]
 
     def _prepare(
