@@ -29,7 +29,13 @@ from .columns import balancing_weights, read_column
 from .devices import usable_cores
 from .errors import InputError
 from .masking import Masked, Masking, Measured, mask
-from .sampling import Chosen, Epoch, Sampling, batches_per_epoch
+from .sampling import (
+    Chosen,
+    Epoch,
+    Sampling,
+    batches_per_epoch,
+    warn_of_unequal_batches,
+)
 from .streams import CellStream, Stream, TokenStream, open_stream, reading_options
 from .windows import Assembly, CellBatch, run
 
@@ -184,6 +190,7 @@ class CellLoader:
     ) -> None:
         self.n_cells = sum(stream.n_cells for stream in self.streams)
         self._chosen = Chosen(rows, self.n_cells)
+        warn_of_unequal_batches(self.sampling, len(self._chosen))
         self._sources = [stream.rows() for stream in self.streams]
         _check_same_types(self.streams)
         balanced = isinstance(weights, str)
