@@ -147,7 +147,7 @@ checkpoint_minutes, overwrite, progress
     choice = choose(data, few_cells, settings, options)
     first = complete(FinetuningSettings, settings, choice.few, None)
     with Processes.join(device, devices) as processes, seeded(first.seed, processes):
-        require_possible(output, first, processes)
+        require_possible(output, model, first, processes)
         require_analysis()
         if model is None:
             config = new_config(data, choice, config)

@@ -121,7 +121,7 @@ def pretrain(
     choice = choose(data, few_cells, settings, options)
     first = complete(PretrainingSettings, settings, choice.few, None)
     with Processes.join(device, devices) as processes, seeded(first.seed, processes):
-        require_possible(output, first, processes)
+        require_possible(output, model, first, processes)
         if model is None:
             config = new_config(data, choice, config)
         started = starting_model(MaskedGeneModel, model, config, vocabulary)
