@@ -39,6 +39,7 @@ from .distributed import Processes
 from .evaluation import UNKNOWN, Evaluation, require_analysis
 from .expression import gather
 from .finishing import Tested, finish
+from .folder import held
 from .linear import LinearModels, fit
 from .running import Running, require_possible, run_task, seeded
 from .settings import FinetuningSettings
@@ -186,8 +187,9 @@ checkpoint_minutes, overwrite, progress
             tested = Tested(None, None)
             if processes.leads:
                 _warn_of_majority(history, labels, rows)
-                tested = finish(output, streams, rows, labels, chosen, processes.device, linear)
-                _draw_curves(output)
+                with held(output):
+                    tested = finish(output, streams, rows, labels, chosen, processes.device, linear)
+                    _draw_curves(output)
             processes.wait()
     return Finetuned(history, tested.annotator, tested.linear)
 

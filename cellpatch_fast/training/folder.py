@@ -30,7 +30,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -105,8 +105,7 @@ class RunFolder:
         self._board: SummaryWriter | None = None
         self._opened = contextlib.ExitStack()
         require_run_folder(path)
-        self._opened.callback(os.close, locked(path))  # last: nobody may lock a deleted file
-        self._opened.callback((path / LOCK).unlink, missing_ok=True)
+        self._opened.enter_context(held(path))
         try:
             self._tidy()
             self.checkpoint = None if overwrite else self._resume(free)
@@ -232,6 +231,19 @@ class RunFolder:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Lets no other process write in a run's folder; `InputError` if one does."""
+    lock = locked(path)
+    try:
+        yield
+    finally:
+        try:
+            (path / LOCK).unlink(missing_ok=True)
+        finally:
+            os.close(lock)  # last: nobody may lock a file that is deleted then
 
 
 def require_run_folder(path: Path) -> None:
