@@ -75,7 +75,8 @@ class CellLoader:
     batch_size, max_entries, shuffle, block_size, buffer_size, seed, drop_last
         How an epoch is cut into batches and ordered, see `sampling.Sampling`.
     rank, world_size, share_batches
-        Which part of it this process takes, see there.
+        Which part of it this process takes, see there. Where ranks get unequal numbers of batches
+        an `InputWarning` says so.
     weights
         With ``shuffle``: how often each cell comes, relative to the others, float [cells]; or the
         name of a categorical column of obs, whose categories then come equally often.

@@ -23,6 +23,8 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
+import math
 import os
 import random
 import shutil
@@ -31,7 +33,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums are split by it; threads survive no fork
 os.environ.setdefault("TRITON_INTERPRET", "0")
 
+LOG = "log.txt"  # what the runs say
 TIMED = ("seconds", "cells_per_second")
 UNCOMPARED = ("tensorboard", "training_curves.png", "training_curves.svg", "cellpatch-lock")
 POLL = 0.0005  # seconds
@@ -66,8 +68,6 @@ def commands(inputs: Path) -> dict[str, list[str]]:
 
 def make_inputs(folder: Path) -> None:
     """Cells, a vocabulary, a configuration and a model."""
-    import json
-
     import anndata
     import numpy as np
     import pandas as pd
@@ -161,16 +161,16 @@ class Watched:
 
 
 def watch(
-    run: Run, place: Path, stop: Callable[[float, int], bool] = lambda seconds, changes: False
+    run: Run, place: Path, most_seconds: float = math.inf, most_changes: float = math.inf
 ) -> Watched:
-    """Wait for the end of a run, or kill it when ``stop(seconds, changes of files)``."""
+    """Wait for the end of a run, or kill it after so long, or so many changes of its files."""
     began, changes, state = time.perf_counter(), 0, state_of(place)
     while True:
         code = run.ended()
         seconds = time.perf_counter() - began
         if code is not None:
             return Watched(code, seconds, changes)
-        if stop(seconds, changes):
+        if seconds >= most_seconds or changes >= most_changes:
             return Watched(run.kill(), seconds, changes)
         before, state = state, state_of(place)
         changes += state != before
@@ -182,11 +182,8 @@ def result(place: Path) -> dict[str, Any]:
     return {
         str(path.relative_to(place)): _content(path)
         for path in sorted(place.rglob("*"))
-        if path.is_file() and not set(path.relative_to(place).parts) & {*UNCOMPARED, LOG}
+        if path.is_file() and not set(path.relative_to(place).parts) & set(UNCOMPARED)
     }
-
-
-LOG = "log.txt"
 
 
 def _content(path: Path) -> Any:
@@ -249,11 +246,11 @@ def kill_often(name: str, inputs: Path, work: Path, options: argparse.Namespace)
     moments: list[str] = []
     while True:
         if chance.random() < 0.5:
-            limit = chance.uniform(0, uninterrupted.seconds)
-            watched = watch(begin(place), place, lambda seconds, _, n=limit: seconds >= n)
+            seconds = chance.uniform(0, uninterrupted.seconds)
+            watched = watch(begin(place), place, most_seconds=seconds)
         else:
-            number = chance.randint(1, max(1, uninterrupted.changes))
-            watched = watch(begin(place), place, lambda _, changes, n=number: changes >= n)
+            changes = chance.randint(1, max(1, uninterrupted.changes))
+            watched = watch(begin(place), place, most_changes=changes)
         moments.append(f"{watched.seconds:.2f} s, {watched.changes} changes")
         if watched.code == -signal.SIGKILL:
             kills += 1
@@ -278,11 +275,13 @@ def kill_often(name: str, inputs: Path, work: Path, options: argparse.Namespace)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     names = list(commands(Path()))
-    parser.add_argument("commands", nargs="*", choices=[*names, []], help=", ".join(names))
+    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=", ".join(names))
     parser.add_argument("--kills", type=int, default=5, metavar="N", help="of each command")
     parser.add_argument("--seed", type=int, default=None, metavar="N", help="of the moments")
     parser.add_argument("--fresh", action="store_true", help="a new interpreter for every run")
     options = parser.parse_args()
+    if strangers := set(options.commands) - set(names):
+        parser.error(f"there is no {', '.join(sorted(strangers))}: {', '.join(names)}")
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(10**6)
     print(f"seed {options.seed}", flush=True)

@@ -95,7 +95,8 @@ def pretrain(
     checkpoint_minutes
         Time between checkpoints within an epoch; one is written after every epoch in any case.
     overwrite
-        Begin anew where ``output`` holds a run already.
+        Begin anew where ``output`` holds a run already. A kill leaves that run, or the new one,
+        which has no model to load until its first epoch is done, and goes on without this.
     progress
         Show a progress bar; None for only on a terminal.
 

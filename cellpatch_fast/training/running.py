@@ -70,8 +70,8 @@ def require_possible(
     """
     if processes.leads:  # the others would see its files in the making
         require_run_folder(output)
-    on_disk = isinstance(model, str | os.PathLike) and Path(model).exists() and output.exists()
-    if on_disk and output.samefile(model):
+    place = Path(model) if isinstance(model, str | os.PathLike) else None
+    if place is not None and place.exists() and output.exists() and place.samefile(output):
         raise InputError(
             f"{output} holds the model to start from, which training would replace: choose "
             "another --output"

@@ -44,7 +44,8 @@ def train(
     small_vocabulary: GeneVocabulary,
 ) -> Train:
     """``train(folder)``: 2 epochs of 2 steps, with a checkpoint after each step."""
-    command: Callable[..., object] = {"pretrain": pretrain, "finetune": finetune}[request.param]
+    commands: dict[str, Callable[..., object]] = {"pretrain": pretrain, "finetune": finetune}
+    command = commands[request.param]
     settings = {"epochs": 2, "batch_size": 52, "validation": 0.1, "spectral": False}
     options: dict[str, Any] = {"config": config, "vocabulary": small_vocabulary}
     if command is finetune:
