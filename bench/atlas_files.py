@@ -250,7 +250,7 @@ def _annotation(atlas: Atlas) -> Any:
     import anndata
     import pandas as pd
 
-    from cellpatch_fast.gene_names import human_genes
+    from cellpatch_fast.genes.names import human_genes
 
     rng = np.random.default_rng(1)
     obs = pd.DataFrame(

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from bench.processes import COMPILING, Failed, peak_memory, run_python, timing_of
+from bench.reporting.results import Record
 from bench.startup import example
-from cellpatch_fast.benchmarks.results import Record
 
 SIZES = (10_000, 100_000, 1_000_000)
 QUICK_SIZES = (10_000, 30_000)
@@ -85,7 +85,7 @@ def measure_atlas(
 
 def make_atlas(folder: Path, cells: int) -> Path:
     """The atlas, unless it is there already."""
-    from cellpatch_fast.datasets import synthetic_atlas
+    from cellpatch_fast.synthetic.generate import synthetic_atlas
 
     path = folder / f"atlas-{cells}x{GENES}.h5ad"
     if not path.exists():
@@ -99,7 +99,7 @@ def embed_alone(warm_up: str, atlas: str, model: str, folder: str, device: str) 
 
     import h5py
 
-    from cellpatch_fast.atlas import embed
+    from cellpatch_fast.atlas.embed import embed
 
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         embed(warm_up, model, Path(scratch, "warm-up.zarr"), device=device, progress=False)

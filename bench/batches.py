@@ -1,9 +1,9 @@
 """Batches to measure kernels with: cells of given lengths, with real gene frequencies.
 
 In a real cell of depth s a gene with mean m is detected with chance 1 - 1 / (1 + s·m / 2)^2
-(`cellpatch_fast.frequencies`). That is the chance that a waiting time ends before s, which is
-(exp(E / 2) - 1) / (m / 2) with E exponential. A cell of exactly n genes is thus the n genes whose
-times end first, and that is how cells are drawn here.
+(`cellpatch_fast.synthetic.frequencies`). That is the chance that a waiting time ends before s,
+which is (exp(E / 2) - 1) / (m / 2) with E exponential. A cell of exactly n genes is thus the n
+genes whose times end first, and that is how cells are drawn here.
 
 At most `DISTINCT` cells of a batch are drawn, the rest are repetitions: each has its own memory,
 and tables see the same frequencies.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.cells import GENES
 from cellpatch_fast import RaggedCells
-from cellpatch_fast.frequencies import mean_counts
+from cellpatch_fast.synthetic.frequencies import mean_counts
 
 DISTINCT = 1024
 AT_ONCE = 64  # cells drawn together; bounds memory

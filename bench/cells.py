@@ -1,8 +1,8 @@
 """Cells to measure with: real gene frequencies, and uniform ones.
 
 How fast a kernel is depends on which genes cells share: a few thousand genes make up most
-non-zeros, so their table rows stay in a cache. `cellpatch_fast.frequencies` says how common the
-r-th most common gene is, and how deep a cell is that has so many genes.
+non-zeros, so their table rows stay in a cache. `cellpatch_fast.synthetic.frequencies` says how
+common the r-th most common gene is, and how deep a cell is that has so many genes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellpatch_fast.frequencies import SPREAD, depths, detection, mean_counts
+from cellpatch_fast.synthetic.frequencies import SPREAD, depths, detection, mean_counts
 
 GENES = 60_664  # of the human reference; tokens start at 1
 

@@ -39,8 +39,8 @@ from numcodecs.zstd import Zstd
 from bench.cells import draw_cells
 from bench.cpu import median
 from bench.machine import processor
-from cellpatch_fast.io.codecs_compiled import accumulate
-from cellpatch_fast.io.token_writer import CHUNK_ENTRIES
+from cellpatch_fast.io.chunks.codecs_compiled import accumulate
+from cellpatch_fast.io.stores.token_writer import CHUNK_ENTRIES
 
 CHUNKS = (16_384, 32_768, 65_536, 131_072, 262_144)
 RUN_CELLS = 64

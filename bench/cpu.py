@@ -94,12 +94,12 @@ def cross_attention(model: CellPatch, cells: RaggedCells) -> Callable[[], None]:
     )
     discrete = cells.values.dtype == torch.uint8
 
-    own = threading.local()
+    per_thread = threading.local()
 
     def task(start: int, stop: int) -> None:
-        if not hasattr(own, "scratch"):
-            own.scratch = make_scratch(tables), make_block_scratch(blocks)
-        _cross_attend(batch, tables, *own.scratch, discrete, start, stop)
+        if not hasattr(per_thread, "scratch"):
+            per_thread.scratch = make_scratch(tables), make_block_scratch(blocks)
+        _cross_attend(batch, tables, *per_thread.scratch, discrete, start, stop)
 
     return lambda: run_blocks(task, len(cells), encoder.MOST_CELLS)
 
@@ -204,7 +204,7 @@ def measure_linearity(model: CellPatch, rng: np.random.Generator) -> dict[str, A
 def measure_embed(model: CellPatch, cells: int) -> dict[str, float]:
     """File to store against the encoder alone on the same cells, already in memory."""
     from cellpatch_fast import atlas, pp
-    from cellpatch_fast.datasets import synthetic_atlas
+    from cellpatch_fast.synthetic.generate import synthetic_atlas
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "atlas.h5ad"

@@ -27,8 +27,8 @@ from bench.measure import Call, Effort, Method, Reference, Row, Suite, measure_c
 from bench.options import Options
 from bench.peers import attention
 from bench.peers.original import PaddedPathFormer
+from bench.reporting.results import Record, Timing
 from cellpatch_fast import RaggedCells
-from cellpatch_fast.benchmarks.results import Record, Timing
 
 ON_A_CPU = ("nested jagged + SDPA", "padded SDPA")
 # By whether the run is quick: entries of a batch, of which several are more than the cache holds.

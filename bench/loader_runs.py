@@ -14,8 +14,8 @@ from bench.atlas_files import write_atlas_files
 from bench.loader import METHODS, Method
 from bench.options import Options
 from bench.processes import COMPILING, Failed, run_python, timing_of
+from bench.reporting.results import Record
 from cellpatch_fast import atlas
-from cellpatch_fast.benchmarks.results import Record
 
 # By whether the run is quick: anndata's default formats, what reads them, how many cells and how
 # often.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cellpatch_fast.benchmarks.results import Timing
+from bench.reporting.results import Timing
 
 ROOT = Path(__file__).parents[1]
 COMPILING = 120.0  # seconds beside a limit: the first process on a machine compiles kernels
@@ -34,8 +34,8 @@ class Finished(NamedTuple):
     @property
     def facts(self) -> dict[str, Any]:
         """The JSON in its last line."""
-        found: dict[str, Any] = json.loads(self.output.splitlines()[-1])
-        return found
+        facts: dict[str, Any] = json.loads(self.output.splitlines()[-1])
+        return facts
 
 
 def run_python(

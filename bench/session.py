@@ -21,10 +21,10 @@ from bench.ceilings import measure_ceilings
 from bench.machine import describe_device, installed
 from bench.options import Options
 from bench.peers.registry import Peer
-from cellpatch_fast.benchmarks.compare import compare, slower_than
-from cellpatch_fast.benchmarks.report import write_report
-from cellpatch_fast.benchmarks.results import Record, Run
-from cellpatch_fast.benchmarks.tables import runtime_tables
+from bench.reporting.compare import compare, slower_than
+from bench.reporting.results import Record, Run
+from bench.reporting.tables import runtime_tables
+from bench.reporting.write import write_report
 from cellpatch_fast.errors import InputError
 
 

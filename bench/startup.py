@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from bench.processes import COMPILING, Failed, run_python, timing_of
-from cellpatch_fast.benchmarks.results import Record
+from bench.reporting.results import Record
 
 CELLS, GENES = 100, 1_000  # of the first embedding
 EMBED = """
@@ -45,7 +45,7 @@ def starts(folder: Path, device: torch.device) -> list[Start]:
 
 def example(folder: Path) -> tuple[Path, Path]:
     """A file of a few cells and an untrained model, unless they are there already."""
-    from cellpatch_fast.datasets import synthetic_atlas
+    from cellpatch_fast.synthetic.generate import synthetic_atlas
 
     cells = folder / f"cells-{CELLS}x{GENES}.h5ad"
     if not cells.exists():

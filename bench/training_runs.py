@@ -19,7 +19,7 @@ from bench.cpu import timed
 from bench.options import Options
 from bench.peers.registry import ENVIRONMENT, PEERS
 from bench.processes import COMPILING, Failed, run_python, timing_of
-from cellpatch_fast.benchmarks.results import Record
+from bench.reporting.results import Record
 
 QUICK = training.Sizes(pretraining_cells=32, finetuning_cells=64, repeats=3)
 FULL = training.Sizes(repeats=5)
@@ -44,9 +44,9 @@ def measure_training(options: Options) -> Iterator[Record]:
             if isinstance(done, Failed):
                 yield Record("training", name, *done, details=details)
                 continue
-            found = done.facts[task][model]
-            seconds = timing_of(found.pop("seconds"))
-            details |= {"cells_per_second": cells / seconds.median, **found}
+            facts = done.facts[task][model]
+            seconds = timing_of(facts.pop("seconds"))
+            details |= {"cells_per_second": cells / seconds.median, **facts}
             yield Record("training", name, "measured", seconds=seconds, per="step", details=details)
 
 

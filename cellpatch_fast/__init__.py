@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from .config import CellPatchConfig
     from .errors import InputError
     from .genes import GeneVocabulary
-    from .loader import CellLoader
-    from .masking import Masking
+    from .loading import CellLoader
     from .model import CellPatch, CellPatchAnnotator, MaskedGeneModel, accelerate
+    from .preprocessing.masking import Masking
 
 __all__ = [
     "CellLoader",
@@ -45,14 +45,14 @@ __version__ = version("cellpatch-fast")
 
 # The module that defines each name; a name that is missing here is a module itself.
 _DEFINED_IN = {
-    "CellLoader": "loader",
+    "CellLoader": "loading",
     "CellPatch": "model",
     "CellPatchAnnotator": "model",
     "CellPatchConfig": "config",
     "GeneVocabulary": "genes",
     "InputError": "errors",
     "MaskedGeneModel": "model",
-    "Masking": "masking",
+    "Masking": "preprocessing.masking",
     "RaggedCells": "cells",
     "accelerate": "model",
 }

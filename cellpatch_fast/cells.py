@@ -1,4 +1,4 @@
-"""RaggedCells: the one batch type that everything passes around.
+"""RaggedCells, the one batch type that everything passes around; CellBlock, cells as stored.
 
 A batch of cells is a CSR matrix without its column space: ``offsets`` says which entries belong
 to which cell, ``genes`` and ``values`` hold the entries. There is no padding anywhere, so a
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -181,3 +182,45 @@ def _index(tensor: Tensor, entries: Tensor) -> Tensor:
     if signed is None:
         return tensor[entries]
     return tensor.view(signed)[entries].view(tensor.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class CellBlock:
+    """A run of cells in file order, as a CSR matrix.
+
+    Parameters
+    ----------
+    start
+        Position of the first cell in the source.
+    indptr
+        int64 [cells + 1], starting at 0: cell ``start + c`` owns the entries
+        ``indptr[c] : indptr[c + 1]``.
+    indices
+        Integers [entries]: columns, that is rows of the source's ``var``.
+    data
+        Any integer or floating-point dtype, as stored [entries].
+    positions
+        int64 [cells]: positions of the cells in the source, where they are not a run from
+        ``start`` on.
+
+    The arrays may be views of the data of an AnnData object: do not write to them.
+    """
+
+    start: int
+    indptr: np.ndarray  # [c + 1]
+    indices: np.ndarray  # [n]
+    data: np.ndarray  # [n]
+    positions: np.ndarray | None = None  # [c]
+
+    def __len__(self) -> int:
+        """The number of cells."""
+        return len(self.indptr) - 1
+
+    def position(self, cell: int) -> int:
+        """Where the block's ``cell`` is in the source."""
+        return self.start + cell if self.positions is None else int(self.positions[cell])
+
+    @property
+    def stop(self) -> int:
+        """Position after the last cell."""
+        return self.start + len(self)

@@ -1,4 +1,6 @@
-"""CellPatchConfig: every choice that makes a model what it is, with the paper's numbers.
+"""CellPatchConfig: every choice that makes a model what it is, with the paper's numbers;
+Preprocessing: those of them that turn counts into values. Reading: which matrix of an input is
+read, and as what.
 
 The configuration holds the architecture *and* the preprocessing, because weights are only
 meaningful together with the way values were prepared for them. It is what ``config.json`` in a
@@ -10,12 +12,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from .errors import InputError
 
 FORMAT_VERSION = 1
 
 ValueEmbedding = Literal["affine", "binned"]
 ValueRounding = Literal["round", "truncate", "none"]
+Expected = Literal["auto", "counts", "lognorm"]
 
 
 @dataclass(frozen=True)
@@ -169,3 +174,94 @@ def _require_integer(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be an integer, found {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, found {value}")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How counts become values.
+
+    Parameters
+    ----------
+    target_sum
+        Library size after normalisation.
+    value_clip
+        Largest value after log1p; None for none, which only continuous values may have.
+    value_rounding
+        ``"round"`` (half to even) or ``"truncate"`` to integers, kept as uint8, or ``"none"``
+        for continuous values, kept as float32.
+    """
+
+    target_sum: float = 1e4
+    value_clip: float | None = 5.0
+    value_rounding: ValueRounding = "round"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_sum < math.inf:
+            raise ValueError(f"target_sum must be positive, found {self.target_sum}")
+        if self.value_rounding not in ("round", "truncate", "none"):
+            raise ValueError(
+                f"value_rounding must be round, truncate or none, found {self.value_rounding!r}"
+            )
+        clip = math.inf if self.value_clip is None else self.value_clip
+        if not clip > 0 or (self.discrete and clip > 255):
+            raise ValueError(
+                "value_clip must be positive, and at most 255 for discrete values (uint8); "
+                f"found {self.value_clip}"
+            )
+
+    @property
+    def discrete(self) -> bool:
+        return self.value_rounding != "none"
+
+    @classmethod
+    def from_config(cls, config: CellPatchConfig) -> Preprocessing:
+        """The preprocessing that a model was made for."""
+        return cls(config.target_sum, config.value_clip, config.value_rounding)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How inputs are read: which matrix, which names of genes, and what the values are.
+
+    Parameters
+    ----------
+    layer, use_raw
+        Read this layer, or ``raw.X``, instead of X; not both.
+    gene_column
+        Column of var with Ensembl IDs or symbols; None for the one that fits best.
+    input
+        What the matrix holds: ``"counts"`` (raw), ``"lognorm"`` (log-normalised), or ``"auto"`` to
+        find out.
+
+    Raises
+    ------
+    InputError
+        If the options make no sense.
+    """
+
+    layer: str | None = None
+    use_raw: bool = False
+    gene_column: str | None = None
+    input: Expected = "auto"
+
+    def __post_init__(self) -> None:
+        if self.layer is not None and self.use_raw:
+            raise InputError("layer and use_raw exclude each other: choose one matrix")
+        if self.input not in get_args(Expected):
+            raise InputError(f"input must be auto, counts or lognorm, found {self.input!r}")
+
+    def given(self) -> dict[str, Any]:
+        """The options that differ from the defaults."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+    def record(self) -> dict[str, Any]:
+        """What a result depends on beside what its inputs hold, for what is kept with it."""
+        return {
+            "layer": self.layer or "",
+            "use_raw": self.use_raw,
+            "gene_column": self.gene_column or "",
+        }

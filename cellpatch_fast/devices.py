@@ -1,4 +1,4 @@
-"""How many cores there are for this process, and how PyTorch's threads share them with others.
+"""Devices to compute on, how many cores this process may use, and how threads share them.
 
 The command ``cellpatch`` does both of these by itself. In Python they are the caller's choice:
 
@@ -9,9 +9,17 @@ The command ``cellpatch`` does both of these by itself. In Python they are the c
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path("/")
 # Where a control group says how many microseconds of processor time it has in how many: version 2
@@ -96,3 +104,38 @@ def keep_to_quota(root: Path = ROOT) -> None:
     import torch
 
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores(root)))
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """``device`` if this machine has it.
+
+    Raises
+    ------
+    InputError
+        If it has not.
+    """
+    import torch
+
+    try:
+        usable = torch.device(device)
+        torch.empty(0, device=usable)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"cannot compute on the device {str(device)!r} ({reason}). PyTorch finds "
+            f"{torch.cuda.device_count()} CUDA devices here; cpu is always there"
+        ) from error
+    return usable
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """PyTorch's ways of saying that there is not enough memory become Python's."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            raise MemoryError(str(error).splitlines()[0]) from error
+        raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,23 +21,19 @@ from anndata.io import write_elem
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
-from cellpatch_fast import (
-    CellPatch,
-    CellPatchConfig,
-    GeneVocabulary,
-    RaggedCells,
-    atlas,
-    cli,
-    tokenization,
-)
+from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, RaggedCells, atlas, cli
 from cellpatch_fast.devices import usable_cores
-from cellpatch_fast.io import TokenStore, embeddings, obs, token_writer
-from cellpatch_fast.io.buckets import Buckets
-from cellpatch_fast.io.token_writer import TokenWriter
+from cellpatch_fast.io import TokenStore
+from cellpatch_fast.io.stores import embeddings, obs, token_writer
+from cellpatch_fast.io.stores.buckets import Buckets
+from cellpatch_fast.io.stores.token_writer import TokenWriter
 
 from .compilation import compiled_by_one_process
 from .examples import load_profile
-from .io.tokens import read_chunks
+from .io.stores.token_files import read_chunks
+
+# `atlas.tokenize` is the function.
+tokenizing = importlib.import_module("cellpatch_fast.atlas.tokenize")
 
 load_profile()
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -277,10 +274,10 @@ class SmallBuckets(Buckets):
 @pytest.fixture
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches, chunks, shards and buckets that cells do not line up with."""
-    monkeypatch.setattr(tokenization, "MAX_ENTRIES", 401)
-    monkeypatch.setattr(tokenization, "TokenWriter", SmallWriter)
+    monkeypatch.setattr(tokenizing, "MAX_ENTRIES", 401)
+    monkeypatch.setattr(tokenizing, "TokenWriter", SmallWriter)
     monkeypatch.setattr(token_writer, "WAITING_CHUNKS", 4)
-    monkeypatch.setattr(tokenization, "Buckets", SmallBuckets)
+    monkeypatch.setattr(tokenizing, "Buckets", SmallBuckets)
     monkeypatch.setattr(obs, "ROWS", 17)
     monkeypatch.setattr(obs, "SORTED_ROWS", 83)
 

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from cellpatch_fast import InputError, pl
-from cellpatch_fast.figures import GREY, OKABE_ITO, render
-from cellpatch_fast.training.evaluation import evaluate
+from cellpatch_fast.inference.evaluation import evaluate
+from cellpatch_fast.plots.figures import GREY, OKABE_ITO, render
 
 LONG = "CD8+/CD45RA+ Naive Cytotoxic"
 

@@ -15,7 +15,7 @@ import torch
 from cellpatch_fast import pp
 from cellpatch_fast.config import CellPatchConfig
 from cellpatch_fast.errors import InputError
-from cellpatch_fast.genes import GeneMatchWarning, GeneVocabulary
+from cellpatch_fast.genes.vocabulary import GeneMatchWarning, GeneVocabulary
 
 scanpy = pytest.importorskip("scanpy")
 

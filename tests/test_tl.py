@@ -239,7 +239,7 @@ def test_device_that_the_machine_lacks(adata: anndata.AnnData, small_model: Cell
 def test_error_in_the_last_cell_leaves_the_object_as_it_was(
     adata: anndata.AnnData, small_model: CellPatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cellpatch_fast.streams.SAMPLE_CELLS", 100)
+    monkeypatch.setattr("cellpatch_fast.loading.inputs.SAMPLE_CELLS", 100)
     adata.X.data[-1] = np.nan
     with pytest.raises(InputError, match=f"cell {CELLS - 1} .*not a finite number"):
         cp.tl.embed(adata, small_model, batch_size=10)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .token_store import TokenStore
+    from .stores.tokens import TokenStore
 
 __all__ = ["TokenStore"]
 
@@ -14,7 +14,7 @@ def __getattr__(name: str) -> object:
     """Import the public name at its first use (PEP 562): it needs NumPy, and later Zarr."""
     if name != "TokenStore":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .token_store import TokenStore
+    from .stores.tokens import TokenStore
 
     return TokenStore
 

@@ -21,16 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cellpatch_fast.cells import RaggedCells
-from cellpatch_fast.config import CellPatchConfig, ValueRounding
-from cellpatch_fast.errors import InputError
-
+from ..cells import RaggedCells
+from ..config import CellPatchConfig, ValueRounding
+from ..errors import InputError
 from .encoder import CellPatch, draw_weights
 from .linear import LinearPath
 from .storage import CLASSES, parts_of
 
 if TYPE_CHECKING:
-    from cellpatch_fast.genes import GeneVocabulary
+    from ..genes import GeneVocabulary
 
 HIDDEN = 512, 100  # units of the hidden layers
 BLOCK_CELLS = (

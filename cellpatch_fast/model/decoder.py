@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cellpatch_fast import kernels
-from cellpatch_fast.cells import RaggedCells
-from cellpatch_fast.config import CellPatchConfig
-from cellpatch_fast.kernels import DecoderWeights
-
+from .. import kernels
+from ..cells import RaggedCells
+from ..config import CellPatchConfig
+from ..kernels import DecoderWeights
 from .encoder import Block, CellPatch, block_weights, draw_weights
 
 if TYPE_CHECKING:
-    from cellpatch_fast.genes import GeneVocabulary
+    from ..genes import GeneVocabulary
 
 
 class Decoder(nn.Module):

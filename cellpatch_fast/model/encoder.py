@@ -22,17 +22,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from cellpatch_fast import kernels
-from cellpatch_fast.cells import RaggedCells
-from cellpatch_fast.config import CellPatchConfig, ValueRounding
-from cellpatch_fast.errors import InputError
-from cellpatch_fast.kernels import BlockWeights, Encoded, EncoderWeights, reference
-from cellpatch_fast.kernels.checks import integer_range
-
+from .. import kernels
+from ..cells import RaggedCells
+from ..config import CellPatchConfig, ValueRounding
+from ..errors import InputError
+from ..kernels import BlockWeights, Encoded, EncoderWeights, reference
+from ..kernels.checks import integer_range
 from .storage import StoredModel
 
 if TYPE_CHECKING:
-    from cellpatch_fast.genes import GeneVocabulary
+    from ..genes import GeneVocabulary
 
 Pool = Literal["flatten", "mean"]
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cellpatch_fast.cells import RaggedCells
+from ..cells import RaggedCells
 
 SLOPE = 0.5  # of attention's scores with values: weights are e^(v/2)
 MEMBERS = ("values", "seen", "network")  # that are mixed, in the order of shares

@@ -19,13 +19,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cellpatch_fast import kernels
-from cellpatch_fast.cells import RaggedCells
-from cellpatch_fast.errors import InputError
-from cellpatch_fast.kernels import Encoded, EncoderWeights
-
+from .. import kernels
+from ..cells import RaggedCells
+from ..errors import InputError
+from ..kernels import Encoded, EncoderWeights
 from .encoder import gather_weights, run_encoder
-from .original import original_name
+from .original_names import original_name
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

@@ -1,9 +1,8 @@
 """Checkpoints of the original code.
 
 The original's classes are ``PathFormer`` (pretraining) and ``PathFormer_lp`` (annotation). What
-they are is told by the names of their parameters alone; their package is never imported.
-`original_name` is the one translation of names, for checkpoints here and for live objects in
-`live`.
+they are is told by the names of their parameters alone (see `original_names`); their package is
+never imported.
 
 A checkpoint must hold every tensor of the model that its arguments describe, in the right shape,
 and nothing that is unknown. What is known and not part of the model is left out: decoder and
@@ -24,18 +23,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from cellpatch_fast.config import CellPatchConfig, ValueRounding
-from cellpatch_fast.errors import InputError
-
-from .encoder import CellPatch
+from ..config import CellPatchConfig, ValueRounding
+from ..errors import InputError
+from .original_names import original_name
 from .storage import empty, listed, misfits
 
 if TYPE_CHECKING:
-    from cellpatch_fast.genes import GeneVocabulary
+    from ..genes import GeneVocabulary
+    from .encoder import CellPatch
 
 logger = logging.getLogger(__name__)
 
-CellPatchT = TypeVar("CellPatchT", bound=CellPatch)
+CellPatchT = TypeVar("CellPatchT", bound="CellPatch")
 
 # Parts of a checkpoint beside the encoder: how their names start there, and here.
 OTHER_PARTS = {
@@ -43,41 +42,6 @@ OTHER_PARTS = {
     "annotation head": ("lp_", "head."),
     "value norm (not used by the released model)": ("count2vector_norm.", "value_norm."),
 }
-
-
-def original_name(name: str) -> str:
-    """The original's name of a `CellPatch` parameter.
-
-    >>> original_name("self_blocks.1.mlp_norm.bias")
-    'self_extract_blocks_mlp_norm.1.bias'
-    """
-    for ours, theirs in (
-        (r"decoder\.expansion\.", "decoder_reverse_projection."),
-        (r"decoder\.cross_block\.attention(_norm)?\.", r"decoder_extract_blocks_attn\1."),
-        (r"decoder\.cross_block\.mlp(_norm)?\.", r"decoder_extract_blocks_mlp\1."),
-        (
-            r"decoder\.self_blocks\.(\d+)\.attention(_norm)?\.",
-            r"decoder_selfattn_blocks_attn\2.\1.",
-        ),
-        (r"decoder\.self_blocks\.(\d+)\.mlp(_norm)?\.", r"decoder_selfattn_blocks_mlp\2.\1."),
-        (r"decoder\.output\.", "decoder_projection."),
-        (r"head\.expansion\.", "lp_linear_probe_0."),
-        (r"head\.expansion_norm\.", "lp_norm."),
-        (r"head\.first\.", "lp_fc1."),
-        (r"head\.second\.", "lp_fc2."),
-        (r"head\.output\.", "lp_fc3."),
-        (r"gene_embedding\.", "gene2vector."),
-        (r"value_embedding\.", "count2vector."),
-        (r"patches", "pathway_token"),
-        (r"projection\.", "encoder_projection."),
-        (r"cross_block\.attention(_norm)?\.", r"cross_extract_blocks_attn\1."),
-        (r"cross_block\.mlp(_norm)?\.", r"cross_extract_blocks_mlp\1."),
-        (r"self_blocks\.(\d+)\.attention(_norm)?\.", r"self_extract_blocks_attn\2.\1."),
-        (r"self_blocks\.(\d+)\.mlp(_norm)?\.", r"self_extract_blocks_mlp\2.\1."),
-    ):
-        if match := re.match(ours, name):
-            return match.expand(theirs) + name[match.end() :]
-    raise AssertionError(f"no original name for parameter {name}")
 
 
 @torch.inference_mode(False)  # weights that a backend may keep tables for, wherever loaded
@@ -92,7 +56,7 @@ def import_checkpoint(
     **extras: Any,
 ) -> CellPatchT:
     """See `CellPatch.from_original`; ``extras`` are further arguments of the constructor."""
-    from cellpatch_fast.genes import GeneVocabulary
+    from ..genes import GeneVocabulary
 
     checkpoint = Path(checkpoint)
     state = _read_checkpoint(checkpoint)

@@ -1,6 +1,6 @@
 """Training: pretraining by masked gene modelling, and fine-tuning for cell type annotation."""
 
-from .evaluation import Evaluation, evaluate
+from ..inference.evaluation import Evaluation, evaluate
 from .finetuning import Finetuned, finetune
 from .pretraining import pretrain
 from .settings import FinetuningSettings, PretrainingSettings

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cells import RaggedCells
-from ..loader import CellBatch, CellLoader
+from ..loading import CellBatch, CellLoader
 from ..model import CellPatchAnnotator
 from .settings import FinetuningSettings
 from .task import Task, ranges_of

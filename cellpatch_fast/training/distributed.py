@@ -18,8 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..devices import usable_cores
-from ..embedding import usable_device
+from ..devices import usable_cores, usable_device
 from ..errors import InputError
 
 LONGEST_WAIT = timedelta(hours=3)  # for the leading process, which alone tests and draws

@@ -19,9 +19,9 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import LinearOperator, svds
 
-from ..loader import CellLoader
+from ..loading import CellLoader
+from ..loading.inputs import Stream
 from ..model.linear import SLOPE
-from ..streams import Stream
 
 logger = logging.getLogger("cellpatch_fast")
 

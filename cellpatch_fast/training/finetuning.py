@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..columns import Column, balancing_weights
-from ..config import CellPatchConfig
+from ..config import CellPatchConfig, Reading
 from ..errors import InputError
-from ..loader import CellLoader
-from ..masking import Masking
+from ..inference.evaluation import UNKNOWN, Evaluation, require_analysis
+from ..loading import CellLoader
+from ..loading.columns import Column, balancing_weights
+from ..loading.inputs import Stream
 from ..model import CellPatch, CellPatchAnnotator, fingerprint
-from ..streams import Stream, reading_options
+from ..preprocessing.masking import Masking
 from .choosing import choose, complete, new_config
 from .classification import Annotation
+from .curves import training_curves
 from .data import (
     Labels,
     describe,
@@ -36,9 +38,9 @@ from .data import (
     split_labelled,
 )
 from .distributed import Processes
-from .evaluation import UNKNOWN, Evaluation, require_analysis
 from .expression import gather
 from .finishing import Tested, finish
+from .folder import held
 from .linear import LinearModels, fit
 from .running import Running, require_possible, run_task, seeded
 from .settings import FinetuningSettings
@@ -46,7 +48,7 @@ from .starting import begin, learn_new_genes, loader_options, starting_model
 from .task import History
 
 if TYPE_CHECKING:
-    from ..detect import Expected
+    from ..config import Expected
     from ..genes import GeneVocabulary
 
 logger = logging.getLogger("cellpatch_fast")
@@ -143,19 +145,19 @@ checkpoint_minutes, overwrite, progress
         If the folder cannot be written. What is done is kept.
     """
     output = Path(output)
-    options = reading_options(layer, use_raw, gene_column, input)
-    choice = choose(data, few_cells, settings, options)
+    reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
+    choice = choose(data, few_cells, settings, reading)
     first = complete(FinetuningSettings, settings, choice.few, None)
     with Processes.join(device, devices) as processes, seeded(first.seed, processes):
-        require_possible(output, first, processes)
+        require_possible(output, model, first, processes)
         require_analysis()
         if model is None:
             config = new_config(data, choice, config)
         encoder = starting_model(CellPatch, model, config, vocabulary)
         identity: dict[str, Any] = {"model": None if model is None else fingerprint(encoder)}
         if add_genes or (add_genes is None and model is None and choice.few):
-            learn_new_genes(encoder, data, options, required=bool(add_genes))
-        with opened(data, encoder.vocabulary, encoder.config, options) as streams:
+            learn_new_genes(encoder, data, reading, required=bool(add_genes))
+        with opened(data, encoder.vocabulary, encoder.config, reading) as streams:
             report(streams, processes)
             labels = read_labels(streams, label, first.min_cells)
             rows = (
@@ -173,7 +175,7 @@ checkpoint_minutes, overwrite, progress
             linear = _begin(task, rows["training"], labels, chosen, processes, new=model is None)
             identity |= {
                 "data": describe(streams),
-                **{name: value for name, value in options.items() if value},
+                **reading.given(),
                 "label": label,
                 "classes": labels.classes,
                 "split_column": split_column,
@@ -186,8 +188,9 @@ checkpoint_minutes, overwrite, progress
             tested = Tested(None, None)
             if processes.leads:
                 _warn_of_majority(history, labels, rows)
-                tested = finish(output, streams, rows, labels, chosen, processes.device, linear)
-                _draw_curves(output)
+                with held(output):
+                    tested = finish(output, streams, rows, labels, chosen, processes.device, linear)
+                    training_curves(output, save=output / "training_curves")
             processes.wait()
     return Finetuned(history, tested.annotator, tested.linear)
 
@@ -307,9 +310,3 @@ def _task(
     if len(rows["validation"]):
         validation = CellLoader(streams, rows=rows["validation"], **common)
     return Annotation(annotator, training, validation, labels.codes, settings)
-
-
-def _draw_curves(output: Path) -> None:
-    from .. import pl
-
-    pl.training_curves(output, save=output / "training_curves")

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from ..cells import RaggedCells
 from ..files import write_whole
-from ..loader import CellLoader
+from ..inference.evaluation import Evaluation, evaluate
+from ..loading import CellLoader
+from ..loading.inputs import Stream
 from ..model import CellPatchAnnotator
 from ..model.linear import LinearPath
-from ..streams import Stream
+from ..plots.confusion import save_confusion
 from .calibration import mixture_shares, temperature
 from .data import Labels
-from .evaluation import Evaluation, evaluate
 from .expression import Expression, gather
 from .folder import LINEAR_METRICS
 from .linear import ABSENT, GRAM_CELLS, LinearModels, fit, softmax
@@ -184,7 +185,7 @@ def _test(
     """Evaluate the annotator, and write what it says of each test cell."""
     import pandas as pd
 
-    from ..embedding import Embedder
+    from ..inference.embedder import Embedder
 
     embedder = Embedder(annotator, backend=settings.backend, device=cells.device, annotate=True)
     ranges = [(row, row + 1) for row in rows.tolist()]
@@ -198,6 +199,12 @@ def _test(
     write_whole(output / "test_predictions.csv", table.to_csv(index=False))
     evaluation = evaluate(truth, predicted, annotator.classes, probabilities=probabilities)
     evaluation.save(output)
+    save_confusion(
+        evaluation.confusion,
+        output / "confusion",
+        others=len(evaluation.other_labels),
+        title=evaluation.headline,
+    )
     return evaluation
 
 

@@ -34,9 +34,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..embedding import memory_errors
+from ..devices import memory_errors
 from ..errors import InputError
-from ..loader import CellBatch
+from ..loading import CellBatch
 from ..progress import Pace, progress_bar
 from .distributed import Processes
 from .folder import EPOCHS, STEPS, RunFolder

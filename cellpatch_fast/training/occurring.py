@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ..cells import RaggedCells
-from ..loader import CellBatch
+from ..loading import CellBatch
+from ..loading.inputs import Stream
 from ..model import CellPatch
-from ..streams import Stream
 
 
 class OccurringGenes:

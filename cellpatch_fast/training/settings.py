@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
 from ..errors import InputError
-from ..masking import Masking
+from ..preprocessing.masking import Masking
 
 Optimizer = Literal["adam", "adamw"]
 # What pretraining and fine-tuning have in common on some hundred or thousand cells. The paper's

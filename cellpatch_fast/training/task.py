@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..loader import CellBatch, CellLoader
+from ..loading import CellBatch, CellLoader
 from ..model import CellPatch
 from ..progress import duration
 from .settings import TrainingSettings

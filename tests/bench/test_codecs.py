@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numcodecs import blosc
 
-from cellpatch_fast.io import token_writer
-from cellpatch_fast.io.shards import EntryArray
+from cellpatch_fast.io.stores import token_writer
+from cellpatch_fast.io.stores.shards import EntryArray
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from bench.reporting.findings import TARGET_RATIOS
 from cellpatch_fast import CellPatchConfig, RaggedCells
-from cellpatch_fast.benchmarks.findings import TARGET_RATIOS
 
 CLASSES = 11
 CELLPATCH = ("ours", "cellpatch-flash", "cellpatch-original")

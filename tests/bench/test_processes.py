@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cellpatch_fast.benchmarks.results import Record, Timing
+from bench.reporting.results import Record, Timing
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

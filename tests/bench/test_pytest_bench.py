@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from cellpatch_fast.benchmarks.results import Record, Run, Timing
+from bench.reporting.results import Record, Run, Timing
 
 ROOT = Path(__file__).parents[2]
 

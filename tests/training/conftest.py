@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cellpatch_fast import CellPatchConfig, GeneVocabulary
-from cellpatch_fast.streams import Stream, open_stream
+from cellpatch_fast.loading.inputs import Stream, open_stream
 from cellpatch_fast.training import FinetuningSettings, PretrainingSettings
 
 from ..conftest import MakeCells

@@ -21,8 +21,8 @@ from cellpatch_fast import (
     MaskedGeneModel,
     RaggedCells,
 )
-from cellpatch_fast.loader import CellBatch
-from cellpatch_fast.streams import Stream
+from cellpatch_fast.loading import CellBatch
+from cellpatch_fast.loading.inputs import Stream
 from cellpatch_fast.training import FinetuningSettings, PretrainingSettings, finetune, pretrain
 from cellpatch_fast.training.loop import Trainer
 from cellpatch_fast.training.occurring import OccurringGenes

@@ -1,0 +1,112 @@
+"""The command ``cellpatch``: the parser, and how a command ends.
+
+What the commands do is in the modules beside this one.
+
+Parsing imports nothing heavy, so that ``--help`` and mistakes are answered at once. What a user
+can mend (`InputError`, a full disk) is one message on stderr and exit code 1; a wrong command
+line is 2; Ctrl-C is 130. Anything else is a defect and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+
+from ..devices import keep_to_quota, wait_passively
+from ..errors import InputError, InputWarning
+from . import annotation, inference, models, synthetic, training
+
+ADD_COMMANDS = (  # in the order of --help
+    inference.add_embed,
+    inference.add_tokenize,
+    training.add_pretrain,
+    training.add_finetune,
+    annotation.add_annotate,
+    models.add_new_model,
+    models.add_import,
+    inference.add_inspect,
+    inference.add_demo,
+    inference.add_tune,
+    synthetic.add_synthetic_atlas,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parsed = _parser().parse_args(arguments)
+    parsed.arguments = arguments  # for processes that do the same
+    wait_passively()
+    with _on_stderr():
+        try:
+            keep_to_quota()
+            parsed.run(parsed)
+        except (InputError, OSError, MemoryError) as error:
+            print(f"cellpatch: {_explain(error, parsed)}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(f"\ncellpatch: interrupted. {parsed.after_interruption}", file=sys.stderr)
+            return 130
+    return 0
+
+
+@contextlib.contextmanager
+def _on_stderr() -> Iterator[None]:
+    """Show our own log lines and warnings, one line each; other libraries' are not for users."""
+    logger = logging.getLogger("cellpatch_fast")
+    handler = logging.StreamHandler(sys.stderr)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", InputWarning)
+            warnings.showwarning = _show_warning
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cellpatch",
+        description="CellPatch for single cells: embed, pretrain, fine-tune, annotate.",
+        epilog="cellpatch COMMAND --help explains a command.",
+    )
+    from importlib.metadata import version
+
+    parser.add_argument("--version", action="version", version=version("cellpatch-fast"))
+    parser.set_defaults(after_interruption="Nothing was written.")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in ADD_COMMANDS:
+        add(subparsers)
+    return parser
+
+
+def _explain(error: InputError | OSError | MemoryError, parsed: argparse.Namespace) -> str:
+    """What went wrong, and what may help."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        advice = " A smaller --batch-size needs less." if "batch_size" in parsed else ""
+        if "accumulate" in parsed:
+            advice = " A larger --accumulate needs less, and gives the same result."
+        return f"not enough memory ({error}).{advice}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"{error}. There is no room to write: free some space, then repeat the command; what "
+            "is done is kept."
+        )
+    return f"{error}. Check the path and its permissions."
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """One line, without the line of code that it came from."""
+    print(f"cellpatch: warning: {message}", file=sys.stderr)

@@ -1,0 +1,120 @@
+"""What a path holds, for ``cellpatch inspect``."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from ..io.stores.embeddings import ATTRIBUTE
+from ..io.stores.partial import finished_facts, partial_of, unfinished_facts
+from ..io.stores.tokens import KIND, TokenStore, is_token_store
+
+if TYPE_CHECKING:
+    from ..io.sources.source import CellSource
+
+
+def describe(place: Path | str) -> dict[str, Any]:
+    """Facts about a model directory, an AnnData file or one of our stores, in reading order.
+
+    ``place`` is a path, or the address of a Zarr store.
+
+    Raises
+    ------
+    InputError
+        If there is nothing at ``place``, or nothing that we know.
+    """
+    if isinstance(place, Path):
+        if journal := unfinished_facts(place if place.exists() else partial_of(place)):
+            return _unfinished(journal)
+        if (place / "config.json").is_file():
+            return _model(place)
+        if (facts := finished_facts(place, ATTRIBUTE)) is not None:
+            return _embeddings(place, facts)
+    if is_token_store(place):
+        with TokenStore(place) as store:
+            return {"kind": "token store"} | store.describe()
+    from ..io.sources.source import open_source
+
+    with open_source(place) as source:
+        return {"kind": "cells"} | source.describe() | _usable(source)
+
+
+def _model(path: Path) -> dict[str, Any]:
+    from ..model import CellPatch, CellPatchAnnotator, MaskedGeneModel, fingerprint
+    from ..model.storage import parts_of
+
+    parts = parts_of(path)
+    model: CellPatch
+    if "head." in parts:
+        model = CellPatchAnnotator.from_pretrained(path)
+    else:
+        model = (MaskedGeneModel if "decoder." in parts else CellPatch).from_pretrained(path)
+    classes = {"classes": model.classes} if isinstance(model, CellPatchAnnotator) else {}
+    return {
+        "kind": f"{type(model).__name__} model",
+        "genes": len(model.vocabulary),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "fingerprint": fingerprint(model),
+        **{name: list(names) for name, names in classes.items()},
+        **_run(path),
+        **model.config.to_dict(),
+    }
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """What is known of the training run whose folder the directory is."""
+    from ..training.folder import SETTINGS, read_settings
+
+    if not (path / SETTINGS).exists():
+        return {}
+    found = read_settings(path)
+    versions = ", ".join(f"{name} {x}" for name, x in found["versions"].items() if x)
+    data = found["settings"].get("data", [])
+    return {"made by": found["kind"], "data": data, "versions": versions}
+
+
+def _embeddings(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    import zarr
+
+    described: dict[str, Any] = {"kind": "embedding store"}
+    root = zarr.open_group(path, mode="r")
+    for key, array in root["obsm"].arrays():  # type: ignore[union-attr]
+        described["cells"] = array.shape[0]
+        described[f"obsm/{key}"] = f"{array.shape[0]} x {array.shape[1]} {array.dtype}"
+    described["obs_columns"] = root["obs"].attrs["column-order"]
+    written_by = {"written by": f"cellpatch-fast {facts['version']}"}
+    return described | facts["counts"] | facts["settings"] | written_by
+
+
+def _unfinished(journal: dict[str, Any]) -> dict[str, Any]:
+    done = journal["done"]
+    return {
+        "kind": f"unfinished {journal['kind']} (the command that began it finishes it)",
+        "shards done": len(done["shards"] if journal["kind"] == KIND else done),
+        **journal["settings"],
+        "written by": f"cellpatch-fast {journal['version']}",
+    }
+
+
+def _usable(source: CellSource) -> dict[str, str]:
+    """Whether the values and names of the genes are such that the cells can be embedded."""
+    from ..genes import GeneVocabulary
+    from ..loading.inputs import sample_of
+    from ..preprocessing.detection import detect_input
+
+    facts = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say is in the facts
+        try:
+            found = detect_input(sample_of(source), source.name, gene_names=source.var.index)
+            facts["values"] = found.reason
+        except InputError as error:
+            facts["values"] = f"cannot be embedded: {error}"
+        try:
+            match = GeneVocabulary.human().match_var(source.var, None, source.name)
+            facts["human genes"] = str(match)
+        except InputError as error:
+            facts["human genes"] = str(error)
+    return facts

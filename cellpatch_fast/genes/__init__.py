@@ -1,0 +1,5 @@
+"""Genes: their names, what they are called elsewhere, and which token stands for which."""
+
+from .vocabulary import GeneVocabulary
+
+__all__ = ["GeneVocabulary"]

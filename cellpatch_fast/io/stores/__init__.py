@@ -1,0 +1,1 @@
+"""What is written here: token stores and embedding stores, each shard once."""

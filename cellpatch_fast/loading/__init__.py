@@ -1,0 +1,6 @@
+"""`CellLoader`: cells from disk to ragged batches, in file order or sampled, in pinned memory."""
+
+from .loader import CellLoader
+from .windows import CellBatch
+
+__all__ = ["CellBatch", "CellLoader"]

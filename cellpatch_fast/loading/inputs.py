@@ -1,0 +1,262 @@
+"""What the loader reads from: AnnData sources prepared for a model, and token stores.
+
+Both know how many cells there are, how their genes match the vocabulary and how to read rows of
+them (`fetching.Rows`); the loader needs nothing else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..config import Preprocessing, Reading
+from ..errors import InputError
+from ..io.sources.matrices import MAX_ENTRIES, CsrMatrix, DenseMatrix
+from ..io.sources.source import CellSource, open_source
+from ..io.sources.transpose import CscMatrix
+from ..io.stores.obs import SOURCE_COLUMN
+from ..io.stores.tokens import TokenStore, is_token_store
+from ..preprocessing.detection import detect_input
+from .columns import read_column
+from .rows import CsrRows, DenseRows, Rows, TokenRows
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from ..cells import CellBlock
+    from ..config import CellPatchConfig
+    from ..genes import GeneVocabulary
+    from ..io.sources.tables import Table
+
+SAMPLE_CELLS = 2_000  # cells that the kind of a matrix is told from
+
+
+class CellStream:
+    """The cells of an AnnData source, prepared for a model.
+
+    Parameters
+    ----------
+    source
+        Where the cells come from; closed with this.
+    vocabulary, config
+        The model's.
+    reading
+        The column of gene names, and what the matrix holds; the source is opened already.
+
+    Attributes
+    ----------
+    match
+        How the source's genes were matched, a `GeneMatch`.
+    detected
+        What the matrix holds, and why we think so.
+
+    Raises
+    ------
+    InputError
+        If no gene matches, or the matrix is not what was expected.
+    """
+
+    def __init__(
+        self,
+        source: CellSource,
+        vocabulary: GeneVocabulary,
+        config: CellPatchConfig,
+        reading: Reading,
+    ) -> None:
+        self.source = source
+        self.name, self.n_cells, self.n_genes = source.name, source.n_cells, source.n_genes
+        self.match = vocabulary.match_var(source.var, reading.gene_column, source.name)
+        self.genes_matched, self.genes_unknown = self.match.matched, len(self.match.unknown)
+        self.preprocessing = Preprocessing.from_config(config)
+        self.vocabulary_fingerprint = vocabulary.fingerprint
+        self._vocabulary_size = vocabulary.size
+        self.detected = detect_input(
+            sample_of(source),
+            source.name,
+            reading.input,
+            target_sum=config.target_sum,
+            gene_names=source.var.index,
+        )
+        self.kind: str = self.detected.kind
+        self._rows: Rows | None = None
+
+    def rows(self) -> Rows:
+        """How to read the cells. A matrix that is stored by genes is turned into rows here."""
+        if self._rows is None:
+            matrix = self.source.matrix
+            if isinstance(matrix, CscMatrix):
+                matrix = matrix.rows()
+            settings = (
+                *(np.asarray(self.match.tokens), self.preprocessing, self.detected.kind),
+                *(self._vocabulary_size, self.name, self.source.var.index),
+            )
+            if isinstance(matrix, CsrMatrix):
+                self._rows = CsrRows(matrix, *settings)
+            else:
+                assert isinstance(matrix, DenseMatrix)
+                self._rows = DenseRows(matrix, *settings)
+        return self._rows
+
+    def measured(self) -> np.ndarray:
+        """bool [1, vocabulary size]: the tokens whose gene was measured."""
+        table = np.zeros((1, self._vocabulary_size), bool)
+        tokens = np.asarray(self.match.tokens)
+        table[0, tokens[tokens >= 0]] = True
+        return table
+
+    def input_of_cells(self) -> np.ndarray:
+        """int64 [cells]: the row of `measured` that each cell belongs to."""
+        return np.zeros(self.n_cells, np.int64)
+
+    def expected_entries(self) -> int:
+        """The entries of all cells, about: a dense matrix does not say how many there are."""
+        entries = self.source.matrix.entries
+        if entries is None:
+            sample = sample_of(self.source)
+            entries = len(sample.data) * self.n_cells // len(sample)
+        return entries
+
+    def obs_table(self) -> Table:
+        return self.source.obs_table()
+
+    def fingerprint(self) -> str:
+        """Changes when the input does."""
+        return self.source.fingerprint()
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.match}; {self.detected.reason}"
+
+    def close(self) -> None:
+        if self._rows is not None:
+            self._rows.close()
+        self.source.close()
+
+
+class TokenStream:
+    """The cells of a token store, if they fit a model.
+
+    Parameters
+    ----------
+    store
+        The store; closed with this.
+    vocabulary, config
+        The model's, where it is known.
+
+    Raises
+    ------
+    InputError
+        If the store was made with another vocabulary or preprocessing.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        vocabulary: GeneVocabulary | None = None,
+        config: CellPatchConfig | None = None,
+    ) -> None:
+        self.store = store
+        self.name, self.n_cells = store.name, store.n_cells
+        self.preprocessing, self.kind = store.preprocessing, "tokens"
+        self.vocabulary_fingerprint = store.vocabulary_fingerprint
+        if vocabulary is not None and vocabulary.fingerprint != store.vocabulary_fingerprint:
+            raise InputError(
+                f"{store.name} was made with another vocabulary (fingerprint "
+                f"{store.vocabulary_fingerprint[:12]}, the model's is "
+                f"{vocabulary.fingerprint[:12]}). Make the token store anew with this model "
+                "(cellpatch tokenize --model)."
+            )
+        if config is not None and Preprocessing.from_config(config) != store.preprocessing:
+            raise InputError(
+                f"{store.name} was made with {store.preprocessing}, but the model expects "
+                f"{Preprocessing.from_config(config)}. Make the token store anew for this model: "
+                "cellpatch tokenize --model DIR; for a new model that is made with --few-cells, "
+                "cellpatch tokenize --few-cells; for a new one without, neither option."
+            )
+        self.genes_matched = self.n_genes = int(store.measured().any(axis=0).sum())
+        self.genes_unknown = 0  # they were counted when the store was made
+        self._rows = TokenRows(store.name, store.offsets, store.genes, store.values)
+
+    def rows(self) -> Rows:
+        return self._rows
+
+    def measured(self) -> np.ndarray:
+        """bool [inputs of the store, vocabulary size]: the tokens whose gene each measured."""
+        return self.store.measured()
+
+    def input_of_cells(self) -> np.ndarray:
+        """int64 [cells]: the row of `measured` that each cell belongs to."""
+        inputs = self.store.inputs
+        if len(inputs) == 1:
+            return np.zeros(self.n_cells, np.int64)
+        column = read_column([self.obs_table()], [self.name], SOURCE_COLUMN)
+        assert column.categories is not None
+        rows = np.array([inputs.index(name) for name in column.categories], np.int64)
+        return rows[column.values]
+
+    def expected_entries(self) -> int:
+        """The entries of all cells."""
+        return int(self.store.offsets[-1])
+
+    def obs_table(self) -> Table:
+        return self.store.obs_table()
+
+    def fingerprint(self) -> str:
+        return self.store.fingerprint()
+
+    def __str__(self) -> str:
+        return f"{self.name}: tokens of {self.genes_matched:,} genes"
+
+    def close(self) -> None:
+        self._rows.close()
+        self.store.close()
+
+
+Stream = CellStream | TokenStream
+
+
+def open_stream(
+    data: str | Path | AnnData,
+    vocabulary: GeneVocabulary | None,
+    config: CellPatchConfig | None,
+    reading: Reading = Reading(),
+) -> Stream:
+    """Open a token store, or AnnData, 10x output or an AnnData object, for reading.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read or does not fit the vocabulary and the configuration; or there are
+        options of reading for a token store, which has none.
+    """
+    if isinstance(data, str | Path) and is_token_store(data):
+        given = reading.given()
+        if given:
+            raise InputError(
+                f"{data} is a token store, which has no {' and no '.join(given)}: leave that out"
+            )
+        return TokenStream(TokenStore(data), vocabulary, config)
+    if vocabulary is None or config is None:
+        raise InputError(
+            f"{data} is no token store, so reading it needs a model's vocabulary and config"
+        )
+    source = open_source(data, layer=reading.layer, use_raw=reading.use_raw)
+    try:
+        return CellStream(source, vocabulary, config, reading)
+    except BaseException:
+        source.close()
+        raise
+
+
+def sample_of(source: CellSource) -> CellBlock:
+    """The first cells of a source, enough to tell what its matrix holds."""
+    return next(source.blocks(0, min(SAMPLE_CELLS, source.n_cells), max_entries=MAX_ENTRIES))
+
+
+def describe_input(path: Path | str, stream: Stream) -> str:
+    """An input, for people; another string if anything about it is different."""
+    return (
+        f"{Path(path).name}: {stream.n_cells} cells, {stream.n_genes} genes, {stream.kind}, "
+        f"fingerprint {stream.fingerprint()[:16]}"
+    )

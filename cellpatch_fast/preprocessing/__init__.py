@@ -1,0 +1,1 @@
+"""From a matrix to ragged cells: what it holds, counts to tokens, masking."""
