@@ -20,6 +20,7 @@ from scipy import sparse
 from threadpoolctl import threadpool_limits
 
 from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, RaggedCells, atlas, cli
+from cellpatch_fast.devices import usable_cores
 from cellpatch_fast.io import TokenStore
 from cellpatch_fast.io.stores import embeddings, obs, token_writer
 from cellpatch_fast.io.stores.buckets import Buckets
@@ -32,7 +33,7 @@ tokenizing = importlib.import_module("cellpatch_fast.atlas.tokenize")
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Workers that all use all cores wait for each other: small steps took eight times as long.
-    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    threads = max(1, usable_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     torch.set_num_threads(threads)
     threadpool_limits(threads)  # of NumPy's and scikit-learn's products
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of processes that tests start
