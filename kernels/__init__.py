@@ -18,6 +18,7 @@ from .checks import check_cells, check_prompts
 from .differentiable import needs_gradient
 from .entry_attention import ragged_attention, ragged_self_attention
 from .reference import Encoded
+from .sparse import SparsePattern, pattern_of, sparse_product
 from .weights import BlockWeights, DecoderWeights, EncoderWeights
 
 __all__ = [
@@ -27,18 +28,21 @@ __all__ = [
     "DecoderWeights",
     "Encoded",
     "EncoderWeights",
+    "SparsePattern",
     "attention_ops",
     "decode",
     "encode",
     "needs_gradient",
     "ops",
     "patch_attention",
+    "pattern_of",
     "ragged_attention",
     "ragged_cross_attention",
     "ragged_gather_cross_attention",
     "ragged_self_attention",
     "reference",
     "resolve_backend",
+    "sparse_product",
     "synchronize",
 ]
 

@@ -113,7 +113,7 @@ def _select(comparison: str, a: Vector, b: Vector, then: Vector, otherwise: Vect
     return Vector(builder, builder.select(chosen, then.value, otherwise.value))
 
 
-def _spread(builder: Any, scalar: Any) -> Any:
+def spread(builder: Any, scalar: Any) -> Any:
     """A number in all lanes."""
     undefined = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
     lane = builder.insert_element(undefined, scalar, ir.Constant(_INT, 0))
@@ -183,7 +183,7 @@ def never_inline(typing_context: Any) -> Any:
     return types.none(), generate
 
 
-def _vector_at(builder: Any, data: Any, index: Any, kind: Any = _FLOATS) -> Any:
+def vector_at(builder: Any, data: Any, index: Any, kind: Any = _FLOATS) -> Any:
     return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
 
 
@@ -227,7 +227,7 @@ def elementwise(
     def decorate(expression: Callable[..., Vector]) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             constants = [
-                Vector(builder, _spread(builder, builder.extract_value(arguments[0], i)))
+                Vector(builder, spread(builder, builder.extract_value(arguments[0], i)))
                 for i in range(scalars)
             ]
             data = [arguments[1 + 2 * i] for i in range(arrays + 1)]
@@ -235,7 +235,7 @@ def elementwise(
 
             def apply(j: Any) -> None:
                 out, *inputs = (
-                    _vector_at(builder, pointer, builder.add(start, j))
+                    vector_at(builder, pointer, builder.add(start, j))
                     for pointer, start in zip(data, starts, strict=True)
                 )
                 loaded = [Vector(builder, builder.load(pointer, align=4)) for pointer in inputs]
@@ -281,7 +281,7 @@ def _make_tile(rows: int, vectors: int, kind: Any = _FLOATS) -> Any:
         columns = [number(j * LANES) for j in range(vectors)]
         a_rows = [offset(a_at, (number(i), a_row)) for i in range(rows)]
         targets = [
-            _vector_at(builder, c, builder.add(offset(c_at, (number(i), c_row)), column))
+            vector_at(builder, c, builder.add(offset(c_at, (number(i), c_row)), column))
             for i in range(rows)
             for column in columns
         ]
@@ -298,13 +298,13 @@ def _make_tile(rows: int, vectors: int, kind: Any = _FLOATS) -> Any:
         builder.position_at_end(body)
         b_start = offset(b_at, (k, b_row))
         b_row_k = [
-            Vector(builder, builder.load(_vector_at(builder, b, offset, kind), align=4))
+            Vector(builder, builder.load(vector_at(builder, b, offset, kind), align=4))
             for offset in (builder.add(b_start, column) for column in columns)
         ]
         updated = []
         for i in range(rows):
             scalar = builder.load(builder.gep(a, [offset(a_rows[i], (k, a_column))]), align=4)
-            factor = Vector(builder, _spread(builder, scalar))
+            factor = Vector(builder, spread(builder, scalar))
             updated += [
                 fma(factor, b_row_k[j], Vector(builder, sums[i * vectors + j])).value
                 for j in range(vectors)

@@ -6,8 +6,6 @@ and all of it can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-import contextlib
-import time
 from typing import Any
 
 import torch
@@ -16,9 +14,10 @@ from torch import Tensor
 
 from ..ragged import Gradients, RaggedAttention
 from .attention import CHUNK
-from .configuration import Configuration, compiler_options
-from .encoder import architecture, note_compilation, table_type
+from .configuration import Configuration
+from .encoder import table_type
 from .faults import faults, raise_faults
+from .launching import launch
 from .ragged import ENTRIES_PER_PLACE, attend_slots, merge_slots
 from .ragged_backward import differentiate_slots
 from .ragged_shapes import backward_shape, forward_shape, padded
@@ -275,21 +274,4 @@ class _Launch:
         self, kernel: Any, programs: int, configuration: Configuration, *arguments: Any,
         **constants: Any,
     ) -> None:  # fmt: skip
-        if programs == 0:
-            return
-        # Triton launches on the current device, whatever device the tensors are on
-        on_gpu = self.device.type == "cuda"
-        there = torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext()
-        key = (
-            kernel.__name__,
-            self.device,
-            *(str(x.dtype) for x in arguments if isinstance(x, Tensor)),
-            *constants.items(),
-        )
-        started = time.perf_counter()
-        with there:
-            options = compiler_options(architecture(self.device), configuration)
-            kernel[(programs,)](*arguments, **constants, **options)
-        note_compilation(key, time.perf_counter() - started)
-        if not on_gpu:  # nothing is asynchronous there
-            raise_faults(self.device)
+        launch(self.device, kernel, programs, configuration, *arguments, **constants)
