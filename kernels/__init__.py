@@ -196,6 +196,7 @@ def patch_attention(
     values: Tensor,
     *,
     pads: Tensor | None = None,
+    bias: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The encoder's cross-attention alone: patches attend over each cell's entries.
@@ -204,6 +205,9 @@ def patch_attention(
     ----------
     weights, offsets, genes, values, pads
         As of `encode`.
+    bias
+        float32 [entries], added to all scores of an entry: 0 leaves it as it is, -1 has it weigh
+        1/e of that, and with -inf it counts for nothing.
     backend
         ``"reference"``, ``"numba"`` or ``"triton"``; None chooses.
 
@@ -226,13 +230,16 @@ def patch_attention(
     _check(chosen, weights, offsets, genes, values, pads)
     if chosen == "reference":
         with _precision(chosen, genes.device.type):
-            found = reference.patch_cross_attention(weights, offsets, genes, values, pads=pads)
+            found = reference.patch_cross_attention(
+                weights, offsets, genes, values, pads=pads, bias=bias
+            )
         return found.attended, found.log_sum_exp
-    if chosen == "numba" or training:
+    if chosen == "numba" or training or bias is not None:
         with _precision(chosen, genes.device.type):
             return differentiable.patch_attention(
-                weights, offsets, genes, values, pads=pads, dropout=0.0, backend=chosen
-            )
+                weights, offsets, genes, values,
+                pads=pads, bias=bias, dropout=0.0, backend=chosen,
+            )  # fmt: skip
     tensors, structure = weights.flatten()
     attended, log_sum_exp = torch.ops.cellpatch.patch_attention(
         tensors, structure, offsets, genes, values, pads, _autocast_dtype(genes.device.type)

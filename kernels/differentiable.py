@@ -64,9 +64,13 @@ def patch_attention(
     pads: Tensor | None,
     dropout: float,
     backend: str,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attended values [c, p, D] and log-sum-exp [c, h, p] of the encoder's cross-attention."""
-    entries = _Entries(offsets, genes, values, None)
+    """Attended values [c, p, D] and log-sum-exp [c, h, p] of the encoder's cross-attention.
+
+    ``bias`` [n] is added to all scores of an entry.
+    """
+    entries = _Entries(offsets, genes, values, bias)
     if pads is not None:
         entries = _with_pads(entries, pads)
     if genes.device.type == "cuda" or torch.compiler.is_compiling():
@@ -157,6 +161,8 @@ def _with_pads(entries: _Entries, pads: Tensor) -> _Entries:
     genes = torch.zeros(count + cells, dtype=torch.int32, device=pads.device)
     values = entries.values.new_zeros(count + cells)
     bias = torch.zeros(count + cells, device=pads.device)
+    if entries.bias is not None:
+        bias = bias.index_put((place,), entries.bias.to(bias.dtype))
     return _Entries(
         starts,
         genes.index_put((place,), entries.genes.int()),

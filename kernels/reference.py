@@ -143,6 +143,7 @@ def patch_cross_attention(
     values: Tensor,
     *,
     pads: Tensor | None = None,
+    bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> CrossAttended:
     """Patches attend over each cell's entries. An empty cell attends to nothing: zeros."""
@@ -157,6 +158,7 @@ def patch_cross_attention(
     keys = keys_table[tokens] + value_keys
     rows = values_table[tokens] + value_values
     scores = torch.einsum("phd,nhd->nhp", queries, keys)
+    scores = scores if bias is None else scores + bias.to(dtype)[:, None, None]
 
     # The pads of a cell are one more key, weighted by their number.
     zero = torch.zeros(1, dtype=values.dtype, device=values.device)
@@ -183,11 +185,9 @@ def patch_cross_attention(
     attention = exps / total[cell]
     pad_attention = pad_exps / total
     kept = F.dropout(attention, dropout)
-    kept_pads = F.dropout(pad_attention, dropout)
-    attended = torch.einsum("chp,ahd->cphd", kept_pads, pad_row)
+    attended = torch.einsum("chp,ahd->cphd", F.dropout(pad_attention, dropout), pad_row)
     attended = attended.index_add(0, cell, torch.einsum("nhp,nhd->nphd", kept, rows))
-    attended = attended.flatten(2)  # [c, p, D]: heads side by side
-    return CrossAttended(attended, log_sum_exp, attention, pad_attention)
+    return CrossAttended(attended.flatten(2), log_sum_exp, attention, pad_attention)
 
 
 def ragged_attention(problem: RaggedAttention) -> tuple[Tensor, Tensor]:

@@ -65,8 +65,13 @@ def test_products_and_gradients_are_right(width: int, longest: int) -> None:
 
 @pytest.mark.parametrize(("rows", "longest", "width"), [(5, 3, 67), (3, 37, 64), (2, 1031, 3)])
 def test_products_by_the_triton_backend_are_right(
-    triton_backend: None, device: torch.device, rows: int, longest: int, width: int
+    triton_backend: None,
+    device_of: Callable[[str], torch.device],
+    rows: int,
+    longest: int,
+    width: int,
 ) -> None:
+    device = device_of("triton")
     pattern, entries, dense = example(rows, 11, longest, width)
     require_equal("triton", pattern.to(device), entries.to(device), dense.to(device))
 

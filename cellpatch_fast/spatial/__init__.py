@@ -1,0 +1,1 @@
+"""Spatial domains: graphs of spots, STAGATE with CellPatch's features, clustering."""
