@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .synthetic.generate import synthetic_atlas
+from .synthetic.tissue import synthetic_tissue
 
-__all__ = ["synthetic_atlas"]
+__all__ = ["synthetic_atlas", "synthetic_tissue"]

@@ -18,6 +18,7 @@ from .inference.embedder import Embedder
 from .inference.labels import label_column, most_likely, require_threshold
 from .model.storage import fingerprint
 from .progress import progress_bar
+from .spatial.tools import spatial_domains, spatial_embed, spatial_graph, spatial_niches
 from .training.folder import warn_of_unfinished
 
 if TYPE_CHECKING:
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
     from .config import Expected
     from .model import CellPatch, CellPatchAnnotator
     from .model.encoder import Pool
+
+__all__ = [
+    "annotate",
+    "embed",
+    "spatial_domains",
+    "spatial_embed",
+    "spatial_graph",
+    "spatial_niches",
+]
 
 logger = logging.getLogger("cellpatch_fast")
 

@@ -33,6 +33,7 @@ from ..loading import CellLoader
 from ..loading.inputs import open_stream
 from ..model import CellPatch
 from ..progress import progress_bar
+from .expression import SpotExpression
 from .graphs import SpatialGraph
 
 if TYPE_CHECKING:
@@ -167,6 +168,32 @@ def cells_of(
     with contextlib.closing(open_stream(data, model.vocabulary, model.config, reading)) as stream:
         loader = CellLoader([stream], batch_size=8_192, max_entries=1 << 20)
         return RaggedCells.concatenate([batch.cells for batch in loader])
+
+
+def variable_cells(expression: SpotExpression, model: CellPatch) -> RaggedCells:
+    """All spots with all chosen genes that the model knows, zeros included, values as logged.
+
+    Raises
+    ------
+    InputError
+        If the model knows none, or embeds binned values.
+    """
+    if model.config.value_embedding != "affine":
+        raise InputError(
+            "attending to zeros needs a model that embeds continuous values (value_embedding "
+            "'affine'), but this one has bins: use attended='non-zero'"
+        )
+    tokens = model.vocabulary.match([str(name) for name in expression.genes]).tokens
+    columns = np.flatnonzero(tokens >= 0)
+    if not len(columns):
+        raise InputError("the model knows none of the chosen genes")
+    values = expression.matrix[:, columns].toarray()
+    spots, genes = values.shape
+    return RaggedCells(
+        torch.arange(spots + 1) * genes,
+        torch.from_numpy(np.tile(tokens[columns].astype(np.int32), spots)),
+        torch.from_numpy(values.ravel()),
+    )
 
 
 def niche_features(

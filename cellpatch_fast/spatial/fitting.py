@@ -9,7 +9,6 @@ one.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
@@ -23,12 +22,15 @@ from torch import nn
 from ..devices import memory_errors
 from ..errors import InputError
 from ..progress import progress_bar
+from ..training.folder import EPOCHS, RunFolder
 from ..training.repeating import step_seed
 from .features import PatchFeatures
 from .settings import SpatialSettings
 from .stagate import Piece, Stagate
 
 logger = logging.getLogger("cellpatch_fast")
+
+CHECKPOINT_SECONDS = 120.0
 
 
 class Fit:
@@ -43,15 +45,22 @@ class Fit:
         there are none.
     settings
         How.
+    spots
+        Of the whole tissue.
     """
 
     def __init__(
-        self, network: Stagate, encoder: PatchFeatures | None, settings: SpatialSettings
+        self,
+        network: Stagate,
+        encoder: PatchFeatures | None,
+        settings: SpatialSettings,
+        *,
+        spots: int,
     ) -> None:
-        self.network, self.encoder, self.settings = network, encoder, settings
+        self.network, self.encoder, self.settings, self.spots = network, encoder, settings, spots
         self.losses: list[float] = []  # of each epoch
-        modules = nn.ModuleList([network] if encoder is None else [network, encoder])
-        self.parameters = [p for p in modules.parameters() if p.requires_grad]
+        self._modules = nn.ModuleList([network] if encoder is None else [network, encoder])
+        self.parameters = [p for p in self._modules.parameters() if p.requires_grad]
         # one after the other: matrices that share memory are stepped twice, see `Tie`
         self.optimizer = torch.optim.Adam(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay,
@@ -63,34 +72,79 @@ class Fit:
         """Where the network computes."""
         return self.network.hidden_weight.device
 
-    def run(self, pieces: Sequence[Piece], *, progress: bool | None = None) -> None:
-        """Train until the last epoch; call `step` for one.
+    def run(
+        self,
+        pieces: Sequence[Piece],
+        *,
+        run: RunFolder | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        """Train until the last epoch.
+
+        Parameters
+        ----------
+        pieces
+            Of the whole tissue.
+        run
+            Goes on from the checkpoint in this folder, and keeps it up to date; None keeps nothing.
 
         Raises
         ------
         InputError
-            If the loss is not finite.
+            If the loss is not finite, or a checkpoint does not fit.
         """
-        spots, epochs = sum(piece.core for piece in pieces), self.settings.epochs
-        done = len(self.losses)
-        with progress_bar(epochs * spots, "STAGATE", progress, done=done * spots) as bar:
-            for _ in range(done, epochs):
-                bar.set_postfix(loss=f"{self.step(pieces):.4f}", refresh=False)
-                bar.update(spots)
+        epochs = self.settings.epochs
+        if run is not None and run.checkpoint is not None:
+            self._restore(run.checkpoint)
+        saved = time.perf_counter()
+        done = len(self.losses) * self.spots
+        with progress_bar(epochs * self.spots, "STAGATE", progress, done=done) as bar:
+            while len(self.losses) < epochs:
+                loss = self.step(pieces)
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                bar.update(self.spots)
+                if run is None:
+                    continue
+                epoch = len(self.losses)
+                run.add_row(EPOCHS, {"epoch": epoch, "step": epoch, "loss": loss})
+                if epoch == epochs or time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                    run.save(self._checkpoint())
+                    saved = time.perf_counter()
+
+    def _checkpoint(self) -> dict[str, Any]:
+        place = {"epoch": len(self.losses), "step": len(self.losses), "losses": list(self.losses)}
+        return {
+            "model": self._modules.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "place": place,
+            "best": {},
+            "threads": torch.get_num_threads(),
+            "finished": len(self.losses) >= self.settings.epochs,
+        }
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        try:
+            self._modules.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.losses = [float(loss) for loss in checkpoint["place"]["losses"]]
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"the checkpoint of this run does not fit its network ({error}): begin anew with "
+                "--overwrite (overwrite=True)"
+            ) from error
 
     def step(self, pieces: Sequence[Piece]) -> float:
         """One epoch; returns its loss."""
-        epoch, genes = len(self.losses), self.network.config.genes
-        spots = sum(piece.core for piece in pieces)
+        epoch, numbers = len(self.losses), self.spots * self.network.config.genes
         self.optimizer.zero_grad()
         total = 0.0
         with memory_errors():
             for number, piece in enumerate(pieces):
                 torch.manual_seed(step_seed(self.settings.seed, epoch, number))
                 error = self.network.squared_error(self._with_features(piece, number))
-                (error / (spots * genes)).backward()
+                (error / numbers).backward()
                 total += float(error.detach())
-        loss = total / (spots * genes)
+        loss = total / numbers
         norm = float(
             nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         )
@@ -108,12 +162,13 @@ class Fit:
 
     def embed(self, pieces: Sequence[Piece]) -> np.ndarray:
         """Embedding of all pieces' cores, one after the other: float32 [spots, output]."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode())
+        self._modules.eval()
+        with torch.inference_mode():
             rows = [
                 self.network.embed(self._with_features(piece, number))[: piece.core].cpu().numpy()
                 for number, piece in enumerate(pieces)
             ]
+        self._modules.train()
         return np.concatenate(rows)
 
     def _with_features(self, piece: Piece, number: int) -> Piece:

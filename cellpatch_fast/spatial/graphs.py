@@ -71,6 +71,11 @@ class SpatialGraph:
         """Spots without any neighbour."""
         return int((self.neighbours == 0).sum())
 
+    def params(self) -> dict[str, Any]:
+        """What ``uns`` says of it."""
+        params: dict[str, Any] = {"kind": self.kind, "isolated": self.isolated}
+        return params if self.radius is None else params | {"radius": self.radius}
+
     def __str__(self) -> str:
         within = "" if self.radius is None else f" within {self.radius:.4g}"
         slices = len(np.unique(self.slices))
@@ -288,17 +293,38 @@ def coordinates_of(adata: AnnData, kind: GraphKind, basis: str = "spatial") -> n
     return np.asarray(adata.obsm[basis])
 
 
-def store_graph(adata: AnnData, graph: SpatialGraph) -> None:
+def slices_of(adata: AnnData, batch_key: str | None) -> np.ndarray | None:
+    """The slice of each spot, by a column of ``obs``; None for a single one.
+
+    Raises
+    ------
+    InputError
+        If there is no such column, or it lacks the slice of a spot.
+    """
+    if batch_key is None:
+        return None
+    if batch_key not in adata.obs:
+        raise InputError(
+            f"batch_key: obs has no column {batch_key!r}; it has "
+            f"{', '.join(map(repr, adata.obs)) or 'none'}"
+        )
+    column = adata.obs[batch_key]
+    if column.isna().any():
+        raise InputError(
+            f"obs[{batch_key!r}] names no slice for {int(column.isna().sum()):,} spots"
+        )
+    return np.asarray(column.astype(str))
+
+
+def store_graph(adata: AnnData, graph: SpatialGraph, batch_key: str | None = None) -> None:
     """Add a graph to an object, under squidpy's names."""
     connectivities = graph.distances.astype(np.float32)
     connectivities.data[:] = 1
     adata.obsp[CONNECTIVITIES] = connectivities
     adata.obsp[DISTANCES] = graph.distances
-    params: dict[str, Any] = {"kind": graph.kind, "isolated": graph.isolated}
-    if graph.radius is not None:
-        params["radius"] = graph.radius
+    slices = {} if batch_key is None else {"batch_key": batch_key}
     adata.uns[PARAMETERS] = {
         "connectivities_key": CONNECTIVITIES,
         "distances_key": DISTANCES,
-        "params": params,
+        "params": graph.params() | slices,
     }

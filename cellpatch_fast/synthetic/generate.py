@@ -233,7 +233,7 @@ def _law(kinds: _Kinds, genes: int, spread: float) -> Law:
     """What cells are drawn from."""
     from .cells_compiled import Law
 
-    columns = _columns_by_rank()
+    columns = columns_by_rank()
     means = mean_counts(len(columns))
     steps = np.floor(np.log(means[0] / means) / np.log(SIMILAR))
     bounds = np.flatnonzero(np.diff(steps)) + 1
@@ -266,7 +266,7 @@ def _typical_efficiencies() -> tuple[float, ...]:
 
 
 @cache
-def _columns_by_rank() -> np.ndarray:
+def columns_by_rank() -> np.ndarray:
     """int32 [genes]: where the human genes are in the reference, the most common first.
 
     They come in random order, the sooner the larger their weights.
