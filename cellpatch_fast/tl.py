@@ -28,7 +28,13 @@ if TYPE_CHECKING:
     from .model import CellPatch, CellPatchAnnotator
     from .model.encoder import Pool
 
+__all__ = ["annotate", "embed"]
+
 logger = logging.getLogger("cellpatch_fast")
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def embed(

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
+import itertools
 import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ..devices import keep_to_quota, wait_passively
 from ..errors import InputError, InputWarning
@@ -84,10 +87,32 @@ def _parser() -> argparse.ArgumentParser:
 
     parser.add_argument("--version", action="version", version=version("cellpatch-fast"))
     parser.set_defaults(after_interruption="Nothing was written.")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=_CommandParser
+    )
     for add in ADD_COMMANDS:
         add(subparsers)
     return parser
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """Says which options there are not, before it says which are missing: a slip causes both."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        before_paths = itertools.takewhile(lambda text: text != "--", args)
+        options = [text.partition("=")[0] for text in before_paths if text.startswith("--")]
+        unknown = [
+            option
+            for option in dict.fromkeys(options)
+            if not any(name.startswith(option) for name in self._option_string_actions)
+        ]
+        if unknown:
+            self.error(f"there is no option {', no '.join(map(self._suggested, unknown))}")
+        return super().parse_known_args(args, namespace)
+
+    def _suggested(self, option: str) -> str:
+        close = difflib.get_close_matches(option, self._option_string_actions, n=1)
+        return f"{option} (did you mean {close[0]}?)" if close else option
 
 
 def _explain(error: InputError | OSError | MemoryError, parsed: argparse.Namespace) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..config import Reading
 from ..errors import InputError
-from .options import MODEL_HELP, RESUMABLE, Commands, add_inputs, add_reading, positive
+from .fields import add_fields, given_fields
+from .options import MODEL_HELP, RESUMABLE, Commands, add_inputs, positive
 
 
 def add_annotate(commands: Commands) -> None:
@@ -24,7 +26,7 @@ def add_annotate(commands: Commands) -> None:
     parser.add_argument(
         "--output", required=True, type=Path, metavar="OUT.zarr", help="the store to make"
     )
-    add_reading(parser)
+    add_fields(parser, Reading)
     parser.add_argument(
         "--threshold",
         type=float,
@@ -90,10 +92,7 @@ def _annotate(parsed: argparse.Namespace) -> None:
         embedding=parsed.embedding,
         label=parsed.label,
         label_map=None if parsed.label_map is None else read_label_map(parsed.label_map),
-        layer=parsed.layer,
-        use_raw=parsed.use_raw,
-        gene_column=parsed.gene_column,
-        input=parsed.values,
+        **given_fields(parsed, Reading),
         dtype=parsed.dtype,
         batch_size=parsed.batch_size,
         backend=parsed.backend,

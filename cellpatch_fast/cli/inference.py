@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..config import Reading
 from ..errors import InputError
+from .fields import add_fields, given_fields
 from .options import (
     MODEL_HELP,
     RESUMABLE,
     Commands,
     add_inputs,
-    add_reading,
     natural,
     place,
     positive,
@@ -37,7 +38,7 @@ def add_embed(commands: Commands) -> None:
     parser.add_argument(
         "--output", required=True, type=Path, metavar="OUT.zarr", help="the store to make"
     )
-    add_reading(parser)
+    add_fields(parser, Reading)
     parser.add_argument(
         "--pool",
         choices=("flatten", "mean"),
@@ -82,10 +83,7 @@ def _embed(parsed: argparse.Namespace) -> None:
         parsed.inputs,
         parsed.model,
         parsed.output,
-        layer=parsed.layer,
-        use_raw=parsed.use_raw,
-        gene_column=parsed.gene_column,
-        input=parsed.values,
+        **given_fields(parsed, Reading),
         pool=parsed.pool,
         dtype=parsed.dtype,
         batch_size=parsed.batch_size,
@@ -136,7 +134,7 @@ def add_tokenize(commands: Commands) -> None:
     parser.add_argument(
         "--output", required=True, type=Path, metavar="TOKENS.zarr", help="the store to make"
     )
-    add_reading(parser)
+    add_fields(parser, Reading)
     parser.add_argument(
         "--shuffle",
         action="store_true",
@@ -167,10 +165,7 @@ def _tokenize(parsed: argparse.Namespace) -> None:
         model=parsed.model,
         vocabulary=parsed.vocabulary,
         config=config,
-        layer=parsed.layer,
-        use_raw=parsed.use_raw,
-        gene_column=parsed.gene_column,
-        input=parsed.values,
+        **given_fields(parsed, Reading),
         shuffle=parsed.shuffle,
         seed=parsed.seed,
         overwrite=parsed.overwrite,

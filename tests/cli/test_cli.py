@@ -75,6 +75,8 @@ def test_version(capsys: Capture) -> None:
         ["new-model"],
         ["new-model", "--output", "m", "--seed", "x"],
         ["inspect"],
+        ["finetune", "a", "--output", "o", "--label", "l", "--optimizer", "sgd"],
+        ["finetune", "a", "--output", "o", "--label", "l", "--epochs", "many"],
     ],
 )
 def test_wrong_command_line_is_code_2(capsys: Capture, arguments: list[str]) -> None:
@@ -84,7 +86,21 @@ def test_wrong_command_line_is_code_2(capsys: Capture, arguments: list[str]) -> 
     assert "error: " in err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["embed", "--help"], ["embedd"]])
+def test_unknown_options_are_named_before_those_that_are_missing(capsys: Capture) -> None:
+    """A slip in ``--model`` makes it missing too, which would be all that one is told."""
+    code, _, err = run(capsys, "embed", "a", "--modle", "m", "--ouput=o", "--zzz", "--", "--odd")
+    assert code == 2
+    assert err.endswith(
+        "there is no option --modle (did you mean --model?), no --ouput (did you mean --output?), "
+        "no --zzz\n"
+    )
+    code, _, err = run(capsys, "embed", "a", "--mod", "nowhere", "--outp", "o")  # as argparse does
+    assert (code, "no such file" in err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["embed", "--help"], ["finetune", "--help"], ["embedd"]]
+)
 def test_help_and_mistakes_import_nothing_heavy(arguments: list[str]) -> None:
     code = f"""
 import sys
