@@ -31,7 +31,13 @@ from ..errors import InputError
 from ..preprocessing.masking import Masked, Masking, Measured, mask
 from .columns import balancing_weights, read_column
 from .inputs import CellStream, Stream, TokenStream, open_stream
-from .sampling import Chosen, Epoch, Sampling, batches_per_epoch
+from .sampling import (
+    Chosen,
+    Epoch,
+    Sampling,
+    batches_per_epoch,
+    warn_of_unequal_batches,
+)
 from .windows import Assembly, CellBatch, run
 
 if TYPE_CHECKING:
@@ -69,7 +75,8 @@ class CellLoader:
     batch_size, max_entries, shuffle, block_size, buffer_size, seed, drop_last
         How an epoch is cut into batches and ordered, see `sampling.Sampling`.
     rank, world_size, share_batches
-        Which part of it this process takes, see there.
+        Which part of it this process takes, see there. Where ranks get unequal numbers of batches
+        an `InputWarning` says so.
     weights
         With ``shuffle``: how often each cell comes, relative to the others, float [cells]; or the
         name of a categorical column of obs, whose categories then come equally often.
@@ -184,6 +191,7 @@ class CellLoader:
     ) -> None:
         self.n_cells = sum(stream.n_cells for stream in self.streams)
         self._chosen = Chosen(rows, self.n_cells)
+        warn_of_unequal_batches(self.sampling, len(self._chosen))
         self._sources = [stream.rows() for stream in self.streams]
         _check_same_types(self.streams)
         balanced = isinstance(weights, str)

@@ -40,6 +40,7 @@ from .data import (
 from .distributed import Processes
 from .expression import gather
 from .finishing import Tested, finish
+from .folder import held
 from .linear import LinearModels, fit
 from .running import Running, require_possible, run_task, seeded
 from .settings import FinetuningSettings
@@ -148,7 +149,7 @@ checkpoint_minutes, overwrite, progress
     choice = choose(data, few_cells, settings, reading)
     first = complete(FinetuningSettings, settings, choice.few, None)
     with Processes.join(device, devices) as processes, seeded(first.seed, processes):
-        require_possible(output, first, processes)
+        require_possible(output, model, first, processes)
         require_analysis()
         if model is None:
             config = new_config(data, choice, config)
@@ -187,8 +188,9 @@ checkpoint_minutes, overwrite, progress
             tested = Tested(None, None)
             if processes.leads:
                 _warn_of_majority(history, labels, rows)
-                tested = finish(output, streams, rows, labels, chosen, processes.device, linear)
-                training_curves(output, save=output / "training_curves")
+                with held(output):
+                    tested = finish(output, streams, rows, labels, chosen, processes.device, linear)
+                    training_curves(output, save=output / "training_curves")
             processes.wait()
     return Finetuned(history, tested.annotator, tested.linear)
 

@@ -94,7 +94,8 @@ def pretrain(
     checkpoint_minutes
         Time between checkpoints within an epoch; one is written after every epoch in any case.
     overwrite
-        Begin anew where ``output`` holds a run already.
+        Begin anew where ``output`` holds a run already. A kill leaves that run, or the new one,
+        which has no model to load until its first epoch is done, and goes on without this.
     progress
         Show a progress bar; None for only on a terminal.
 
@@ -120,7 +121,7 @@ def pretrain(
     choice = choose(data, few_cells, settings, reading)
     first = complete(PretrainingSettings, settings, choice.few, None)
     with Processes.join(device, devices) as processes, seeded(first.seed, processes):
-        require_possible(output, first, processes)
+        require_possible(output, model, first, processes)
         if model is None:
             config = new_config(data, choice, config)
         started = starting_model(MaskedGeneModel, model, config, vocabulary)
