@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["normalize", "quality_control", "tokenize"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # Of a batch: large enough that what one costs does not show.
 BATCH_CELLS, BATCH_ENTRIES = 8_192, 1 << 20
 

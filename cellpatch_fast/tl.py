@@ -14,6 +14,7 @@ import numpy as np
 
 from .config import Reading
 from .errors import InputError
+from .genes.names import first_names
 from .inference.embedder import Embedder
 from .inference.labels import label_column, most_likely, require_threshold
 from .model.storage import fingerprint
@@ -94,13 +95,15 @@ def embed(
     Raises
     ------
     InputError
-        If no gene matches, values are negative or not finite, or the matrix is not usable.
+        If ``adata`` is no AnnData object or a view of one in a file, no gene matches, values are
+        negative or not finite, or the matrix is not usable.
 
     Examples
     --------
     >>> cellpatch_fast.tl.embed(adata, "my-model")  # doctest: +SKIP
     >>> scanpy.pp.neighbors(adata, use_rep="X_cellpatch")  # doctest: +SKIP
     """
+    _require_anndata(adata, "embed", copy)
     if not key_added:
         raise InputError("key_added is empty: name the embedding in obsm")
     warn_of_unfinished(model)
@@ -167,6 +170,7 @@ def annotate(
     >>> cellpatch_fast.tl.annotate(adata, "my-annotator")  # doctest: +SKIP
     >>> adata.obs["cellpatch_label"].value_counts()  # doctest: +SKIP
     """
+    _require_anndata(adata, "annotate", copy)
     if not key_added:
         raise InputError("key_added is empty: name what is added")
     warn_of_unfinished(model)
@@ -199,6 +203,33 @@ def annotate(
         *(*obs, f"{len(highest):,}", len(np.unique(codes)), str(found)),
     )
     return adata if copy else None
+
+
+def _require_anndata(adata: object, tool: str, copy: bool) -> None:
+    """Refuse what nothing can be added to, before anything is computed."""
+    from anndata import AnnData
+
+    if isinstance(adata, str | Path):
+        raise InputError(
+            f"tl.{tool} adds to an AnnData object, found the path {str(adata)!r}: read it first "
+            f"(anndata.read_h5ad), or have cellpatch_fast.atlas.{tool} make a store of the file"
+        )
+    if isinstance(modalities := getattr(adata, "mod", None), Mapping):  # MuData
+        raise InputError(
+            f"tl.{tool} adds to an AnnData object, found a {type(adata).__name__} that holds "
+            f"{first_names(list(modalities)) or 'none'}: pass the one with genes, as in "
+            "mdata['rna']"
+        )
+    if not isinstance(adata, AnnData):
+        raise InputError(
+            f"tl.{tool} adds to an AnnData object, found {type(adata).__module__}."
+            f"{type(adata).__qualname__}: anndata.AnnData(X, obs, var) makes one of cells x genes"
+        )
+    if adata.isbacked and adata.is_view and not copy:
+        raise InputError(
+            "adata is a view of an object that is backed by a file, and nothing can be added to "
+            "such a view: pass copy=True, or adata.to_memory()"
+        )
 
 
 @dataclass(frozen=True, eq=False)

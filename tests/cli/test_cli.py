@@ -94,8 +94,18 @@ def test_unknown_options_are_named_before_those_that_are_missing(capsys: Capture
         "there is no option --modle (did you mean --model?), no --ouput (did you mean --output?), "
         "no --zzz\n"
     )
-    code, _, err = run(capsys, "embed", "a", "--mod", "nowhere", "--outp", "o")  # as argparse does
-    assert (code, "no such file" in err) == (1, True)
+    code, _, err = run(capsys, "inspect", "--", "--nowhere")  # a path
+    assert (code, "--nowhere: no such file" in err) == (1, True)
+
+
+def test_options_can_be_abbreviated(capsys: Capture) -> None:
+    code, _, err = run(capsys, "synthetic-atlas", "a.zip", "--cells", "7", "--mark", "3")
+    assert (code, "ambiguous option: --mark could match --markers, --marker-fold" in err) == (
+        2,
+        True,
+    )
+    code, _, err = run(capsys, "synthetic-atlas", "a.zip", "--cells", "7", "--marker-f", "3")
+    assert (code, "a.zip" in err) == (1, True)
 
 
 @pytest.mark.parametrize(
