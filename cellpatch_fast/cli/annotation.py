@@ -8,7 +8,16 @@ from pathlib import Path
 from ..config import Reading
 from ..errors import InputError
 from .fields import add_fields, given_fields
-from .options import MODEL_HELP, RESUMABLE, Commands, add_inputs, positive
+from .options import (
+    MODEL_HELP,
+    RESUMABLE,
+    Commands,
+    add_computing,
+    add_inputs,
+    add_selection,
+    given_computing,
+    given_selection,
+)
 
 
 def add_annotate(commands: Commands) -> None:
@@ -27,6 +36,7 @@ def add_annotate(commands: Commands) -> None:
         "--output", required=True, type=Path, metavar="OUT.zarr", help="the store to make"
     )
     add_fields(parser, Reading)
+    add_selection(parser)
     parser.add_argument(
         "--threshold",
         type=float,
@@ -58,22 +68,7 @@ def add_annotate(commands: Commands) -> None:
         action="store_false",
         help="do not store the embedding, which takes 8 KB per cell",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16"),
-        default="float32",
-        help="of what is stored in obsm (default: float32)",
-    )
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="cells per batch at most")
-    parser.add_argument("--backend", choices=("reference", "numba", "triton"))
-    parser.add_argument(
-        "--device", metavar="D", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)"
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an existing store, once the new one is complete",
-    )
+    add_computing(parser, "what is stored in obsm")
     parser.set_defaults(run=_annotate, after_interruption=RESUMABLE)
 
 
@@ -93,11 +88,8 @@ def _annotate(parsed: argparse.Namespace) -> None:
         label=parsed.label,
         label_map=None if parsed.label_map is None else read_label_map(parsed.label_map),
         **given_fields(parsed, Reading),
-        dtype=parsed.dtype,
-        batch_size=parsed.batch_size,
-        backend=parsed.backend,
-        device=parsed.device,
-        overwrite=parsed.overwrite,
+        **given_selection(parsed),
+        **given_computing(parsed),
     )
     print(done)
     if parsed.report is not None and done.evaluation is not None:

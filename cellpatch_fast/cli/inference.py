@@ -16,10 +16,13 @@ from .options import (
     MODEL_HELP,
     RESUMABLE,
     Commands,
+    add_computing,
     add_inputs,
+    add_selection,
+    given_computing,
+    given_selection,
     natural,
     place,
-    positive,
 )
 
 
@@ -39,41 +42,15 @@ def add_embed(commands: Commands) -> None:
         "--output", required=True, type=Path, metavar="OUT.zarr", help="the store to make"
     )
     add_fields(parser, Reading)
+    add_selection(parser)
     parser.add_argument(
         "--pool",
         choices=("flatten", "mean"),
         default="flatten",
         help="all patch features side by side, or their mean (default: flatten)",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16"),
-        default="float32",
-        help="of the stored embedding (default: float32)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=positive,
-        metavar="N",
-        help="cells per batch at most; changes memory, never the result",
-    )
-    parser.add_argument(
-        "--backend",
-        choices=("reference", "numba", "triton"),
-        help="default: the fastest for the device; CELLPATCH_BACKEND sets another default",
-    )
-    parser.add_argument(
-        "--device", metavar="D", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)"
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an existing embedding store, once the new one is complete",
-    )
-    parser.set_defaults(
-        run=_embed,
-        after_interruption=RESUMABLE,
-    )
+    add_computing(parser, "the stored embedding")
+    parser.set_defaults(run=_embed, after_interruption=RESUMABLE)
 
 
 def _embed(parsed: argparse.Namespace) -> None:
@@ -84,12 +61,9 @@ def _embed(parsed: argparse.Namespace) -> None:
         parsed.model,
         parsed.output,
         **given_fields(parsed, Reading),
+        **given_selection(parsed),
         pool=parsed.pool,
-        dtype=parsed.dtype,
-        batch_size=parsed.batch_size,
-        backend=parsed.backend,
-        device=parsed.device,
-        overwrite=parsed.overwrite,
+        **given_computing(parsed),
     )
     print(summary)
 

@@ -56,6 +56,65 @@ def natural(text: str) -> int:
     return number
 
 
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """Some of the cells instead of all."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--obs-query",
+        metavar="QUERY",
+        help="only the cells whose row of obs this holds for, as pandas.DataFrame.query reads it: "
+        "\"tissue == 'blood' and n_genes > 200\"; 'index' are the names of the cells",
+    )
+    group.add_argument(
+        "--rows-from",
+        type=Path,
+        metavar="FILE",
+        help="only the cells whose positions are in this text file, one in each line, ascending, "
+        "counted from 0 through all inputs",
+    )
+
+
+def given_selection(parsed: argparse.Namespace) -> dict[str, Any]:
+    from ..atlas.selection import read_rows
+
+    rows = None if parsed.rows_from is None else read_rows(parsed.rows_from)
+    return {"obs_query": parsed.obs_query, "rows": rows}
+
+
+def add_computing(parser: argparse.ArgumentParser, stored: str) -> None:
+    """How what is ``stored`` is computed and written."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help=f"of {stored} (default: float32)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="cells per batch at most; changes memory, never the result",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("reference", "numba", "triton"),
+        help="default: the fastest for the device; CELLPATCH_BACKEND sets another default",
+    )
+    parser.add_argument(
+        "--device", metavar="D", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing embedding store, once the new one is complete",
+    )
+
+
+def given_computing(parsed: argparse.Namespace) -> dict[str, Any]:
+    names = ("dtype", "batch_size", "backend", "device", "overwrite")
+    return {name: getattr(parsed, name) for name in names}
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     """What is trained, where it goes, and on which machine."""
     parser.add_argument(

@@ -25,14 +25,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger("cellpatch_fast")
 
 
-def require_threshold(threshold: float, classes: Sequence[str]) -> None:
-    """Refuse what is no probability, and a class that is called as what is below it."""
+def require_threshold(threshold: float, classes: Sequence[str], *, compared: bool = False) -> None:
+    """Refuse what is no probability, and a class that is called as what is below it.
+
+    ``compared``: with true labels, where the class would stand for cells below a threshold too.
+    """
     if not 0 <= threshold <= 1:
         raise InputError(f"the threshold is a probability, from 0 to 1; found {threshold}")
-    if threshold and UNKNOWN in classes:
+    if UNKNOWN in classes and (threshold or compared):
         raise InputError(
             f"the model has a class {UNKNOWN!r}, so cells below a threshold could not be told from "
-            "its cells: use no threshold"
+            "its cells: annotate without --threshold and --label (threshold=, label=), or train a "
+            "model whose classes do not have that name"
         )
 
 
