@@ -42,7 +42,7 @@ from .expression import gather
 from .finishing import Tested, finish
 from .folder import held
 from .linear import LinearModels, fit
-from .running import Running, require_possible, run_task, seeded
+from .running import Running, require_possible, require_resumable, run_task, seeded
 from .settings import FinetuningSettings
 from .starting import begin, learn_new_genes, loader_options, starting_model
 from .task import History
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("cellpatch_fast")
 
+KIND = "fine-tuning"
 MOST_GENES = 1 << 30  # of a cell: the encoder sees all that are not hidden
 FEW_TESTED = 50  # cells
 LITTLE = 0.02  # accuracy above that of the most frequent class
@@ -172,7 +173,6 @@ checkpoint_minutes, overwrite, progress
             annotator = CellPatchAnnotator.from_encoder(encoder, labels.classes, chosen.linear)
             annotator = annotator.to(processes.device).float()
             task = _task(annotator, streams, rows, labels, chosen, processes, threads)
-            linear = _begin(task, rows["training"], labels, chosen, processes, new=model is None)
             identity |= {
                 "data": describe(streams),
                 **reading.given(),
@@ -184,7 +184,9 @@ checkpoint_minutes, overwrite, progress
                 "config": annotator.config.to_dict(),
             }
             running = Running(output, overwrite, checkpoint_minutes, progress)
-            history = run_task(task, "fine-tuning", chosen, identity, processes, running)
+            require_resumable(KIND, chosen, identity, processes, running)
+            linear = _begin(task, rows["training"], labels, chosen, processes, new=model is None)
+            history = run_task(task, KIND, chosen, identity, processes, running)
             tested = Tested(None, None)
             if processes.leads:
                 _warn_of_majority(history, labels, rows)

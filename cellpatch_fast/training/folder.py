@@ -127,17 +127,7 @@ class RunFolder:
 
     def _resume(self, free: Collection[str]) -> dict[str, Any] | None:
         """The last checkpoint of this very run."""
-        if not (self.path / SETTINGS).exists() and not (self.path / BEGUN).exists():
-            return None
-        found = read_settings(self.path)
-        before = {"kind": found["kind"]} | found["settings"]
-        now = {"kind": self.kind} | self._settings
-        if before | {name: now.get(name) for name in free} != now:
-            raise InputError(
-                f"{self.path} holds a run with other settings. Repeat those to go on with it, "
-                f"choose another --output, or begin anew with --overwrite (overwrite=True)."
-                f"{differences(before, now)}"
-            )
+        require_same_run(self.path, self.kind, self._settings, free)
         if (self.path / BEGUN).exists() or not (self.path / CHECKPOINT).exists():
             return None
         return read_checkpoint(self.path / CHECKPOINT, self.kind)
@@ -261,6 +251,29 @@ def require_run_folder(path: Path) -> None:
     begun = {SETTINGS, BEGUN}
     if any(file.name != LOCK and not _is_unfinished(file, begun) for file in path.iterdir()):
         raise InputError(f"{path} holds other things than a training run: choose another --output")
+
+
+def require_same_run(
+    path: Path, kind: str, settings: Mapping[str, Any], free: Collection[str]
+) -> None:
+    """Refuse a folder that holds another run than this one; for the parameters see `RunFolder`.
+
+    Raises
+    ------
+    InputError
+        If there is a run with other settings than ``free`` ones.
+    """
+    if not (path / SETTINGS).exists() and not (path / BEGUN).exists():
+        return
+    facts = read_settings(path)
+    before = {"kind": facts["kind"]} | facts["settings"]
+    now = {"kind": kind} | json.loads(json.dumps(settings))
+    if before | {name: now.get(name) for name in free} != now:
+        raise InputError(
+            f"{path} holds a run with other settings. Repeat those to go on with it, "
+            f"choose another --output, or begin anew with --overwrite (overwrite=True)."
+            f"{differences(before, now)}"
+        )
 
 
 def _is_unfinished(path: Path, names: Collection[str]) -> bool:
