@@ -11,7 +11,6 @@ from .fields import add_fields, given_fields
 from .options import (
     MODEL_HELP,
     RESUMABLE,
-    Commands,
     add_computing,
     add_inputs,
     add_selection,
@@ -20,16 +19,14 @@ from .options import (
 )
 
 
-def add_annotate(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "annotate",
-        help="tell the types of cells",
-        description="Annotate every cell of the inputs, in file order and bounded memory. The "
+def add_annotate(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Annotate every cell of the inputs, in file order and bounded memory. The "
         "result is an AnnData Zarr store with obs['cellpatch_label'], "
         "obs['cellpatch_probability'], obsm['cellpatch_probabilities'] and obsm['X_cellpatch']. "
-        "Until it is complete it is called OUT.zarr.partial; the same command finishes it.",
-        epilog="example: cellpatch annotate new.h5ad --model annotator --output annotated.zarr",
+        "Until it is complete it is called OUT.zarr.partial; the same command finishes it."
     )
+    parser.epilog = "example: cellpatch annotate new.h5ad --model annotator --output annotated.zarr"
     add_inputs(parser, " or token stores")
     parser.add_argument("--model", required=True, metavar="DIR", help=f"annotator: {MODEL_HELP}")
     parser.add_argument(

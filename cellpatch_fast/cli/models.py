@@ -6,16 +6,14 @@ import argparse
 from pathlib import Path
 
 from ..errors import InputError
-from .options import Commands, positive
+from .options import positive
 
 
-def add_import(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "import-checkpoint",
-        help="make a model directory of a checkpoint of the original code",
-        description="Convert a checkpoint of the original CellPatch code into a model "
+def add_import_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Convert a checkpoint of the original CellPatch code into a model "
         "directory: of pretraining with its decoder, of annotation with its head if --classes "
-        "names the cell types, else the encoder alone. Code inside the file is never run.",
+        "names the cell types, else the encoder alone. Code inside the file is never run."
     )
     parser.add_argument(
         "checkpoint", type=Path, metavar="FILE.pth", help="of a PathFormer or PathFormer_lp"
@@ -81,12 +79,10 @@ def _import_checkpoint(parsed: argparse.Namespace) -> None:
     )
 
 
-def add_new_model(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "new-model",
-        help="make an untrained model",
-        description="Write a model directory with the paper's configuration, the human gene "
-        "vocabulary and random weights.",
+def add_new_model(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write a model directory with the paper's configuration, the human gene "
+        "vocabulary and random weights."
     )
     _add_model_output(parser)
     parser.add_argument(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from ..config import Reading
 from ..errors import InputError
@@ -19,8 +19,6 @@ from .fields import add_fields, given_fields
 if TYPE_CHECKING:
     from ..genes import GeneVocabulary
     from ..training.settings import TrainingSettings
-
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 RESUMABLE = "What is done is kept: the same command goes on from there."
 MODEL_HELP = "model directory, or a name on the hub"

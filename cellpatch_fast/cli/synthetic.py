@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import Commands, natural, positive
+from .options import natural, positive
 
 SIZES = {  # name of the option, and what it says; defaults are those of the function
     "genes": "median number of genes per cell (default: 820)",
@@ -17,15 +17,13 @@ SIZES = {  # name of the option, and what it says; defaults are those of the fun
 }
 
 
-def add_synthetic_atlas(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "synthetic-atlas",
-        help="generate an AnnData file of any size",
-        description="Write an AnnData file of generated cells: raw counts of human genes with "
+def add_synthetic_atlas(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write an AnnData file of generated cells: raw counts of human genes with "
         "realistic frequencies, cell types with marker genes, batches and donors. Takes bounded "
-        "memory, whatever the number of cells.",
-        epilog="example: cellpatch synthetic-atlas atlas.h5ad --cells 1000000",
+        "memory, whatever the number of cells."
     )
+    parser.epilog = "example: cellpatch synthetic-atlas atlas.h5ad --cells 1000000"
     parser.add_argument(
         "output", type=Path, metavar="OUTPUT", help="the file to make: .h5ad or .zarr"
     )

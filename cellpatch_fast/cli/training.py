@@ -8,7 +8,6 @@ import sys
 from ..training.settings import FinetuningSettings, PretrainingSettings
 from .options import (
     RESUMABLE,
-    Commands,
     add_inputs,
     add_run,
     add_settings,
@@ -18,15 +17,13 @@ from .options import (
 )
 
 
-def add_pretrain(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "pretrain",
-        help="pretrain a model by masked gene modelling",
-        description="Hide genes of every cell and learn to tell their values from the others. The "
+def add_pretrain(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Hide genes of every cell and learn to tell their values from the others. The "
         "output is a model directory with the run's tables beside it. After an interruption the "
-        "same command goes on, and ends with the same bits.",
-        epilog="example: cellpatch pretrain tokens.zarr --output pretrained --epochs 10",
+        "same command goes on, and ends with the same bits."
     )
+    parser.epilog = "example: cellpatch pretrain tokens.zarr --output pretrained --epochs 10"
     add_inputs(parser, " or token stores")
     add_run(parser)
     add_settings(parser, PretrainingSettings, PretrainingSettings.for_few_cells())
@@ -58,16 +55,16 @@ def _pretrain(parsed: argparse.Namespace) -> None:
         print(f"{parsed.output}: {history.epochs} epochs, {history.steps:,} steps; {best}")
 
 
-def add_finetune(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "finetune",
-        help="train an annotator of cell types",
-        description="Train an encoder and a head to tell cell types, on cells that have a label. "
+def add_finetune(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train an encoder and a head to tell cell types, on cells that have a label. "
         "Cells are split into training, validation (when to stop) and test (how good it is). "
         "The output is a model directory with the test result, its tables and figures beside it. "
-        "After an interruption the same command goes on.",
-        epilog="example: cellpatch finetune cells.h5ad --label cell_type --model pretrained "
-        "--output annotator",
+        "After an interruption the same command goes on."
+    )
+    parser.epilog = (
+        "example: cellpatch finetune cells.h5ad --label cell_type --model pretrained "
+        "--output annotator"
     )
     add_inputs(parser, " or token stores")
     parser.add_argument(
