@@ -34,8 +34,8 @@ def add_fields(
     """
     types, texts = get_type_hints(kind), documented(kind)
     for field in dataclasses.fields(kind):
-        text, found = _help(texts[field.name], field.default)
-        defaults = [] if found is None else [found]
+        text, default = _help(texts[field.name], field.default)
+        defaults = [] if default is None else [default]
         if few_cells is not None and getattr(few_cells, field.name) != field.default:
             defaults.append(f"few cells: {_shown(getattr(few_cells, field.name))}")
         if defaults:
@@ -71,8 +71,8 @@ def _help(text: str, default: object) -> tuple[str, str | None]:
     sentence = sentence[0].lower() + sentence[1:]
     if default is not None:
         return sentence, _shown(default)
-    told = DEFAULT.search(sentence)
-    return (sentence[: told.start()], told[1]) if told else (sentence, None)
+    match = DEFAULT.search(sentence)  # what None stands for
+    return (sentence[: match.start()], match[1]) if match else (sentence, None)
 
 
 def _shown(value: object) -> str:

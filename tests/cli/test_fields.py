@@ -13,6 +13,7 @@ import pytest
 from cellpatch_fast import cli
 from cellpatch_fast.cli.fields import add_fields, documented, given_fields
 from cellpatch_fast.config import Reading
+from cellpatch_fast.synthetic.settings import AtlasSettings
 from cellpatch_fast.training import FinetuningSettings, PretrainingSettings
 
 KINDS = {"pretrain": PretrainingSettings, "finetune": FinetuningSettings}
@@ -93,7 +94,7 @@ def test_what_is_given_has_the_type_of_its_field_and_the_rest_is_left_out() -> N
     assert Example(**given) == Example(1e-3, 7, False, "red")
 
 
-@pytest.mark.parametrize("kind", [*KINDS.values(), Reading])
+@pytest.mark.parametrize("kind", [*KINDS.values(), Reading, AtlasSettings])
 def test_every_field_is_explained_and_its_default_can_be_given(kind: type[Any]) -> None:
     fields = {field.name: field.default for field in dataclasses.fields(kind)}
     assert documented(kind).keys() >= fields.keys()
