@@ -109,13 +109,16 @@ def embed(
     warn_of_unfinished(model)
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
     reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
-    found = _compute(embedder, adata, reading, "embedding", progress)
+    computed = _compute(embedder, adata, reading, "embedding", progress)
     if copy:
         adata = _copy(adata)
-    _add(adata, {key_added: found.features}, {}, key_added, found.params)
+    _add(adata, {key_added: computed.features}, {}, key_added, computed.params)
     logger.info(
         "added obsm[%r]: %s cells x %d (%s)",
-        *(key_added, f"{len(found.features):,}", found.features.shape[1], str(found)),
+        key_added,
+        f"{len(computed.features):,}",
+        computed.features.shape[1],
+        str(computed),
     )
     return adata if copy else None
 
@@ -186,21 +189,28 @@ def annotate(
     classes = embedder.annotator.classes
     require_threshold(threshold, classes)
     reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
-    found = _compute(embedder, adata, reading, "annotation", progress)
-    assert found.probabilities is not None
-    codes, highest = most_likely(found.probabilities, threshold)
+    computed = _compute(embedder, adata, reading, "annotation", progress)
+    assert computed.probabilities is not None
+    codes, highest = most_likely(computed.probabilities, threshold)
     if copy:
         adata = _copy(adata)
-    obsm = {f"X_{key_added}": found.features, f"{key_added}_probabilities": found.probabilities}
+    obsm = {
+        f"X_{key_added}": computed.features,
+        f"{key_added}_probabilities": computed.probabilities,
+    }
     obs = {
         f"{key_added}_label": label_column(codes, classes),
         f"{key_added}_probability": highest,
     }
-    params = found.params | {"threshold": threshold}
+    params = computed.params | {"threshold": threshold}
     _add(adata, obsm, obs, key_added, params, classes=list(classes))
     logger.info(
         "added obs[%r] and obs[%r]: %s cells of %d classes (%s)",
-        *(*obs, f"{len(highest):,}", len(np.unique(codes)), str(found)),
+        f"{key_added}_label",
+        f"{key_added}_probability",
+        f"{len(highest):,}",
+        len(np.unique(codes)),
+        str(computed),
     )
     return adata if copy else None
 

@@ -51,7 +51,7 @@ def read_label_map(path: str | Path) -> dict[str, str]:
         If the file cannot be read, has another number of columns somewhere, or gives one name two
         meanings.
     """
-    found: dict[str, str] = {}
+    targets: dict[str, str] = {}
     try:
         # utf-8-sig: spreadsheets write a mark at the beginning, which is part of no name
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
@@ -66,14 +66,14 @@ def read_label_map(path: str | Path) -> dict[str, str]:
                 f"the model, with a comma between them; found {','.join(row)!r}"
             )
         name, target = row
-        if found.setdefault(name, target) != target:
+        if targets.setdefault(name, target) != target:
             raise InputError(
-                f"{path}, line {number}: {name!r} is {target!r} here and {found[name]!r} further "
+                f"{path}, line {number}: {name!r} is {target!r} here and {targets[name]!r} further "
                 "up: keep one of the two"
             )
-    if not found:
+    if not targets:
         raise InputError(f"the label map {path} is empty: write lines such as 'B cells,B'")
-    return found
+    return targets
 
 
 def true_labels(
@@ -116,12 +116,12 @@ def true_labels(
 
 
 def _warn_of_no_effect(
-    label_map: Mapping[str, str], found: Collection[str], classes: Collection[str]
+    label_map: Mapping[str, str], labels: Collection[str], classes: Collection[str]
 ) -> None:
     pairs = list(label_map.items())
-    if pairs[0][0] not in found and pairs[0][1] not in classes:
+    if pairs[0][0] not in labels and pairs[0][1] not in classes:
         logger.info("label map: %r, %r is taken for a header", *pairs.pop(0))
-    if absent := [name for name, _ in pairs if name not in found]:
+    if absent := [name for name, _ in pairs if name not in labels]:
         _warn(f"label map: no cell has the label {_listed(absent)}")
     if strange := [target for _, target in pairs if target not in classes]:
         _warn(

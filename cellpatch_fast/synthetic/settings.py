@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 from ..errors import InputError
 
@@ -71,11 +72,9 @@ class AtlasSettings:
         require_number("seed", self.seed, 0, 2**63 - 1)
 
 
-def require_number(
-    name: str, value: object, least: float, most: float, *, whole: bool = True
-) -> None:
+def require_number(name: str, value: Any, least: float, most: float, *, whole: bool = True) -> None:
     """`InputError` if an argument is not a number in these bounds."""
-    kind = Integral if whole else Real  # NumPy's are too
+    kind: Any = Integral if whole else Real  # NumPy's are too
     if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
         expected = "a whole number" if whole else "a number"
         raise InputError(f"{name} must be {expected} from {least:,} to {most:,}, found {value!r}")

@@ -247,22 +247,28 @@ def _say(
     logger.info("a %s model, %s", "new" if new else "given", choice)
     logger.info(
         "%s cells to train on, %s to validate, %s to test; epochs: %d, in batches of %d cells",
-        *(f"{len(rows[part]):,}" for part in ("training", "validation", "test")),
-        *(settings.epochs, settings.batch_size),
+        f"{len(rows['training']):,}",
+        f"{len(rows['validation']):,}",
+        f"{len(rows['test']):,}",
+        settings.epochs,
+        settings.batch_size,
     )
     nameless = [name for name in labels.classes if name.lower() in NO_NAMES]
     if nameless:
         logger.warning(
             "obs[%r] has a class called %s, which is taken for a cell type: cells without a label "
             "should have none (NaN, not text)",
-            *(label, ", ".join(map(repr, nameless))),
+            label,
+            ", ".join(map(repr, nameless)),
         )
     tested = np.bincount(labels.codes[rows["test"]], minlength=len(labels.classes))
     if 0 < tested.sum() < FEW_TESTED:
         logger.warning(
             "there are only %d test cells (%d of the rarest class): one is %.1f %% of accuracy, "
             "so small differences mean nothing",
-            *(tested.sum(), tested.min(), 100 / tested.sum()),
+            tested.sum(),
+            tested.min(),
+            100 / tested.sum(),
         )
 
 
@@ -276,7 +282,9 @@ def _warn_of_majority(history: History, labels: Labels, rows: Mapping[str, np.nd
         "the network's accuracy on the validation cells, %.3f, is hardly above that of calling all "
         "of them %r, %.3f: it has not learnt to tell the classes apart. More epochs, or the "
         "settings for few cells (--few-cells, few_cells=True), often help",
-        *(accuracy, labels.classes[int(counts.argmax())], counts.max() / counts.sum()),
+        accuracy,
+        labels.classes[int(counts.argmax())],
+        counts.max() / counts.sum(),
     )
 
 

@@ -220,8 +220,8 @@ class MaskedGenes(Task):
         correlation = (number * xy - x * y) / spread if spread > 0 else 0.0
         return {"loss": float(error / number), "pearson": float(correlation)}
 
-    def score(self, found: dict[str, float]) -> float:
-        return -found["loss"]
+    def score(self, results: dict[str, float]) -> float:
+        return -results["loss"]
 
     def _predict(self, part: _Part) -> Tensor:
         return self.model.predict(

@@ -162,11 +162,11 @@ def run_task(
         if not processes.leads and (running.output / CHECKPOINT).exists():
             checkpoint = read_checkpoint(running.output / CHECKPOINT, kind)
         trainer = Trainer(
-            task,
-            settings,
-            processes,
-            folder,
-            checkpoint,
+            task=task,
+            settings=settings,
+            processes=processes,
+            folder=folder,
+            checkpoint=checkpoint,
             checkpoint_minutes=running.checkpoint_minutes,
         )
         if processes.leads and trainer.finished:

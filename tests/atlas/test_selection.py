@@ -38,7 +38,9 @@ def files(make_cells: MakeCells, tmp_path: Path) -> list[Path]:
     paths = [tmp_path / "one.h5ad", tmp_path / "two.zarr"]
     make_cells(CELLS[0], seed=1).write_h5ad(paths[0])
     second = make_cells(CELLS[1], seed=2)
-    second.obs["tissue of it"] = np.where(second.obs["depth"] < 0.3, "blood", None)
+    second.obs["tissue of it"] = pd.Series("blood", second.obs.index).where(
+        second.obs["depth"] < 0.3
+    )
     write_zarr(second, paths[1])
     return paths
 
@@ -124,7 +126,7 @@ def test_interrupted_work_goes_on_with_the_same_choice_only(
         cp.atlas.embed(files, small_model, output, obs_query="depth < 0.5")
     for other in ({"obs_query": "depth < 0.6"}, {"rows": np.arange(150)}, {}):
         with pytest.raises(InputError, match=r"other settings(.|\n)*obs_query: was 'depth <"):
-            cp.atlas.embed(files, small_model, output, **other)  # type: ignore[arg-type]
+            cp.atlas.embed(files, small_model, output, **other)
     done = cp.atlas.embed(files, small_model, output, obs_query="depth < 0.5")
     assert done.embedded == done.cells - 40
     at_once = tmp_path / "at-once.zarr"

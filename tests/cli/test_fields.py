@@ -16,8 +16,8 @@ from cellpatch_fast.config import Reading
 from cellpatch_fast.synthetic.settings import AtlasSettings
 from cellpatch_fast.training import FinetuningSettings, PretrainingSettings
 
-KINDS = {"pretrain": PretrainingSettings, "finetune": FinetuningSettings}
 Kind = type[PretrainingSettings] | type[FinetuningSettings]
+KINDS: dict[str, Kind] = {"pretrain": PretrainingSettings, "finetune": FinetuningSettings}
 
 
 @dataclass(frozen=True)

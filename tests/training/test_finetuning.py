@@ -263,16 +263,6 @@ def test_interrupted_runs_go_on(
     assert again.test.metrics() == whole.test.metrics()
 
 
-def test_a_folder_of_another_run_is_refused_before_linear_models_are_fitted(
-    start: Finetune, finetuning: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start(tmp_path / "taken", finetuning(epochs=1, linear=True))
-    monkeypatch.delattr("cellpatch_fast.training.finetuning.gather")
-    monkeypatch.delattr("cellpatch_fast.training.finetuning.fit")
-    with pytest.raises(InputError, match=r"other settings(.|\n)*\n  seed: was 0, is now 3"):
-        start(tmp_path / "taken", finetuning(epochs=1, linear=True, seed=3))
-
-
 def test_cells_without_a_label_and_rare_types_are_left_out_and_reported(
     start: Finetune, finetuning: Settings, labelled: anndata.AnnData, tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

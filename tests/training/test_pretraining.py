@@ -331,15 +331,6 @@ def test_runs_can_be_made_longer(run: Pretrain, pretraining: Settings) -> None:
         run("scheduled", pretraining(epochs=3, schedule="cosine"))
 
 
-def test_a_folder_of_another_run_is_refused_before_anything_is_computed(
-    run: Pretrain, pretraining: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run("taken", pretraining(epochs=1, spectral=True))
-    monkeypatch.delattr("cellpatch_fast.training.pretraining.gather")  # what the start is made of
-    with pytest.raises(InputError, match=r"other settings.*\n  seed: was 0, is now 3"):
-        run("taken", pretraining(epochs=1, spectral=True, seed=3))
-
-
 def test_pretrained_models_are_embedded_with_and_pretrained_further(
     run: Pretrain, pretraining: Settings, labelled: anndata.AnnData
 ) -> None:
