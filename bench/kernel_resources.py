@@ -105,7 +105,8 @@ class Variant:
         config = CellPatchConfig(value_embedding="binned" if self.binned else "affine")
         terms = f"*{TYPES[self.type]}"
         in_terms = ("rows", "query", "bin_rows", "matrices")
-        tables = Tables(**{n: terms if n in in_terms else "*fp32" for n in Tables._fields})
+        kinds: Any = {name: terms if name in in_terms else "*fp32" for name in Tables._fields}
+        tables = Tables(**kinds)
         pointers = {
             "offsets": "*i64", "genes": f"*{self.genes}", "values": f"*{self.values}",
             "pads": "*i64", "faults": "*i32",

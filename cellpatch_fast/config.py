@@ -21,6 +21,7 @@ FORMAT_VERSION = 1
 ValueEmbedding = Literal["affine", "binned"]
 ValueRounding = Literal["round", "truncate", "none"]
 Expected = Literal["auto", "counts", "lognorm"]
+Backend = Literal["reference", "numba", "triton"]
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ class CellPatchConfig:
         for name in ("attention_dropout", "decoder_dropout", "head_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1): {getattr(self, name)}")
-        if self.value_embedding not in ("affine", "binned"):
+        if self.value_embedding not in get_args(ValueEmbedding):
             raise ValueError(f"value_embedding must be affine or binned: {self.value_embedding!r}")
-        if self.value_rounding not in ("round", "truncate", "none"):
+        if self.value_rounding not in get_args(ValueRounding):
             raise ValueError(
                 f"value_rounding must be round, truncate or none: {self.value_rounding!r}"
             )
@@ -198,7 +199,7 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if not 0 < self.target_sum < math.inf:
             raise ValueError(f"target_sum must be positive, found {self.target_sum}")
-        if self.value_rounding not in ("round", "truncate", "none"):
+        if self.value_rounding not in get_args(ValueRounding):
             raise ValueError(
                 f"value_rounding must be round, truncate or none, found {self.value_rounding!r}"
             )

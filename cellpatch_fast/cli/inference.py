@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
-from ..config import Reading
+from ..config import Reading, ValueRounding
 from ..errors import InputError
 from .fields import add_fields, given_fields
 from .options import (
@@ -91,7 +92,7 @@ def add_tokenize(parser: argparse.ArgumentParser) -> None:
     )
     values.add_argument(
         "--value-rounding",
-        choices=("round", "truncate", "none"),
+        choices=get_args(ValueRounding),
         help="for a new model of another kind: how values become integers, or that they stay "
         "continuous (float16) (default: round)",
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
+from ..config import ValueRounding
 from ..errors import InputError
 from .options import positive
 
@@ -31,7 +33,7 @@ def add_import_checkpoint(parser: argparse.ArgumentParser) -> None:
     _add_model_output(parser)
     parser.add_argument(
         "--value-rounding",
-        choices=("round", "truncate", "none"),
+        choices=get_args(ValueRounding),
         default="truncate",
         help="how values become integers; the released code truncates (default: truncate)",
     )

@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from ..config import Reading
+from ..config import Backend, Reading
 from ..errors import InputError
 from .fields import add_fields, given_fields
 
@@ -95,7 +95,7 @@ def add_computing(parser: argparse.ArgumentParser, stored: str) -> None:
     )
     parser.add_argument(
         "--backend",
-        choices=("reference", "numba", "triton"),
+        choices=get_args(Backend),
         help="default: the fastest for the device; CELLPATCH_BACKEND sets another default",
     )
     parser.add_argument(

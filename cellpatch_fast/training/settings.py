@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
-from ..config import Masking
+from ..config import Backend, Masking
 from ..errors import InputError
 
 Optimizer = Literal["adam", "adamw"]
@@ -29,7 +29,6 @@ FEWEST_EPOCHS, MOST_EPOCHS = 3, 20
 
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "bfloat16"]
-Backend = Literal["reference", "numba", "triton"]
 
 KINDS: dict[Any, tuple[Any, str]] = {  # of settings, as they are annotated
     "int": (int, "a whole number"),
