@@ -42,7 +42,8 @@ import torch
 from ..cells import RaggedCells
 from ..config import Preprocessing
 from ..errors import InputError
-from .detection import InputKind, floating_type, invalid_entry, readable_block
+from .blocks import floating_type, invalid_entry, readable_block
+from .detection import InputKind
 from .ordering import digit_bits
 from .tokens_compiled import tokenize_cells
 
