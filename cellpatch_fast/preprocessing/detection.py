@@ -217,11 +217,12 @@ def _warn_of_logarithms(
 def _refuse_mixture(parts: Sequence[Part], name: str, expected: Expected) -> None:
     """Say which cells hold what: as an error, or a warning if the user has said what they hold."""
     kinds = {part.holds: part.look.reason for part in parts}  # the last part of each speaks for it
-    holdings = "; ".join(f"{where(parts, holds)} {reason}" for holds, reason in kinds.items())
+    holdings = "; ".join(f"{where(parts, holds)} show {reason}" for holds, reason in kinds.items())
     message = f"{name}: not all cells hold the same. Of those looked at, {holdings}."
-    if expected == "auto":
+    useless = any(part.look.scale not in (VALUES, NATURAL) for part in parts)
+    if expected == "auto" or useless:
         raise InputError(
-            f"{message} {ELSEWHERE}, or read the cells as separate files. To take all as one "
-            'kind, set input to "counts" or "lognorm".'
+            f"{message} {ELSEWHERE}, or read the cells as separate files."
+            + ("" if useless else ' To take all as one kind, set input to "counts" or "lognorm".')
         )
     warn(f"{message} All are taken as {expected}, as requested.", InputKindWarning)

@@ -49,18 +49,21 @@ def look_at_parts(sample: CellBlock) -> list[Part]:
     """The parts of a sample that tell something; several that hold the same are possible."""
     offsets = np.concatenate([[0], np.cumsum(sample.data != 0)])[sample.indptr]
     broken = np.concatenate([[0], np.cumsum(sample.data != np.rint(sample.data))])[sample.indptr]
-    telling = np.diff(offsets) >= TELLING_GENES
-    whole = np.flatnonzero(telling & (np.diff(broken) == 0))
-    fractional = np.flatnonzero(telling & (np.diff(broken) > 0))
+    enough = np.diff(offsets) >= TELLING_GENES
+    whole = np.flatnonzero(enough & (np.diff(broken) == 0))
+    fractional = np.flatnonzero(enough & (np.diff(broken) > 0))
     runs = np.array_split(fractional, max(1, min(RUNS, len(fractional) // RUN_CELLS)))
     parts = [_part(sample, rows) for rows in runs if len(rows)]
     parts = [part for part in parts if part.look.evidence != "nothing"]
-    doubtful = {part.look.scale.name for part in parts if not part.look.certain}
-    if len(doubtful) > 1 or any(part.look.certain for part in parts):
-        # where size tells one thing of some cells and another of others, it tells nothing
-        parts = [part for part in parts if part.look.certain]
-    of_raw_counts = any(part.look.evidence == "whole" for part in parts)
-    if len(whole) and not of_raw_counts:  # the logarithm to base 2 of 3 + 1 is whole, too
+    # Small fractions tell nothing where others show more, or are too large for logarithms.
+    telling = [part for part in parts if part.look.certain or part.look.scale is VALUES]
+    parts = telling or parts
+    if any(part.look.evidence == "whole" and part.look.scale is not VALUES for part in parts):
+        # Cells of few counts may be whole on such scales, too: that of 3 to base 2 is 2.
+        highest = np.array([sample.data[slice(*sample.indptr[row : row + 2])].max() for row in whole])
+        whole = whole[highest > 3] if len(whole) else whole
+        whole = whole if len(whole) >= 3 else whole[:0]
+    if len(whole):
         parts.append(_part(sample, whole))
     return sorted(parts, key=lambda part: int(part.cells[0]))
 
