@@ -29,7 +29,7 @@ import numpy as np
 from ..config import Expected
 from ..errors import InputError, InputWarning, warn
 from .blocks import invalid_entry, readable_block
-from .parts import Part, look_at_parts, where
+from .parts import Part, highest_values, look_at_parts, where
 from .scales import LARGEST_LOGARITHM, NATURAL, VALUES, Look, look_at
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class Detected:
         What was seen, for people.
     look
         What was seen.
+    low_highest
+        5 % of the cells looked at have no value above it.
     requested
         Whether the user said what the matrix holds.
     """
@@ -67,6 +69,7 @@ class Detected:
     kind: InputKind
     reason: str
     look: Look
+    low_highest: float = 0.0
     requested: bool = False
 
 
@@ -121,7 +124,7 @@ def detect_input(
         _refuse_mixture(parts, name, expected)
         requested: InputKind = "counts" if expected == "counts" else "lognorm"
         reason = f"cells that do not all hold the same: taken as {expected}, as requested"
-        return Detected(requested, reason, parts[0].look, requested=True)
+        return Detected(requested, reason, look_at(sample), requested=True)
     look = look_at(sample)
     largest = max(parts, key=lambda part: len(part.cells), default=None)
     if largest and largest.look.certain and look.scale is not largest.look.scale:
@@ -141,7 +144,8 @@ def detect_input(
         reason += "; taken as logarithms, as requested"
     if kind == "lognorm":
         _warn_of_logarithms(look, [part.look for part in parts], name, expected, target_sum)
-    return Detected(kind, f"{reason}{seen}", look, requested=expected != "auto")
+    low_highest = float(np.quantile(highest_values(sample), 0.05))
+    return Detected(kind, f"{reason}{seen}", look, low_highest, requested=expected != "auto")
 
 
 def _decide(look: Look, found: str, name: str, expected: Expected) -> InputKind:

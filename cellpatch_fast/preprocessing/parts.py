@@ -60,8 +60,7 @@ def look_at_parts(sample: CellBlock) -> list[Part]:
     parts = telling or parts
     if any(part.look.evidence == "whole" and part.look.scale is not VALUES for part in parts):
         # Cells of few counts may be whole on such scales, too: that of 3 to base 2 is 2.
-        highest = np.array([sample.data[slice(*sample.indptr[row : row + 2])].max() for row in whole])
-        whole = whole[highest > 3] if len(whole) else whole
+        whole = whole[highest_values(sample)[whole] > 3]
         whole = whole if len(whole) >= 3 else whole[:0]
     if len(whole):
         parts.append(_part(sample, whole))
@@ -99,6 +98,15 @@ def take(block: CellBlock, rows: np.ndarray) -> CellBlock:
         data=block.data[entries],
         positions=np.array([block.position(int(row)) for row in np.flatnonzero(chosen)], np.int64),
     )
+
+
+def highest_values(block: CellBlock) -> np.ndarray:
+    """The highest value of each cell, float64 [cells]; 0 of an empty one."""
+    highest = np.zeros(len(block))
+    filled = np.diff(block.indptr) > 0
+    if filled.any():
+        highest[filled] = np.maximum.reduceat(block.data, block.indptr[:-1][filled])
+    return highest
 
 
 def _part(sample: CellBlock, rows: np.ndarray) -> Part:

@@ -31,7 +31,7 @@ LARGEST_NATURAL_LOGARITHM = 15.0
 TELLING_ENTRIES = 300_000  # whole cells up to so many show the structure well enough
 TELLING_GENES = 5  # of a cell, at least, for its library size or its values to tell anything
 
-Evidence = Literal["whole", "library", "multiples", "size", "nothing"]
+Evidence = Literal["integers", "whole", "library", "multiples", "size", "nothing"]
 
 
 class Scale(NamedTuple):
@@ -70,8 +70,9 @@ class Look:
     scale
         The transformation of counts that they show.
     evidence
-        How: ``"whole"`` numbers, one ``"library"`` size, ``"multiples"`` of the smallest; only the
-        ``"size"`` of the values, or ``"nothing"`` where there are too few to tell by more.
+        How: nothing but ``"integers"``, mostly ``"whole"`` numbers, one ``"library"`` size,
+        ``"multiples"`` of the smallest; only the ``"size"`` of the values, or ``"nothing"`` where
+        there are too few to tell by more.
     highest
         The largest value.
     reason
@@ -110,7 +111,7 @@ def look_at(cells: CellBlock) -> Look:
     highest = float(values.max())
     whole = float(np.mean(values == np.rint(values)))
     if whole == 1:
-        return Look(VALUES, "whole", highest, f"integers up to {highest:,.0f}: raw counts")
+        return Look(VALUES, "integers", highest, f"integers up to {highest:,.0f}: raw counts")
     precise = cells.data.dtype.itemsize > 2
     values, offsets = _thinned(values, offsets)
     structures = [
@@ -196,9 +197,7 @@ def _normalised(scale: Scale, shows: str) -> str:
     return f"{scale.name} of normalised counts (before that, {shows})"
 
 
-def _structure(
-    stored: np.ndarray, scale: Scale, offsets: np.ndarray, reach: float
-) -> _Structure:
+def _structure(stored: np.ndarray, scale: Scale, offsets: np.ndarray, reach: float) -> _Structure:
     """`_Structure` of positive values [entries] of cells with ``offsets`` [cells + 1].
 
     Beyond ``reach`` rounding errors show.
