@@ -20,7 +20,8 @@ from ..io.sources.transpose import CscMatrix
 from ..io.stores.obs import SOURCE_COLUMN
 from ..io.stores.tokens import TokenStore, is_token_store
 from ..preprocessing.changes import Expectation
-from ..preprocessing.detection import detect_input
+from ..preprocessing.detection import detect_input, warn_of_selection
+from ..preprocessing.selection import selection_of_genes
 from .columns import read_column
 from .rows import CsrRows, DenseRows, Rows, TokenRows
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 SAMPLE_CELLS, SAMPLE_RUNS = 2_000, 8
 SAMPLE_ENTRIES = 8_000_000
 SAMPLE_BYTES = 1 << 28  # of chunks, unless a single one has more
+TOTALS_CELLS = 5_000_000  # whose total counts are read, a whole column, to be compared
 
 
 class CellStream:
@@ -88,6 +90,13 @@ class CellStream:
             gene_names=source.var.index,
             n_cells=source.n_cells,
         )
+        if self.detected.sums_matter:
+            counts = self.detected.kind == "counts" and self.n_cells <= TOTALS_CELLS
+            shown = selection_of_genes(
+                source.var, self.match, vocabulary, sample, source.obs_table() if counts else None
+            )
+            if shown:
+                warn_of_selection(self.detected, self.name, self.n_genes, shown)
         self.kind: str = self.detected.kind
         self._rows: Rows | None = None
 

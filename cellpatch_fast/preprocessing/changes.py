@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InputError
-from .parts import take
+from .parts import remedy_of_mixture, take
 from .scales import LARGEST_LOGARITHM, NATURAL, TELLING_GENES, VALUES, Look, look_at
 
 if TYPE_CHECKING:
@@ -67,10 +67,9 @@ class Expectation:
             first, last = block.position(int(rows[0])), block.position(int(rows[-1]))
             cells = f"cell {first:,}" if first == last else f"cells from {first:,} to {last:,}"
             raise InputError(
-                f"{self._name}: not all cells hold the same: {cells} (the first is 0) show "
-                f"{look.reason}, but those looked at before show {self._detected.reason}. Choose "
-                "the raw counts with layer or use_raw, or read the cells as separate files. To "
-                'take all as one kind, set input to "counts" or "lognorm".'
+                f"{self._name}: not all cells hold the same: found {look.reason} in {cells} (the "
+                f"first is 0), but {self._detected.reason} in those looked at before. "
+                f"{remedy_of_mixture([look])}"
             )
 
     def _strange(self, lengths: np.ndarray, highest: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -29,7 +29,15 @@ import numpy as np
 from ..config import Expected
 from ..errors import InputError, InputWarning, warn
 from .blocks import invalid_entry, readable_block
-from .parts import Part, highest_values, look_at_parts, where
+from .parts import (
+    ELSEWHERE,
+    USABLE,
+    Part,
+    highest_values,
+    look_at_parts,
+    remedy_of_mixture,
+    where,
+)
 from .scales import LARGEST_LOGARITHM, NATURAL, VALUES, Look, look_at
 
 if TYPE_CHECKING:
@@ -38,8 +46,6 @@ if TYPE_CHECKING:
 __all__ = ["Detected", "InputKind", "InputKindWarning", "detect_input"]
 
 InputKind = Literal["counts", "normalized", "lognorm"]
-
-ELSEWHERE = "Choose the raw counts with layer or use_raw"
 
 
 class InputKindWarning(InputWarning):
@@ -71,6 +77,11 @@ class Detected:
     look: Look
     low_highest: float = 0.0
     requested: bool = False
+
+    @property
+    def sums_matter(self) -> bool:
+        """Whether values depend on which genes there were when they were added up."""
+        return self.look.evidence in ("integers", "whole", "library") and not self.requested
 
 
 def detect_input(
@@ -132,7 +143,7 @@ def detect_input(
     seen = ""
     if n_cells is not None and n_cells > len(sample):
         seen = f" (seen in {len(sample):,} of {n_cells:,} cells)"
-    if look.certain and look.scale not in (VALUES, NATURAL):
+    if look.certain and look.scale not in USABLE:
         raise InputError(
             f"{name}: found {look.reason}{seen}, but the model needs natural logarithms of "
             f"normalised counts, or counts. {ELSEWHERE}, or undo the transformation: "
@@ -146,6 +157,17 @@ def detect_input(
         _warn_of_logarithms(look, [part.look for part in parts], name, expected, target_sum)
     low_highest = float(np.quantile(highest_values(sample), 0.05))
     return Detected(kind, f"{reason}{seen}", look, low_highest, requested=expected != "auto")
+
+
+def warn_of_selection(detected: Detected, name: str, n_genes: int, shown: str) -> None:
+    """Warn that the genes of a matrix are a selection, which is ``shown`` by something."""
+    warn(
+        f"{name}: its {n_genes:,} genes are a selection of those that were measured: {shown}. "
+        "Normalised to the sum of these genes, values are larger than the model expects. Read all "
+        "genes (layer, use_raw, or the matrix before genes were selected), or set input to "
+        f'"{"lognorm" if detected.kind == "lognorm" else "counts"}" if they are all there were.',
+        InputKindWarning,
+    )
 
 
 def _decide(look: Look, found: str, name: str, expected: Expected) -> InputKind:
@@ -221,12 +243,9 @@ def _warn_of_logarithms(
 def _refuse_mixture(parts: Sequence[Part], name: str, expected: Expected) -> None:
     """Say which cells hold what: as an error, or a warning if the user has said what they hold."""
     kinds = {part.holds: part.look.reason for part in parts}  # the last part of each speaks for it
-    holdings = "; ".join(f"{where(parts, holds)} show {reason}" for holds, reason in kinds.items())
-    message = f"{name}: not all cells hold the same. Of those looked at, {holdings}."
-    useless = any(part.look.scale not in (VALUES, NATURAL) for part in parts)
-    if expected == "auto" or useless:
-        raise InputError(
-            f"{message} {ELSEWHERE}, or read the cells as separate files."
-            + ("" if useless else ' To take all as one kind, set input to "counts" or "lognorm".')
-        )
+    holdings = "; ".join(f"{reason} in {where(parts, holds)}" for holds, reason in kinds.items())
+    message = f"{name}: not all cells hold the same: found {holdings}, of those looked at."
+    looks = [part.look for part in parts]
+    if expected == "auto" or not all(look.scale in USABLE for look in looks):
+        raise InputError(f"{message} {remedy_of_mixture(looks)}")
     warn(f"{message} All are taken as {expected}, as requested.", InputKindWarning)

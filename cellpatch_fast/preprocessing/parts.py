@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .scales import TELLING_GENES, VALUES, Look, look_at
+from .scales import NATURAL, TELLING_GENES, VALUES, Look, look_at
 
 if TYPE_CHECKING:
     from ..cells import CellBlock
 
+ELSEWHERE = "Choose the raw counts with layer or use_raw"
+USABLE = (VALUES, NATURAL)  # scales that the model can be given
 RUNS = 8
 RUN_CELLS = 16  # at least
 
@@ -83,6 +85,14 @@ def where(parts: Sequence[Part], holds: str) -> str:
     if len(stretches) > 3:
         texts[2] = f"{len(stretches) - 2:,} more stretches"
     return "cells " + (texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}")
+
+
+def remedy_of_mixture(looks: Sequence[Look]) -> str:
+    """What to do about cells that do not all hold the same."""
+    remedy = f"{ELSEWHERE}, or read the cells as separate files."
+    if all(look.scale in USABLE for look in looks):
+        remedy += ' To take all as one kind, set input to "counts" or "lognorm".'
+    return remedy
 
 
 def take(block: CellBlock, rows: np.ndarray) -> CellBlock:

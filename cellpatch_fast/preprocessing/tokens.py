@@ -167,15 +167,7 @@ def tokenize(
         *(preprocessing.target_sum, logged, preprocessing.discrete),
         _boundaries(preprocessing, logged) if preprocessing.discrete else np.empty(0),
         math.inf if preprocessing.value_clip is None else preprocessing.value_clip,
-        *(
-            *into,
-            offsets,
-            unknown,
-            highest,
-            whole,
-            int(lengths.max(initial=0)),
-            digit_bits(vocabulary_size),
-        ),
+        *(*into, offsets, unknown, highest, whole, longest, digit_bits(vocabulary_size)),
     )
     if refused >= 0:
         raise _explain(block, int(order[refused]), len(tokens), name, gene_names)
