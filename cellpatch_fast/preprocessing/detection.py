@@ -209,27 +209,26 @@ def _warn_of_logarithms(
 ) -> None:
     """Warn if logarithms are not quite what the model expects."""
     advice = f"{ELSEWHERE}: they would be normalised to that."
-    if look.evidence == "whole":
-        if look.scale is NATURAL:
-            warn(
-                f"{name}: the logarithms are of raw counts, but the model expects them normalised "
-                f"to {target_sum:,.7g}. {advice}",
-                InputKindWarning,
-            )
-        return
+    if look.evidence == "whole" and look.scale is NATURAL:
+        warn(
+            f"{name}: the logarithms are of raw counts, but the model expects them normalised "
+            f"to {target_sum:,.7g}. {advice}",
+            InputKindWarning,
+        )
     for part in (look, *parts):
         size, exact = part.high_library, part.evidence == "library"
-        if part.scale is NATURAL and (
-            size > 1.01 * target_sum or (exact and size < 0.99 * target_sum)
-        ):
+        more, less = size > 1.01 * target_sum, size < 0.99 * target_sum
+        if part.scale is NATURAL and part.normalized and (more or (exact and less)):
             at_least = "" if exact else "at least "
             warn(
                 f"{name}: the cells were normalised to a library size of {at_least}{size:,.7g}, "
                 f"but the model expects {target_sum:,.7g}. {advice}",
                 InputKindWarning,
             )
-            return
-    plausible = 0.05 * target_sum < look.low_library and 0.5 * target_sum < look.high_library
+            break
+    # of some genes of cells that were normalised to it
+    low, high = look.low_library / target_sum, look.high_library / target_sum
+    plausible = low > 0.05 and 0.5 < high < 1.01
     if expected == "auto" and look.evidence == "size" and not plausible:
         warn(
             f"{name}: found {look.reason}, but nothing else shows that they are logarithms of "
