@@ -6,3 +6,7 @@ from .synthetic.generate import synthetic_atlas
 from .synthetic.tissue import synthetic_tissue
 
 __all__ = ["synthetic_atlas", "synthetic_tissue"]
+
+
+def __dir__() -> list[str]:
+    return __all__
