@@ -24,7 +24,7 @@ FEWEST = 4  # cells that UMAP can lay out
 
 def umap_of(adata: AnnData, key: str, seed: int) -> np.ndarray:
     """Positions [c, 2] of the cells by their embedding ``obsm[key]``; ``adata`` is not changed."""
-    scanpy = _import_scanpy()
+    scanpy = import_scanpy()
     from anndata import AnnData
 
     if key not in adata.obsm:
@@ -136,14 +136,14 @@ def _colors(n: int) -> Sequence[str]:
     """Okabe and Ito's for up to 8 classes, beyond that scanpy's, over again after 102."""
     if n <= len(OKABE_ITO):
         return OKABE_ITO[:n]
-    palettes = _import_scanpy().pl.palettes
+    palettes = import_scanpy().pl.palettes
     for palette in (palettes.default_20, palettes.default_28, palettes.default_102):
         if n <= len(palette):
             return list(palette[:n])
     return [palettes.default_102[i % 102] for i in range(n)]
 
 
-def _import_scanpy() -> Any:
+def import_scanpy() -> Any:
     try:
         import scanpy
     except ImportError as error:

@@ -25,8 +25,8 @@ __all__ = ["synthetic_tissue"]
 
 SPACING = 100.0  # of spots, in micrometres, as on Visium
 CELLS_PER_SPOT = 3.0  # whose types are drawn; on average
-DOMINANCE = 0.5  # share of a layer's cells that are of its own type; the others are of any
-MARKERS, MARKER_RANKS = 30, range(150, 3000)  # of a cell type; and which genes can be markers
+DOMINANCE = 0.6  # share of a layer's cells that are of its own type; the others are of any
+MARKERS, MARKER_RANKS = 40, range(150, 3000)  # of a cell type; and which genes can be markers
 WAVES, AMPLITUDE = 2.0, 0.06  # of the borders between layers, relative to the slice
 DEPTH_SPREAD = 0.3  # of the logarithm of a spot's depth
 
@@ -37,7 +37,7 @@ def synthetic_tissue(
     layers: int = 6,
     genes: int = 2_000,
     depth: float = 1.0,
-    marker_fold: float = 4.0,
+    marker_fold: float = 8.0,
     seed: int = 0,
 ) -> AnnData:
     """Generate a slice of tissue with known layers.
