@@ -88,7 +88,8 @@ def _sparse_product_backward(
 def _sparse_product_fake(*arguments: Any) -> Tensor:
     offsets, *_, dense, _ = arguments
     shape = (offsets.shape[0] - 1, dense.shape[1])
-    return dense.new_empty(shape)  # type: ignore[no-any-return]
+    product: Tensor = dense.new_empty(shape)
+    return product
 
 
 @torch.library.register_fake("cellpatch::sparse_product_backward")

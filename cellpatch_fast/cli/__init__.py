@@ -32,12 +32,14 @@ COMMANDS = {
     "pretrain": ("training", "pretrain a model by masked gene modelling"),
     "finetune": ("training", "train an annotator of cell types"),
     "annotate": ("annotation", "tell the types of cells"),
+    "spatial": ("spatial", "find the domains of a tissue"),
     "new-model": ("models", "make an untrained model"),
     "import-checkpoint": ("models", "make a model directory of a checkpoint of the original code"),
     "inspect": ("inference", "say what a path holds"),
     "demo": ("inference", "the whole path on a small data set, offline"),
     "tune": ("inference", "measure the GPU kernels' configurations on this machine's GPU"),
     "synthetic-atlas": ("synthetic", "generate an AnnData file of any size"),
+    "synthetic-tissue": ("spatial", "generate a slice of tissue with known layers"),
 }
 
 

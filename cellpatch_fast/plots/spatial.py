@@ -68,8 +68,10 @@ def draw_tissue(
     palette = Palette(list(panels.values()))
     across = min(len(panels), 3)
     down = -(-len(panels) // across)
-    columns = -(-len(palette) // int(4.5 * SIDE * down))
-    figure = new_figure(SIDE * across + palette.width * columns, (SIDE + 0.3) * down, show)
+    width, height = np.maximum(np.ptp(places, axis=0), 1e-9)
+    tall = SIDE * float(np.clip(height / width, 0.4, 1.5))
+    columns = -(-len(palette) // int(4.5 * tall * down))
+    figure = new_figure(SIDE * across + palette.width * columns, (tall + 0.3) * down, show)
     every = figure.subplots(down, across, squeeze=False).ravel()
     for axes, (title, labels) in zip(every, panels.items(), strict=False):
         axes.set_title(title, fontsize=11)

@@ -21,21 +21,20 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import pandas as pd
 
 from ..errors import InputError
 from ..progress import progress_bar
+from .choices import Method
 from .graphs import SpatialGraph
 
 if TYPE_CHECKING:
     from sklearn.mixture import GaussianMixture
 
 logger = logging.getLogger("cellpatch_fast")
-
-Method = Literal["mixture", "leiden", "mclust"]
 
 STARTS = 20
 SAMPLE = 20_000  # spots that a mixture is fitted to

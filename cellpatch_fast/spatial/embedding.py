@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy import sparse
 
 from ..cells import RaggedCells
 from ..config import Reading
@@ -26,7 +27,7 @@ from ..errors import InputError
 from ..model import CellPatch
 from ..model.storage import fingerprint
 from ..training.folder import EPOCHS, RunFolder
-from .expression import SpotExpression, read_expression
+from .expression import read_expression
 from .features import PatchFeatures, cells_of, frozen_features, variable_cells
 from .fitting import Fit
 from .graphs import SpatialGraph
@@ -42,7 +43,7 @@ logger = logging.getLogger("cellpatch_fast")
 WHOLE_SPOTS = 2 * TILE_SPOTS  # that are one piece, where nothing else is asked for
 MEMORY = 2 << 30  # bytes of pieces that are kept in memory
 ENTRY_BYTES = 28  # of a piece, per entry: it is sorted by row and by column
-COLUMNS = {EPOCHS: ["epoch", "step", "loss"], "steps.csv": ["step", "loss"]}
+COLUMNS = {EPOCHS: ["epoch", "step", "loss"]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +72,7 @@ def embed_tissue(
     data: str | Path | AnnData,
     places: np.ndarray,
     graph: SpatialGraph,
-    model: CellPatch | str | Path | None = None,
+    model: CellPatch | None = None,
     *,
     settings: SpatialSettings,
     features: np.ndarray | None = None,
@@ -113,11 +114,13 @@ def embed_tissue(
     InputError
         If the input is not usable, or ``folder`` holds a run with other settings.
     """
+    if model is None and features is None and settings.features == "trained":
+        raise InputError(
+            "this preset trains a CellPatch model's features with the network, but there is no "
+            "model: name one, or use the preset 'default'"
+        )
     target = default_device() if device is None else usable_device(device)
     with contextlib.ExitStack() as stack:
-        if not isinstance(model, CellPatch) and model is not None:
-            model = CellPatch.from_pretrained(model)
-        settings = _without_features(settings, model, features)
         scratch = _scratch(stack, data, len(graph), folder)
         expression = read_expression(
             data, variable_genes=settings.variable_genes, target_sum=settings.target_sum,
@@ -127,59 +130,41 @@ def embed_tissue(
             raise InputError(
                 f"the graph has {len(graph):,} spots, but the data {expression.matrix.shape[0]:,}"
             )
-        encoder_cells = None
-        if model is not None and features is None:
-            if settings.features == "frozen":
-                features = frozen_features(
-                    data, model, components=settings.components,
-                    reading=reading, backend=backend, progress=progress,
-                )  # fmt: skip
-            elif settings.attended == "variable":
-                encoder_cells = variable_cells(expression, model)
-            else:
-                encoder_cells = cells_of(data, model, reading)
-        tissue = _Tissue(expression, graph, places, features)
-        order, pieces = tissue.pieces(tile_spots, scratch)
-        torch.manual_seed(settings.seed)
-        network = Stagate(
-            tissue.config(settings, model if encoder_cells else None), backend=backend
-        )
+        if model is not None and features is None and settings.features == "frozen":
+            features = frozen_features(
+                data, model, components=settings.components,
+                reading=reading, backend=backend, progress=progress,
+            )  # fmt: skip
+        tissue = _Tissue(expression.matrix, graph, places, features, tile_spots)
         encoder = None
-        if encoder_cells is not None and model is not None:
-            cells = tissue.cells_of_pieces(encoder_cells, tile_spots)
-            encoder = PatchFeatures(model, cells).to(target)
-        fit = Fit(network.to(target), encoder, settings, spots=len(graph))
+        if model is not None and features is None:
+            cells = (
+                variable_cells(expression, model)
+                if settings.attended == "variable"
+                else cells_of(data, model, reading)
+            )
+            encoder = PatchFeatures(model, tissue.cells_of_pieces(cells)).to(target)
+        torch.manual_seed(settings.seed)
+        network = Stagate(tissue.config(settings, encoder), backend=backend).to(target)
+        fit = Fit(network, encoder, settings, spots=len(graph))
+        pieces = tissue.pieces(scratch)
         params = {
             **dataclasses.asdict(settings),
             "model": None if model is None else fingerprint(model),
             "genes": len(expression.genes),
             "spots": len(graph),
-            "tiles": len(order),
+            "tiles": len(tissue.cores),
         }
         run = None
         if folder is not None:
+            facts = params | {"entries": int(expression.matrix.nnz), "graph": graph.params()}
             run = stack.enter_context(
-                RunFolder(
-                    folder, "spatial", params | {"entries": expression.matrix.nnz}, COLUMNS,
-                    free=["epochs"], overwrite=overwrite,
-                )
-            )  # fmt: skip
+                RunFolder(folder, "spatial", facts, COLUMNS, free=["epochs"], overwrite=overwrite)
+            )
         fit.run(pieces, run=run, progress=progress)
         rows = np.empty((len(graph), settings.output), np.float32)
-        rows[np.concatenate(order)] = fit.embed(pieces)
+        rows[np.concatenate(tissue.cores)] = fit.embed(pieces)
         return SpatialEmbedding(rows, fit.losses, list(map(str, expression.genes)), params)
-
-
-def _without_features(
-    settings: SpatialSettings, model: CellPatch | None, features: np.ndarray | None
-) -> SpatialSettings:
-    """The settings, if there are the features that they need."""
-    if model is None and features is None and settings.features == "trained":
-        raise InputError(
-            "this preset trains a CellPatch model's features with the network, but there is no "
-            "model: name one, or use the preset 'default'"
-        )
-    return settings
 
 
 def _scratch(
@@ -193,53 +178,53 @@ def _scratch(
 
 
 class _Tissue:
-    """All spots, to be cut into pieces."""
+    """All spots, cut into pieces.
+
+    Attributes
+    ----------
+    cores
+        Spots of each piece that its loss is computed of, int64.
+    """
 
     def __init__(
         self,
-        expression: SpotExpression,
+        expression: sparse.csr_matrix,
         graph: SpatialGraph,
         places: np.ndarray,
         features: np.ndarray | None,
+        tile_spots: int | None,
     ) -> None:
-        self.expression, self.graph, self.places = expression.matrix, graph, places
-        self.features = features
+        self._expression, self._graph, self._features = expression, graph, features
+        self._whole = tile_spots is None and len(graph) <= WHOLE_SPOTS
+        self.cores = [np.arange(len(graph))]
+        if not self._whole:
+            self.cores = tiles_of(places, graph.slices, tile_spots or TILE_SPOTS)
 
-    def config(self, settings: SpatialSettings, trained: CellPatch | None) -> StagateConfig:
-        width = 0 if self.features is None else self.features.shape[1]
-        if trained is not None:
-            width = trained.config.patches * trained.config.dim
+    def config(self, settings: SpatialSettings, encoder: PatchFeatures | None) -> StagateConfig:
+        """The shape of the network."""
+        width = 0 if self._features is None else self._features.shape[1]
+        if encoder is not None:
+            width = encoder.width
         return StagateConfig(
-            genes=self.expression.shape[1], features=width, expression=settings.expression,
+            genes=self._expression.shape[1], features=width, expression=settings.expression,
             hidden=settings.hidden, output=settings.output, tie=settings.tie, dense=settings.dense,
         )  # fmt: skip
 
-    def tiles(self, tile_spots: int | None) -> list[np.ndarray] | None:
-        """Spots of each tile; None where all are one piece."""
-        if tile_spots is None and len(self.graph) <= WHOLE_SPOTS:
-            return None
-        return tiles_of(self.places, self.graph.slices, tile_spots or TILE_SPOTS)
-
-    def pieces(
-        self, tile_spots: int | None, scratch: Path | None
-    ) -> tuple[list[np.ndarray], Sequence[Piece]]:
-        """Spots of each piece's core, and the pieces."""
-        tiles = self.tiles(tile_spots)
-        if tiles is None:
-            everything = np.arange(len(self.graph))
-            return [everything], [whole(self.expression, self.graph, self.features)]
-        cut = (piece_around(tile, self.expression, self.graph, self.features) for tile in tiles)
-        if scratch is None or self.expression.nnz * ENTRY_BYTES <= MEMORY:
-            return tiles, list(cut)
+    def pieces(self, scratch: Path | None) -> Sequence[Piece]:
+        """The pieces, in ``scratch`` if there is such a folder and they are large."""
+        if self._whole:
+            return [whole(self._expression, self._graph, self._features)]
+        cut = (piece_around(c, self._expression, self._graph, self._features) for c in self.cores)
+        if scratch is None or self._expression.nnz * ENTRY_BYTES <= MEMORY:
+            return list(cut)
         files = PieceFiles(scratch)
         for piece in cut:
             files.add(piece)
-        return tiles, files
+        return files
 
-    def cells_of_pieces(self, cells: RaggedCells, tile_spots: int | None) -> list[RaggedCells]:
+    def cells_of_pieces(self, cells: RaggedCells) -> list[RaggedCells]:
         """The cells of each piece, its surroundings included."""
-        tiles = self.tiles(tile_spots)
-        if tiles is None:
+        if self._whole:
             return [cells]
-        spots = (surroundings(tile, self.graph)[0] for tile in tiles)
+        spots = (surroundings(core, self._graph)[0] for core in self.cores)
         return [cells.take(torch.from_numpy(members)) for members in spots]

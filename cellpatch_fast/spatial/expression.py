@@ -152,7 +152,7 @@ def _on_disk(source: CellSource, kept: _Columns, folder: Path) -> sparse.csr_mat
 
 
 def _append(file: IO[bytes], array: np.ndarray) -> None:
-    file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+    file.write(np.ascontiguousarray(array).tobytes())
 
 
 def _most_variable(source: CellSource, count: int) -> np.ndarray:

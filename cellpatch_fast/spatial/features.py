@@ -155,6 +155,11 @@ class PatchFeatures(nn.Module):
         self.block = first_block(model).train()
         self._cells = cells
 
+    @property
+    def width(self) -> int:
+        """Numbers per spot."""
+        return self.block.config.patches * self.block.config.dim
+
     def forward(self, piece: int) -> Tensor:
         """float32 [spots, patches · dim] of a piece."""
         cells = self._cells[piece].to(self.block.patches.device)

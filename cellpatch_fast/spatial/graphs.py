@@ -13,18 +13,17 @@ the coordinates do not matter.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from scipy import sparse
 
 from ..errors import InputError
+from .choices import GraphKind
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import ArrayLike
-
-GraphKind = Literal["radius", "nearest", "grid"]
 
 CONNECTIVITIES, DISTANCES = "spatial_connectivities", "spatial_distances"
 PARAMETERS = "spatial_neighbors"
@@ -201,9 +200,11 @@ def _require_distinct(
 
 def _require_alike(nearest: list[np.ndarray]) -> None:
     """Refuse slices whose spots are so differently spaced that their units must differ."""
-    spacing = [float(np.median(d[:, 0])) if d.size else np.nan for d in nearest]
-    if np.nanmax(spacing) > UNITS * np.nanmin(spacing):
-        most, least = int(np.nanargmax(spacing)), int(np.nanargmin(spacing))
+    spacing = {i: float(np.median(d[:, 0])) for i, d in enumerate(nearest) if d.size}
+    if not spacing:
+        raise InputError("every slice has one spot: none has a neighbour")
+    most, least = max(spacing, key=spacing.__getitem__), min(spacing, key=spacing.__getitem__)
+    if spacing[most] > UNITS * spacing[least]:
         raise InputError(
             f"neighbours are {spacing[most]:.4g} apart in slice {most + 1} and "
             f"{spacing[least]:.4g} in slice {least + 1}: bring all slices to the same unit, or "
@@ -215,8 +216,6 @@ def _choose_radius(nearest: list[np.ndarray], neighbours: int) -> float:
     """A radius that gives a spot about so many neighbours; between two rings, if there are."""
     distances = np.sort(np.concatenate([d.ravel() for d in nearest]))
     spots = sum(map(len, nearest))
-    if not len(distances):
-        raise InputError("every slice has one spot: none has a neighbour")
     ratios = distances[1:] / distances[:-1]
     first, last = (min(len(ratios), int(count * spots)) for count in RING_NEIGHBOURS)
     if neighbours == NEIGHBOURS and last > first:

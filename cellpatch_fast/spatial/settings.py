@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..errors import InputError
-from .stagate import Tie
+from .choices import Preset, Tie
 
-Preset = Literal["default", "paper", "original-code"]
 Features = Literal["frozen", "trained"]
 Attended = Literal["non-zero", "variable"]
 

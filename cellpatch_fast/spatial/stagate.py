@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..kernels import SparsePattern, sparse_product
+from .choices import Tie
 
-Tie = Literal["true", "alias"]
 GAIN = 1.414  # of the weights that STAGATE's code draws
 
 
@@ -241,7 +241,8 @@ def quadratic_form(h: Tensor, back: Tensor, image: Tensor) -> Tensor:
     image
         x · back, [spots, hidden]: an argument of its own, so that whoever has it passes it on.
     """
-    return _QuadraticForm.apply(h, back, image)  # type: ignore[no-any-return, no-untyped-call]
+    form: Tensor = _QuadraticForm.apply(h, back, image)
+    return form
 
 
 class _QuadraticForm(torch.autograd.Function):

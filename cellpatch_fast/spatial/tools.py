@@ -19,21 +19,21 @@ from ..config import Reading
 from ..errors import InputError
 from ..model import CellPatch
 from ..model.storage import fingerprint
-from .domains import STARTS, Domains, Method, find_domains, refine
+from .choices import GraphKind, Method, Preset
+from .domains import STARTS, Domains, find_domains, refine
 from .embedding import embed_tissue
 from .features import Components, cells_of, niche_features, with_human_names
 from .graphs import (
     DISTANCES,
     NEIGHBOURS,
     PARAMETERS,
-    GraphKind,
     SpatialGraph,
     coordinates_of,
     slices_of,
     store_graph,
 )
 from .graphs import spatial_graph as find_graph
-from .settings import Preset, SpatialSettings
+from .settings import SpatialSettings
 
 if TYPE_CHECKING:
     import torch

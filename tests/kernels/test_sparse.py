@@ -159,7 +159,9 @@ def test_the_operators_are_what_pytorch_expects() -> None:
     ],
 )
 def test_a_pattern_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
-    arguments = {"offsets": torch.tensor([0, 2]), "columns": torch.tensor([0, 2]), "width": 3}
+    arguments: dict[str, Any] = {
+        "offsets": torch.tensor([0, 2]), "columns": torch.tensor([0, 2]), "width": 3
+    }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         pattern_of(**(arguments | change))
 
@@ -175,6 +177,6 @@ def test_a_pattern_that_does_not_fit_is_refused(change: dict[str, Any], message:
 )
 def test_a_product_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
     pattern = pattern_of(torch.tensor([0, 2]), torch.tensor([0, 2]), 3)
-    arguments = {"entries": torch.zeros(2), "dense": torch.zeros(3, 2)}
+    arguments: dict[str, Any] = {"entries": torch.zeros(2), "dense": torch.zeros(3, 2)}
     with pytest.raises(ValueError, match=message):
         sparse_product(pattern, **(arguments | change))
