@@ -130,7 +130,13 @@ def find_domains(
         return Domains(_by_size(_mclust(rows, count, seed)), method)
     if count is not None:
         return _mixture(rows, count, starts, seed, progress)[0]
-    tried = {n: _mixture(rows, n, starts, seed, progress) for n in RANGE if n < len(rows)}
+    distinct = _distinct(rows[_sample(len(rows), seed)])
+    if starts < 2 or distinct <= RANGE.start:
+        raise InputError(
+            f"the number of domains is chosen from {RANGE.start} to {RANGE.stop - 1} by how far 2 "
+            f"starts or more agree; found {distinct:,} different rows and {starts} starts: give n"
+        )
+    tried = {n: _mixture(rows, n, starts, seed, progress) for n in RANGE if n < distinct}
     numbers = pd.DataFrame(
         {
             "domains": list(tried),
@@ -172,10 +178,13 @@ def _mixture(
     from sklearn.metrics import adjusted_rand_score
 
     white = whiten(rows)
-    sample = np.arange(len(rows))
-    if len(rows) > SAMPLE:
-        generator = np.random.default_rng(seed)
-        sample = np.sort(generator.choice(len(rows), SAMPLE, replace=False))
+    sample = _sample(len(rows), seed)
+    distinct = _distinct(rows[sample])
+    if distinct < max(count, 2):  # k-means has no more groups than that
+        raise InputError(
+            f"the embedding has {distinct:,} different row{'s' * (distinct > 1)}, too few for so "
+            f"many domains: found n={count}"
+        )
     fitted = []
     with progress_bar(starts * len(white), f"{count} domains", progress) as bar:
         for start in range(starts):
@@ -190,6 +199,18 @@ def _mixture(
     shares = np.mean([aligned(labels, best) == best for _, _, labels in fitted], axis=0)
     domains = Domains(_by_size(best), "mixture", shares.astype(np.float32), table)
     return domains, float(kept.bic(white[sample]))
+
+
+def _sample(spots: int, seed: int) -> np.ndarray:
+    """The spots that mixtures are fitted to, ascending."""
+    if spots <= SAMPLE:
+        return np.arange(spots)
+    return np.sort(np.random.default_rng(seed).choice(spots, SAMPLE, replace=False))
+
+
+def _distinct(rows: np.ndarray) -> int:
+    """Number of different rows."""
+    return len(np.unique(rows, axis=0))
 
 
 def _fit(white: np.ndarray, begun_from: np.ndarray, count: int, seed: int) -> GaussianMixture:
