@@ -20,6 +20,7 @@ from ..config import Reading
 from ..errors import InputError
 from ..io.sources.source import CellSource, open_source
 from ..loading.inputs import sample_of
+from ..preprocessing.blocks import invalid_entry, readable_block
 from ..preprocessing.detection import detect_input
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ logger = logging.getLogger("cellpatch_fast")
 
 CHOOSING_SPOTS = 50_000  # that variable genes are chosen from, in stretches over all of them
 STRETCHES = 50
+FEWEST_VARYING = 12  # genes, whose variances a curve can be drawn through
 
 
 class SpotExpression:
@@ -41,14 +43,17 @@ class SpotExpression:
     ----------
     matrix
         CSR float32 [spots, genes]; its arrays may lie on disk.
-    genes
-        Names of the genes.
-    chosen
-        int64 [genes]: their columns in the input.
+    var
+        The input's annotation of these genes; its index holds their names.
     """
 
-    def __init__(self, matrix: sparse.csr_matrix, genes: pd.Index, chosen: np.ndarray) -> None:
-        self.matrix, self.genes, self.chosen = matrix, genes, chosen
+    def __init__(self, matrix: sparse.csr_matrix, var: pd.DataFrame) -> None:
+        self.matrix, self.var = matrix, var
+
+    @property
+    def genes(self) -> pd.Index:
+        """Names of the genes."""
+        return self.var.index
 
 
 def read_expression(
@@ -96,25 +101,23 @@ def read_expression(
                 )
             chosen = _most_variable(source, variable_genes)
         logger.info("%s: %s; %s genes", source.name, detected.reason, f"{len(chosen):,}")
-        kept = _Columns(source.n_genes, chosen, None if logged else target_sum)
-        names = source.var.index[chosen]
-        if folder is None:
-            return SpotExpression(_in_memory(source, kept), names, chosen)
-        return SpotExpression(_on_disk(source, kept, folder), names, chosen)
+        kept = _Columns(source, chosen, None if logged else target_sum)
+        matrix = _in_memory(source, kept) if folder is None else _on_disk(source, kept, folder)
+        if not matrix.nnz:
+            raise InputError(f"{source.name}: the chosen genes are expressed by no spot")
+        return SpotExpression(matrix, source.var.iloc[chosen])
 
 
 class _Columns:
     """Cuts the chosen genes out of a block, normalised by all of its genes."""
 
-    def __init__(self, genes: int, chosen: np.ndarray, target_sum: float | None) -> None:
-        self._chosen, self._target, self._genes = chosen, target_sum, genes
+    def __init__(self, source: CellSource, chosen: np.ndarray, target_sum: float | None) -> None:
+        self._source, self._chosen, self._target = source, chosen, target_sum
+        self._genes = source.n_genes
 
     def of(self, block: CellBlock) -> sparse.csr_matrix:
         """CSR float32 [spots of the block, chosen genes]."""
-        rows = sparse.csr_matrix(
-            (block.data.astype(np.float64), block.indices, block.indptr),
-            shape=(len(block), self._genes),
-        )
+        rows = _matrix_of(block, self._source)
         if self._target is not None:
             sizes = np.asarray(rows.sum(axis=1)).ravel()
             sizes[sizes == 0] = 1.0  # an empty spot stays empty
@@ -125,6 +128,20 @@ class _Columns:
         rows.eliminate_zeros()
         rows.sort_indices()
         return rows.astype(np.float32)
+
+
+def _matrix_of(block: CellBlock, source: CellSource) -> sparse.csr_matrix:
+    """CSR float64 [spots of the block, genes], of finite numbers that are not negative."""
+    block = readable_block(block, source.name)
+    wrong = np.flatnonzero(~((block.data >= 0) & (block.data < np.inf)))
+    if len(wrong):
+        raise invalid_entry(block, int(wrong[0]), source.name, source.var.index)
+    rows = sparse.csr_matrix(
+        (block.data.astype(np.float64), block.indices, block.indptr),
+        shape=(len(block), source.n_genes), copy=True,
+    )  # fmt: skip
+    rows.sum_duplicates()
+    return rows
 
 
 def _in_memory(source: CellSource, kept: _Columns) -> sparse.csr_matrix:
@@ -143,8 +160,8 @@ def _on_disk(source: CellSource, kept: _Columns, folder: Path) -> sparse.csr_mat
             offsets.append(rows.indptr[1:].astype(np.int64) + offsets[-1][-1])
             width = rows.shape[1]
     indptr = np.concatenate(offsets)
-    if not indptr[-1]:
-        raise InputError(f"{source.name}: the chosen genes are expressed by no spot")
+    if not indptr[-1]:  # an empty file cannot be mapped
+        return sparse.csr_matrix((len(indptr) - 1, width), dtype=np.float32)
     return sparse.csr_matrix(
         (np.memmap(values, np.float32, "r"), np.memmap(columns, np.int32, "r"), indptr),
         shape=(len(indptr) - 1, width),
@@ -173,10 +190,30 @@ def _most_variable(source: CellSource, count: int) -> np.ndarray:
             "variable genes are chosen from %s of %s spots",
             *(f"{spots:,}" for spots in (sample.n_obs, source.n_cells)),
         )
-    scanpy.pp.highly_variable_genes(
-        sample, n_top_genes=count, flavor="seurat_v3", check_values=False
-    )
+    _require_varying(sample.X, source.name)
+    try:
+        scanpy.pp.highly_variable_genes(
+            sample, n_top_genes=count, flavor="seurat_v3", check_values=False
+        )
+    except ValueError as error:  # of the curve that is drawn through all variances
+        raise _not_ranked(source.name, str(error)) from error
     return np.flatnonzero(sample.var["highly_variable"])
+
+
+def _require_varying(counts: sparse.csr_matrix, name: str) -> None:
+    """Refuse too few genes for a curve through their variances, which ends the process."""
+    means = np.asarray(counts.mean(axis=0)).ravel()
+    squares = np.asarray(counts.multiply(counts).mean(axis=0)).ravel()
+    varying = int((squares > means**2 * (1 + 1e-6)).sum())
+    if varying < FEWEST_VARYING:
+        raise _not_ranked(name, f"only {varying} genes vary between spots")
+
+
+def _not_ranked(name: str, reason: str) -> InputError:
+    return InputError(
+        f"{name}: the most variable genes cannot be told ({reason}): take all genes "
+        "(variable_genes=, --variable-genes)"
+    )
 
 
 def _sample(source: CellSource) -> Iterator[sparse.csr_matrix]:
@@ -187,7 +224,4 @@ def _sample(source: CellSource) -> Iterator[sparse.csr_matrix]:
         ranges = [(int(start), int(start) + length) for start in starts]
     for start, stop in ranges:
         for block in source.blocks(start, stop):
-            yield sparse.csr_matrix(
-                (block.data.astype(np.float32), block.indices, block.indptr),
-                shape=(len(block), source.n_genes),
-            )
+            yield _matrix_of(block, source).astype(np.float32)
