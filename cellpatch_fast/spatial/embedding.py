@@ -28,7 +28,7 @@ from ..model import CellPatch
 from ..model.storage import fingerprint
 from ..training.folder import EPOCHS, RunFolder
 from .expression import read_expression
-from .features import PatchFeatures, cells_of, frozen_features, variable_cells
+from .features import PatchFeatures, as_written, cells_of, frozen_features, variable_cells
 from .fitting import Fit
 from .graphs import SpatialGraph
 from .pieces import TILE_SPOTS, PieceFiles, piece_around, surroundings, tiles_of, whole
@@ -120,6 +120,8 @@ def embed_tissue(
             "model: name one, or use the preset 'default'"
         )
     target = default_device() if device is None else usable_device(device)
+    identity = None if model is None else fingerprint(model)
+    model = None if model is None else as_written(data, model, reading)
     with contextlib.ExitStack() as stack:
         scratch = _scratch(stack, data, len(graph), folder)
         expression = read_expression(
@@ -139,7 +141,7 @@ def embed_tissue(
         encoder = None
         if model is not None and features is None:
             cells = (
-                variable_cells(expression, model)
+                variable_cells(expression, model, reading)
                 if settings.attended == "variable"
                 else cells_of(data, model, reading)
             )
@@ -150,7 +152,7 @@ def embed_tissue(
         pieces = tissue.pieces(scratch)
         params = {
             **dataclasses.asdict(settings),
-            "model": None if model is None else fingerprint(model),
+            "model": identity,
             "genes": len(expression.genes),
             "spots": len(graph),
             "tiles": len(tissue.cores),

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +25,11 @@ from torch import Tensor, nn
 
 from ..cells import RaggedCells
 from ..config import Reading
-from ..errors import InputError, InputWarning
+from ..errors import InputError, InputWarning, warn
+from ..genes import GeneVocabulary
+from ..genes.names import var_names
 from ..inference.embedder import Embedder
+from ..io.sources.source import open_source
 from ..kernels import patch_attention, reference
 from ..loading import CellLoader
 from ..loading.inputs import open_stream
@@ -43,13 +45,17 @@ logger = logging.getLogger("cellpatch_fast")
 
 SAMPLE = 20_000  # spots that principal components are computed from
 STRETCHES = 40  # of neighbours in the file, that the sample consists of
+SMALLEST_VARIANCE = 1e-12  # of features, relative to their size: else they are equal in all spots
 NICHE_ENTRIES = 1 << 21  # of spots and their neighbours, attended to at a time
 
 
-def first_block(model: CellPatch) -> CellPatch:
-    """The model's patches and cross-attention block alone, with its weights; in evaluation mode."""
+def first_block(model: CellPatch, vocabulary: GeneVocabulary | None = None) -> CellPatch:
+    """The model's patches and cross-attention block alone, with its weights; in evaluation mode.
+
+    ``vocabulary`` has the same tokens by other names.
+    """
     config = dataclasses.replace(model.config, self_attention_blocks=0, projection_dim=None)
-    part = CellPatch(config, model.vocabulary)
+    part = CellPatch(config, vocabulary or model.vocabulary)
     weights = model.encoder_state()
     part.load_state_dict({name: weights[name] for name in part.state_dict()})
     return part.to(model.patches.device, model.patches.dtype).eval()
@@ -131,7 +137,8 @@ class Components:
         leading = vectors[:, -self.count :].flip(1)
         # a fixed sign: the largest number of a component is positive
         largest = leading.gather(0, leading.abs().argmax(0, keepdim=True))
-        scale = variances[-1].clamp(min=1e-30).sqrt()
+        varying = variances[-1] > SMALLEST_VARIANCE * self._mean.square().max()
+        scale = variances[-1].sqrt() if varying else torch.inf
         self._vectors = leading * largest.sign() / scale
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
@@ -175,8 +182,12 @@ def cells_of(
         return RaggedCells.concatenate([batch.cells for batch in loader])
 
 
-def variable_cells(expression: SpotExpression, model: CellPatch) -> RaggedCells:
+def variable_cells(
+    expression: SpotExpression, model: CellPatch, reading: Reading = Reading()
+) -> RaggedCells:
     """All spots with all chosen genes that the model knows, zeros included, values as logged.
+
+    ``reading`` says which column has the names.
 
     Raises
     ------
@@ -188,10 +199,9 @@ def variable_cells(expression: SpotExpression, model: CellPatch) -> RaggedCells:
             "attending to zeros needs a model that embeds continuous values (value_embedding "
             "'affine'), but this one has bins: use attended='non-zero'"
         )
-    tokens = model.vocabulary.match([str(name) for name in expression.genes]).tokens
+    match = model.vocabulary.match_var(expression.var, reading.gene_column, "variable genes")
+    tokens = match.tokens
     columns = np.flatnonzero(tokens >= 0)
-    if not len(columns):
-        raise InputError("the model knows none of the chosen genes")
     values = expression.matrix[:, columns].toarray()
     spots, genes = values.shape
     return RaggedCells(
@@ -231,20 +241,25 @@ def niche_features(
     """
     distances = graph.distances
     if sigma is None:
-        sigma = float(distances.data.mean())
+        sigma = float(distances.data.mean()) if distances.nnz else 0.0
     if not 0 <= sigma < np.inf:
         raise InputError(f"sigma must be positive and finite, or 0, found {sigma}")
     block = first_block(model)
-    weights = block.encoder_weights()
+    weights, device = block.encoder_weights(), block.patches.device
     features = np.empty((len(graph), block.config.patches * block.config.dim), np.float32)
     lengths = cells.lengths.numpy()
     with progress_bar(len(graph), "niches", progress) as bar, torch.inference_mode():
         for spots in _batches(graph, lengths):
             niches, bias = _niches(spots, cells, graph, sigma)
+            niches = niches.to(device)
+            pads = block.pads_of(cells.take(torch.from_numpy(spots)))  # of the spot itself
             attended, _ = patch_attention(
-                weights, niches.offsets, niches.genes, niches.values, bias=bias, backend=backend
-            )
-            features[spots] = reference.finish(weights, attended).features.flatten(1).numpy()
+                weights, niches.offsets, niches.genes, niches.values,
+                pads=None if pads is None else pads.to(device),
+                bias=bias.to(device), backend=backend,
+            )  # fmt: skip
+            rows = reference.finish(weights, attended).features.flatten(1)
+            features[spots] = rows.float().cpu().numpy()
             bar.update(len(spots))
     return features
 
@@ -275,26 +290,29 @@ def _niches(
     return niches, of_entries
 
 
-def with_human_names(adata: AnnData, model: CellPatch) -> AnnData:
-    """The same object, or a view of it with upper-cased names if those are what a model knows.
+def as_written(
+    data: str | Path | AnnData, model: CellPatch, reading: Reading = Reading()
+) -> CellPatch:
+    """The model; or its first block with symbols as the data have them, if not in capitals.
 
     Mouse genes are written Gad1 where human ones are GAD1: most have an orthologue of that name.
     """
-    names = [str(name) for name in adata.var_names]
-    upper = [name.upper() for name in names]
-    as_they_are, upper_cased = (
-        int((model.vocabulary.match(some).tokens >= 0).sum()) for some in (names, upper)
+    with open_source(data, layer=reading.layer, use_raw=reading.use_raw) as source:
+        offered = var_names(source.var, reading.gene_column, source.name)
+    vocabulary = model.vocabulary
+    as_they_are = max(vocabulary.match(names).matched for names in offered.values())
+    in_capitals, names = max(
+        (vocabulary.match([name.upper() for name in names]).matched, names)
+        for names in offered.values()
     )
-    if upper_cased <= 2 * as_they_are:
-        return adata
-    warnings.warn(
-        f"{as_they_are:,} of {len(names):,} genes are known to the model, but {upper_cased:,} are "
+    if in_capitals <= 2 * as_they_are:
+        return model
+    warn(
+        f"{as_they_are:,} of {len(names):,} genes are known to the model, but {in_capitals:,} are "
         "if they are written in capitals, as human genes are (mouse genes are not): these are used",
         InputWarning,
-        stacklevel=2,
     )
-    from anndata import AnnData
-
-    var = adata.var.copy()
-    var.index = upper
-    return AnnData(adata.X, obs=adata.obs, var=var)
+    written = {name.upper(): name for name in vocabulary.match(names).unknown}
+    symbols = [written.get(symbol, symbol) for symbol in vocabulary.symbols]
+    renamed = GeneVocabulary(vocabulary.ensembl_ids, symbols, vocabulary.tokens)
+    return first_block(model, renamed)

@@ -29,9 +29,8 @@ from ..files import made_whole, write_whole
 from ..model import CellPatch
 from . import pictures, tools
 from .choices import GraphKind, Method, Preset
-from .embedding import WHOLE_SPOTS, embed_tissue
-from .features import with_human_names
-from .graphs import SpatialGraph, coordinates_of, slices_of, spatial_graph, store_graph
+from .embedding import embed_tissue
+from .graphs import coordinates_of, slices_of, spatial_graph, store_graph
 from .settings import SpatialSettings
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ def spatial_run(
     _require_own(output)
     output.mkdir(parents=True, exist_ok=True)
     embedding = embed_tissue(
-        _source(data, graph, model), coordinates_of(spots, "radius", basis), graph, model,
+        data, coordinates_of(spots, "radius", basis), graph, model,
         settings=chosen, reading=reading, tile_spots=tile_spots, folder=output / RUN,
         overwrite=overwrite, backend=backend, device=device, progress=progress,
     )  # fmt: skip
@@ -186,16 +185,6 @@ def read_spots(path: Path) -> AnnData:
     if "obs" not in parts:
         raise InputError(f"{path} has no obs: it is no AnnData file")
     return anndata.AnnData(**parts)
-
-
-def _source(data: Path, graph: SpatialGraph, model: CellPatch | None) -> Path | AnnData:
-    """The file; or what is in it where that is small, so that mouse genes can be named anew."""
-    if model is None or len(graph) > WHOLE_SPOTS:
-        return data
-    import anndata
-
-    whole = anndata.read_zarr(data) if data.is_dir() else anndata.read_h5ad(data)
-    return with_human_names(whole, model)
 
 
 def _require_own(output: Path) -> None:

@@ -22,7 +22,7 @@ from ..model.storage import fingerprint
 from .choices import GraphKind, Method, Preset
 from .domains import STARTS, Domains, find_domains, refine
 from .embedding import embed_tissue
-from .features import Components, cells_of, niche_features, with_human_names
+from .features import Components, as_written, cells_of, niche_features
 from .graphs import (
     DISTANCES,
     NEIGHBOURS,
@@ -168,8 +168,7 @@ def spatial_embed(
     if model is not None and not isinstance(model, CellPatch):
         model = CellPatch.from_pretrained(model)
     embedding = embed_tissue(
-        adata if model is None else with_human_names(adata, model),
-        coordinates_of(adata, "radius", basis), graph, model,
+        adata, coordinates_of(adata, "radius", basis), graph, model,
         settings=chosen, tile_spots=tile_spots, backend=backend, device=device, progress=progress,
         reading=Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input),
     )  # fmt: skip
@@ -244,8 +243,9 @@ def spatial_niches(
     slices = slices_of(adata, batch_key)
     graph = find_graph(places, kind="nearest", neighbours=neighbours, slices=slices)
     reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
-    cells = cells_of(with_human_names(adata, model), model, reading)
-    rows = niche_features(cells, model, graph, sigma=sigma, backend=backend, progress=progress)
+    seen = as_written(adata, model, reading)
+    cells = cells_of(adata, seen, reading)
+    rows = niche_features(cells, seen, graph, sigma=sigma, backend=backend, progress=progress)
     if components:
         rows = Components(rows, components)(rows)
     adata.obsm[key_added] = rows
