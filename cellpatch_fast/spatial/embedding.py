@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -146,6 +147,9 @@ def embed_tissue(
                 else cells_of(data, model, reading)
             )
             encoder = PatchFeatures(model, tissue.cells_of_pieces(cells)).to(target)
+        stack.enter_context(  # the caller's random numbers go on as if nothing had been drawn
+            torch.random.fork_rng(devices=[target] if target.type == "cuda" else [])
+        )
         torch.manual_seed(settings.seed)
         network = Stagate(tissue.config(settings, encoder), backend=backend).to(target)
         fit = Fit(network, encoder, settings, spots=len(graph))
@@ -159,7 +163,7 @@ def embed_tissue(
         }
         run = None
         if folder is not None:
-            facts = params | {"entries": int(expression.matrix.nnz), "graph": graph.params()}
+            facts = params | dataclasses.asdict(reading) | tissue.facts()
             run = stack.enter_context(
                 RunFolder(folder, "spatial", facts, COLUMNS, free=["epochs"], overwrite=overwrite)
             )
@@ -201,6 +205,18 @@ class _Tissue:
         self.cores = [np.arange(len(graph))]
         if not self._whole:
             self.cores = tiles_of(places, graph.slices, tile_spots or TILE_SPOTS)
+
+    def facts(self) -> dict[str, Any]:
+        """What tells it from another tissue; of values that other machines compute as well."""
+        content = 0
+        for matrix in (self._expression, self._graph.distances):
+            content = crc32(matrix.indices, crc32(matrix.indptr, content))
+        edges = {"edges": int(self._graph.distances.nnz)}
+        return {
+            "entries": int(self._expression.nnz),
+            "graph": self._graph.params() | edges,
+            "content": f"{content:08x}",
+        }
 
     def config(self, settings: SpatialSettings, encoder: PatchFeatures | None) -> StagateConfig:
         """The shape of the network."""

@@ -96,6 +96,11 @@ class Fit:
         epochs = self.settings.epochs
         if run is not None and run.checkpoint is not None:
             self._restore(run.checkpoint)
+        if len(self.losses) > epochs:
+            raise InputError(
+                f"{len(self.losses):,} epochs are done, more than epochs={epochs}: ask for as many "
+                "or more, or begin anew with --overwrite (overwrite=True)"
+            )
         saved = time.perf_counter()
         done = len(self.losses) * self.spots
         with progress_bar(epochs * self.spots, "STAGATE", progress, done=done) as bar:

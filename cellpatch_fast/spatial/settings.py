@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from ..errors import InputError
@@ -69,10 +70,14 @@ class SpatialSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("variable_genes", "components", "hidden", "output", "epochs", "seed"):
+            self._require(name, isinstance(getattr(self, name), Integral), "a whole number")
         for name in ("variable_genes", "hidden", "output", "epochs"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("components", "weight_decay", "gradient_clip", "seed"):
+        for name in ("components", "seed"):
             self._require(name, getattr(self, name) >= 0, "not negative")
+        for name in ("weight_decay", "gradient_clip"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "not negative and finite")
         for name in ("learning_rate", "target_sum"):
             self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
         for name, kind in (("features", Features), ("attended", Attended), ("tie", Tie)):

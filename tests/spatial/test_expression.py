@@ -170,9 +170,7 @@ def test_genes_are_chosen_from_a_sample_of_many_spots(
     np.testing.assert_allclose(expression.matrix.toarray(), values[:, kept], rtol=2e-6)
 
 
-def test_without_scikit_misc_it_is_named(
-    tissue: AnnData, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_scikit_misc_it_is_named(tissue: AnnData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "skmisc", None)
     with pytest.raises(InputError, match=r"scikit-misc: pip install 'cellpatch-fast\[spatial\]'"):
         read(tissue)

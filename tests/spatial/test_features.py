@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from anndata import AnnData
+from cellpatch_fast.kernels import EncoderWeights, reference
 from scipy import sparse
 
 from cellpatch_fast import CellPatch, RaggedCells
 from cellpatch_fast.config import Reading
 from cellpatch_fast.errors import InputError, InputWarning
-from cellpatch_fast.kernels import reference
 from cellpatch_fast.spatial.expression import read_expression
 from cellpatch_fast.spatial.features import (
     Components,
@@ -39,7 +39,12 @@ def exact_features(
     model: CellPatch, cells: RaggedCells, bias: np.ndarray | None = None
 ) -> np.ndarray:
     """Of the first block by the reference in float64, [cells, WIDTH]."""
-    weights = first_block(model).double().encoder_weights()
+    return _exact(first_block(model).double().encoder_weights(), cells, bias)
+
+
+def _exact(
+    weights: EncoderWeights, cells: RaggedCells, bias: np.ndarray | None = None
+) -> np.ndarray:
     assert not weights.self_blocks
     assert weights.projection_weight is None
     attended = reference.patch_cross_attention(
@@ -133,9 +138,7 @@ def test_variable_genes_are_attended_to_with_their_zeros(
     assert np.array_equal(cells.genes.numpy().reshape(values.shape), np.tile(tokens, (SPOTS, 1)))
 
 
-def test_variable_genes_are_matched_by_any_column(
-    tissue: AnnData, tissue_model: CellPatch
-) -> None:
+def test_variable_genes_are_matched_by_any_column(tissue: AnnData, tissue_model: CellPatch) -> None:
     expected = variable_cells(
         read_expression(tissue, variable_genes=23, target_sum=1e4), tissue_model
     )
@@ -164,15 +167,15 @@ def exact_niches(
     model: CellPatch, cells: RaggedCells, graph: SpatialGraph, sigma: float
 ) -> np.ndarray:
     """Spot by spot: its entries and its neighbours', with their bias, in float64."""
-    distances = graph.distances.toarray()
-    rows = []
+    distances, rows = graph.distances.toarray(), []
+    weights = first_block(model).double().encoder_weights()
     for spot in range(len(graph)):
         members = [spot, *np.flatnonzero(distances[spot])]
         niche = cells.take(torch.tensor(members))
         bias = -(distances[spot, members] ** 2) / (2 * sigma**2)
         entries = np.repeat(bias, niche.lengths.numpy())
         one = RaggedCells(torch.tensor([0, len(niche.genes)]), niche.genes, niche.values)
-        rows.append(exact_features(model, one, entries))
+        rows.append(_exact(weights, one, entries))
     return np.concatenate(rows)
 
 
