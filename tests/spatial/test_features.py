@@ -1,4 +1,4 @@
-"""What CellPatch sees of a spot: its first block; of a niche: the same, with a bias per neighbour."""
+"""What CellPatch sees of a spot: its first block; of a niche: the same, with biases."""
 
 from __future__ import annotations
 
