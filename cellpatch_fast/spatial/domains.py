@@ -123,11 +123,11 @@ def find_domains(
     rows = np.asarray(embedding, np.float64)
     _check(rows, count, method, starts)
     if method == "leiden":
-        return Domains(_by_size(_leiden(rows, count, seed)), method)
+        return Domains(by_size(_leiden(rows, count, seed)), method)
     if method == "mclust":
         if count is None:
             raise InputError("mclust needs a number of domains: give n")
-        return Domains(_by_size(_mclust(rows, count, seed)), method)
+        return Domains(by_size(_mclust(rows, count, seed)), method)
     if count is not None:
         return _mixture(rows, count, starts, seed, progress)[0]
     distinct = _distinct(rows[_sample(len(rows), seed)])
@@ -197,7 +197,7 @@ def _mixture(
     agreements = [float(adjusted_rand_score(best, labels)) for _, _, labels in fitted]
     table = pd.DataFrame({"log_likelihood": [fit[0] for fit in fitted], "agreement": agreements})
     shares = np.mean([aligned(labels, best) == best for _, _, labels in fitted], axis=0)
-    domains = Domains(_by_size(best), "mixture", shares.astype(np.float32), table)
+    domains = Domains(by_size(best), "mixture", shares.astype(np.float32), table)
     return domains, float(kept.bic(white[sample]))
 
 
@@ -242,7 +242,7 @@ def aligned(labels: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return renamed[labels]
 
 
-def _by_size(labels: np.ndarray) -> np.ndarray:
+def by_size(labels: np.ndarray) -> np.ndarray:
     """Labels from 0, the most frequent first."""
     _, codes = np.unique(labels, return_inverse=True)
     order = np.argsort(-np.bincount(codes), kind="stable")

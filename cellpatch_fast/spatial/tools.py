@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..model import CellPatch
 from ..model.storage import fingerprint
 from .choices import GraphKind, Method, Preset
-from .domains import STARTS, Domains, find_domains, refine
+from .domains import STARTS, Domains, by_size, find_domains, refine
 from .embedding import embed_tissue
 from .features import Components, as_written, cells_of, niche_features
 from .graphs import (
@@ -319,11 +319,15 @@ def spatial_domains(
     labels = domains.labels
     adata = adata.copy() if copy else adata
     if refined:
-        labels = refine(labels, coordinates_of(adata, "radius", basis), _graph_of(adata, basis))
+        places = coordinates_of(adata, "radius", basis)
+        labels = by_size(refine(labels, places, _graph_of(adata, basis)))
     names = [str(code + 1) for code in range(int(labels.max()) + 1)]
     adata.obs[key_added] = pd.Categorical.from_codes(labels, names)
+    agreement = f"{key_added}_agreement"
     if domains.spot_agreement is not None:
-        adata.obs[f"{key_added}_agreement"] = domains.spot_agreement
+        adata.obs[agreement] = domains.spot_agreement
+    elif agreement in adata.obs:  # of domains that were found before
+        del adata.obs[agreement]
     adata.uns[key_added] = _record(domains, use_rep, refined, seed)
     logger.info("added obs[%r]: %s", key_added, domains)
     return adata if copy else None
