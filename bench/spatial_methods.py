@@ -7,6 +7,7 @@ what methods share is drawn alike, and differences can be taken seed by seed.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,18 +22,21 @@ import torch
 
 from bench import spatial_peers
 from bench.spatial_data import Tissue
-from cellpatch_fast import CellPatch, CellPatchConfig
+from cellpatch_fast import CellLoader, CellPatch, CellPatchConfig
 from cellpatch_fast.config import Reading
+from cellpatch_fast.loading.inputs import open_stream
 from cellpatch_fast.model import MaskedGeneModel
 from cellpatch_fast.spatial.embedding import embed_tissue
 from cellpatch_fast.spatial.expression import read_expression
 from cellpatch_fast.spatial.features import Components, cells_of, frozen_features, niche_features
 from cellpatch_fast.spatial.settings import SpatialSettings
 from cellpatch_fast.training import PretrainingSettings, pretrain
+from cellpatch_fast.training.distributed import Processes
+from cellpatch_fast.training.expression import gather
+from cellpatch_fast.training.starting import begin
 
 COUNTS = Reading(input="counts")
 COMPONENTS = 30
-UNMOVED = 1e-12  # a learning rate that changes no weight
 FLAT = 1e6  # mean distances of neighbours: all of them weigh the same
 
 SMOOTHED, STAGATE, ALIASED = "smoothed PCA", "STAGATE", "STAGATE, aliased"
@@ -73,9 +77,7 @@ Source = Callable[[Tissue, int, Recipe], CellPatch]
 
 def logged(tissue: Tissue) -> sp.csr_matrix:
     """log1p of counts brought to 10⁴ per spot, of the variable genes."""
-    return read_expression(
-        tissue.spots, variable_genes=3000, target_sum=1e4, reading=COUNTS
-    ).matrix
+    return read_expression(tissue.spots, variable_genes=3000, target_sum=1e4, reading=COUNTS).matrix
 
 
 def smoothed_pca(tissue: Tissue, seed: int = 0, recipe: Recipe | None = None) -> np.ndarray:
@@ -95,17 +97,25 @@ def untrained(tissue: Tissue, seed: int, recipe: Recipe) -> CellPatch:
 
 
 def spectral(tissue: Tissue, seed: int, recipe: Recipe) -> CellPatch:
-    """What pretraining starts from: gene rows and attention made from the spots' counts."""
-    return _pretrained(tissue, recipe, seed=seed, epochs=1, learning_rate=UNMOVED, warmup_steps=0)
+    """What pretraining starts from: rows of genes, and attention, made from the spots' counts."""
+    model = untrained(tissue, seed, recipe)
+    settings = PretrainingSettings.for_few_cells(tissue.spots.n_obs, seed=seed)
+    with contextlib.closing(
+        open_stream(tissue.spots, model.vocabulary, model.config, COUNTS)
+    ) as stream:
+        rows = np.arange(tissue.spots.n_obs)
+        values = gather([stream], rows, model.config.max_genes, seed).values
+        loader = CellLoader([stream], batch_size=settings.batch_size)
+        with torch.no_grad():
+            begin(model, loader, values, settings, Processes(0, 1, torch.device("cpu")))
+    return model
 
 
 def pretrained(tissue: Tissue, seed: int, recipe: Recipe) -> CellPatch:
     """Pretrained on the tissue itself, briefly."""
-    return _pretrained(tissue, recipe, seed=seed, epochs=recipe.pretraining_epochs)
-
-
-def _pretrained(tissue: Tissue, recipe: Recipe, **changes: Any) -> CellPatch:
-    settings = PretrainingSettings.for_few_cells(tissue.spots.n_obs, validation=0, **changes)
+    settings = PretrainingSettings.for_few_cells(
+        tissue.spots.n_obs, validation=0, seed=seed, epochs=recipe.pretraining_epochs
+    )
     spots = anndata.AnnData(tissue.spots.X, var=tissue.spots.var[[]].copy())
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "model"

@@ -76,9 +76,7 @@ def targets(of_tissues: Mapping[str, Scores]) -> list[dict[str, Any]]:
         entries.append(entry)
 
     for tissue, scores in of_tissues.items():
-        medians = {
-            name: statistics.median(column(scores, name, ARI).values()) for name in scores
-        }
+        medians = {name: statistics.median(column(scores, name, ARI).values()) for name in scores}
         if UPSTREAM in scores and ALIASED in scores:
             ours, theirs = medians[ALIASED], medians[UPSTREAM]
             text = f"{ALIASED}, as {UPSTREAM} but for {LIKE_UPSTREAM}"
@@ -118,8 +116,8 @@ def report(results: Mapping[str, Any]) -> str:
 NOTE = (
     f"Medians over seeds, with {CONFIDENCE:.0%} bootstrap intervals of the median; differences are "
     "of the ARI, seed by seed. Seeds are of the same tissue: intervals say what chance decides, "
-    "not how other tissues would fare. ARI and NMI: of the most likely of 20 mixtures; \"median "
-    "over starts\": of what a single start gives. Agreement, CHAOS (low is smooth) and silhouette "
+    'not how other tissues would fare. ARI and NMI: of the most likely of 20 mixtures; "median '
+    'over starts": of what a single start gives. Agreement, CHAOS (low is smooth) and silhouette '
     "need no labels. **They do not select**: below is how they follow the ARI over methods and "
     "seeds. CPU s: of one thread, embedding and clustering."
 )

@@ -147,9 +147,7 @@ class Stagate(nn.Module):
         z, weights, totals, projected = self._encode(piece)
         hidden, output = self._decoder()
         decoding = _first_rows(piece.graph, piece.core, len(z))
-        mixed = sparse_product(
-            decoding, weights[: len(decoding.columns)], z, backend=self.backend
-        )
+        mixed = sparse_product(decoding, weights[: len(decoding.columns)], z, backend=self.backend)
         h = F.elu((mixed / totals[: piece.core]) @ output.T)  # [core, hidden]
         core = _first_rows(piece.expression, piece.core, piece.expression.shape[1])
         entries = piece.entries[: len(core.columns)]
