@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -171,12 +171,28 @@ def whiten(rows: np.ndarray) -> np.ndarray:
     return white
 
 
-def _mixture(
-    rows: np.ndarray, count: int, starts: int, seed: int, progress: bool | None
-) -> tuple[Domains, float]:
-    """The most likely of so many mixtures, and its Bayesian information criterion."""
-    from sklearn.metrics import adjusted_rand_score
+class Start(NamedTuple):
+    """One of a mixture's starts, fitted."""
 
+    log_likelihood: float  # per spot
+    bic: float
+    labels: np.ndarray  # int64 [spots]
+
+
+def fit_starts(
+    rows: np.ndarray, count: int, *, starts: int, seed: int, progress: bool | None = None
+) -> list[Start]:
+    """Mixtures fitted from different starts, the most likely first.
+
+    Parameters
+    ----------
+    rows
+        float64 [spots, width].
+    count
+        Number of domains.
+    starts, seed
+        As of `find_domains`.
+    """
     white = whiten(rows)
     sample = _sample(len(rows), seed)
     distinct = _distinct(rows[sample])
@@ -190,15 +206,26 @@ def _mixture(
         for start in range(starts):
             begun_from = (rows, white)[start % 2]
             mixture = _fit(white[sample], begun_from[sample], count, seed + start)
-            fitted.append((float(mixture.score(white[sample])), mixture, mixture.predict(white)))
+            likelihood, bic = mixture.score(white[sample]), mixture.bic(white[sample])
+            fitted.append(Start(float(likelihood), float(bic), mixture.predict(white)))
             bar.update(len(white))
-    fitted.sort(key=lambda fit: -fit[0])
-    _, kept, best = fitted[0]
-    agreements = [float(adjusted_rand_score(best, labels)) for _, _, labels in fitted]
-    table = pd.DataFrame({"log_likelihood": [fit[0] for fit in fitted], "agreement": agreements})
-    shares = np.mean([aligned(labels, best) == best for _, _, labels in fitted], axis=0)
+    return sorted(fitted, key=lambda start: -start.log_likelihood)
+
+
+def _mixture(
+    rows: np.ndarray, count: int, starts: int, seed: int, progress: bool | None
+) -> tuple[Domains, float]:
+    """The most likely of so many mixtures, and its Bayesian information criterion."""
+    from sklearn.metrics import adjusted_rand_score
+
+    fitted = fit_starts(rows, count, starts=starts, seed=seed, progress=progress)
+    best = fitted[0].labels
+    agreements = [float(adjusted_rand_score(best, start.labels)) for start in fitted]
+    likelihoods = [start.log_likelihood for start in fitted]
+    table = pd.DataFrame({"log_likelihood": likelihoods, "agreement": agreements})
+    shares = np.mean([aligned(start.labels, best) == best for start in fitted], axis=0)
     domains = Domains(by_size(best), "mixture", shares.astype(np.float32), table)
-    return domains, float(kept.bic(white[sample]))
+    return domains, fitted[0].bic
 
 
 def _sample(spots: int, seed: int) -> np.ndarray:

@@ -36,6 +36,7 @@ from ..kernels import SparsePattern, sparse_product
 from .choices import Tie
 
 GAIN = 1.414  # of the weights that STAGATE's code draws
+GRAM_COLUMNS = 128  # computed at a time: fewer would cost more than symmetry saves
 
 
 class Piece(NamedTuple):
@@ -143,11 +144,11 @@ class Stagate(nn.Module):
 
     def squared_error(self, piece: Piece) -> Tensor:
         """Sum over the core's spots and all genes, a float64 scalar."""
-        z, weights, projected = self._encode(piece)
+        z, weights, totals, projected = self._encode(piece)
         hidden, output = self._decoder()
         decoding = _first_rows(piece.graph, piece.core, len(z))
-        mixed = _aggregate(decoding, weights[: len(decoding.columns)], z, self.backend)
-        h = F.elu(mixed @ output.T)  # [core, hidden]
+        mixed = sparse_product(decoding, weights[: len(decoding.columns)], z, backend=self.backend)
+        h = F.elu((mixed / totals[: piece.core]) @ output.T)  # [core, hidden]
         core = _first_rows(piece.expression, piece.core, piece.expression.shape[1])
         entries = piece.entries[: len(core.columns)]
         genes = self.config.genes
@@ -157,7 +158,8 @@ class Stagate(nn.Module):
             if self.dense is None and self.config.tie == "true"
             else sparse_product(core, entries, back, backend=self.backend)
         )
-        error = entries.double().square().sum() + quadratic_form(h, back, image)
+        squares = torch.linalg.vector_norm(entries, dtype=torch.float64) ** 2
+        error = squares + quadratic_form(h, back, image)
         if bias is None:
             return error
         sums = torch.zeros(genes, dtype=torch.float64, device=h.device)
@@ -166,8 +168,8 @@ class Stagate(nn.Module):
         error = error - 2 * bias @ sums + piece.core * bias @ bias
         return error + 2 * h.sum(0, dtype=torch.float64) @ (back.T.double() @ bias)
 
-    def _encode(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
-        """Embedding, weights of the graph's edges before they are divided by sums, and x W1."""
+    def _encode(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Embedding, weights of the graph's edges, their sums [targets, 1], and x W1."""
         genes = self.config.genes if self.config.expression else 0
         parts = []
         if genes:
@@ -180,8 +182,10 @@ class Stagate(nn.Module):
             parts.append(piece.features @ self.hidden_weight[genes:])
         h = parts[0] if len(parts) == 1 else parts[0] + parts[1]  # [spots, hidden]
         weights = self._edge_weights(piece.graph, h)
-        mixed = _aggregate(piece.graph, weights, h, self.backend)
-        return F.elu(mixed) @ self.output_weight, weights, parts[0]
+        ones = weights.new_ones((piece.graph.shape[1], 1))
+        totals = sparse_product(piece.graph, weights, ones, backend=self.backend)
+        mixed = sparse_product(piece.graph, weights, h, backend=self.backend) / totals
+        return F.elu(mixed) @ self.output_weight, weights, totals, parts[0]
 
     def _edge_weights(self, graph: SparsePattern, h: Tensor) -> Tensor:
         """exp(sigmoid(score)) of each edge, [n]: at most e, so that sums need no maximum."""
@@ -222,13 +226,6 @@ def _first_rows(pattern: SparsePattern, rows: int, columns: int) -> SparsePatter
     )
 
 
-def _aggregate(graph: SparsePattern, weights: Tensor, rows: Tensor, backend: str | None) -> Tensor:
-    """Weighted means of ``rows`` over neighbours, [targets, columns]."""
-    ones = weights.new_ones((graph.shape[1], 1))
-    totals = sparse_product(graph, weights, ones, backend=backend)  # [targets, 1]
-    return sparse_product(graph, weights, rows, backend=backend) / totals
-
-
 def quadratic_form(h: Tensor, back: Tensor, image: Tensor) -> Tensor:
     """‖h backᵀ‖² - 2⟨h, image⟩, a float64 scalar, without anything of size [spots, genes].
 
@@ -245,12 +242,23 @@ def quadratic_form(h: Tensor, back: Tensor, image: Tensor) -> Tensor:
     return form
 
 
+def _gram(rows: Tensor) -> Tensor:
+    """rowsᵀ rows; of what is symmetric, little more than half is computed."""
+    size = rows.shape[1]
+    result = rows.new_empty((size, size))
+    for start in range(0, size, GRAM_COLUMNS):
+        stop = min(size, start + GRAM_COLUMNS)
+        result[start:stop, start:] = rows[:, start:stop].T @ rows[:, start:]
+        result[stop:, start:stop] = result[start:stop, stop:].T
+    return result
+
+
 class _QuadraticForm(torch.autograd.Function):
     """Autograd would multiply four times in the backward, for want of knowing the symmetry."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, back: Tensor, image: Tensor) -> Tensor:
-        of_genes, of_spots = back.T @ back, h.T @ h  # [hidden, hidden]
+        of_genes, of_spots = _gram(back), _gram(h)  # [hidden, hidden]
         ctx.save_for_backward(h, back, image, of_genes, of_spots)
         crossed = (h * image).sum(dtype=torch.float64)
         return (of_genes.double() * of_spots.double()).sum() - 2 * crossed

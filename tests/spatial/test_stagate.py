@@ -186,6 +186,22 @@ def test_gradients_of_the_quadratic_form_are_right() -> None:
     assert torch.autograd.gradcheck(quadratic_form, (h, back, image))
 
 
+def test_a_wide_quadratic_form_is_that_of_the_dense_product() -> None:
+    """Products of columns with themselves are made 128 columns at a time: here of 300."""
+    generator = torch.Generator().manual_seed(0)
+    h, back, x = (
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((11, 300), (7, 300), (11, 7))
+    )
+    dense = (x - h @ back.T).square().sum() - x.square().sum()
+    ours = quadratic_form(h, back, x @ back)
+    torch.testing.assert_close(ours, dense)
+    for one, other in zip(
+        torch.autograd.grad(ours, (h, back)), torch.autograd.grad(dense, (h, back)), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
