@@ -36,7 +36,7 @@ FORK_SERVER = """
 import json, os, resource, sys
 import torch
 from cellpatch_fast import atlas, cli
-from cellpatch_fast.io import embeddings
+from cellpatch_fast.io.stores import embeddings
 
 embeddings.SHARD_BYTES = 1  # one chunk to a shard
 torch.set_num_threads(1)  # threads would not survive the fork

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .partial import PartialStore, to_disk
+from ..interfaces import reading
+from .partial import DELETE, PartialStore, to_disk
 
 if TYPE_CHECKING:
     import zarr
@@ -106,8 +107,22 @@ class EmbeddingWriter(PartialStore):
         self._write_journal()
 
     def read(self, key: str, start: int, stop: int) -> np.ndarray:
-        """Rows that are written already."""
-        rows: np.ndarray = self._arrays[key][start:stop]
+        """Rows that are written already.
+
+        Raises
+        ------
+        InputError
+            If they are damaged.
+        """
+        array = self._arrays[key]
+        rows = np.empty((stop - start, *array.shape[1:]), array.dtype)
+        size = array.chunks[0]
+        for chunk in range(start // size, -(-stop // size)):
+            first, last = max(start, chunk * size), min(stop, (chunk + 1) * size)
+            file = f"obsm/{key}/c/{first // array.shards[0]}/0"
+            what = f"rows {first} to {last - 1} of obsm/{key}, stored in the chunk file {file}"
+            with reading(str(self.store), what, DELETE):
+                rows[first - start : last - start] = array[first:last]
         return rows
 
     def add_columns(self, columns: Mapping[str, Any]) -> None:
@@ -163,6 +178,7 @@ class EmbeddingWriter(PartialStore):
         import pandas as pd
         import zarr
         from anndata.io import write_elem
+        from zarr.codecs import Crc32cCodec
 
         self._root = zarr.open_group(
             self.store,
@@ -182,7 +198,7 @@ class EmbeddingWriter(PartialStore):
                 dtype=self.dtype,
                 chunks=(CHUNK_ROWS, width),
                 shards=(self.shard_rows, width),
-                compressors=None,  # floats of an embedding hardly compress
+                compressors=Crc32cCodec(),  # floats of an embedding hardly compress
                 attributes={"encoding-type": "array", "encoding-version": "0.2.0"},
             )
             for key, width in self.widths.items()

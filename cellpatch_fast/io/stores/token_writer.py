@@ -7,7 +7,7 @@ a shard.
 
 The codecs are standard, so any Zarr v3 reader that has numcodecs' delta reads the store: token
 differences (tokens ascend within a cell, so the high bytes are nearly all 0) and values of a few
-bits, both through Blosc's shuffles and LZ4.
+bits, both through Blosc's shuffles and LZ4, with a CRC-32C behind each chunk.
 
 A resumed run must not depend on where the interrupted one was. Cells are appended in batches, and
 a shard that is full is noted together with the first cell of the batch that filled it, the
@@ -278,6 +278,7 @@ class TokenWriter(PartialStore):
 
     def _create(self, write_obs: Callable[[zarr.Group], None]) -> None:
         import zarr
+        from zarr.codecs import Crc32cCodec, ZstdCodec
 
         self.work.mkdir()
         root = zarr.open_group(self.store, mode="w", zarr_format=3)
@@ -286,6 +287,7 @@ class TokenWriter(PartialStore):
             "measured",
             data=np.array([*self._measured.values()], np.uint8),
             chunks=(1, self._vocabulary.size),
+            compressors=[ZstdCodec(), Crc32cCodec()],
             config=WHOLE,
         )
 
@@ -336,7 +338,7 @@ class TokenWriter(PartialStore):
     def _write_metadata(self, entries: int) -> dict[str, int]:
         """Everything that is known only now: shapes, offsets and counts."""
         import zarr
-        from zarr.codecs import BloscCodec
+        from zarr.codecs import BloscCodec, Crc32cCodec
         from zarr.codecs.numcodecs import Delta
 
         lengths = np.fromfile(self.work / LENGTHS, "<u4")  # [c]
@@ -358,7 +360,10 @@ class TokenWriter(PartialStore):
                 data=offsets,
                 chunks=(min(OFFSETS_CHUNK, len(offsets)),),
                 filters=Delta(dtype="<i8"),
-                compressors=BloscCodec(cname="lz4", clevel=5, shuffle="shuffle", typesize=8),
+                compressors=[
+                    BloscCodec(cname="lz4", clevel=5, shuffle="shuffle", typesize=8),
+                    Crc32cCodec(),
+                ],
                 config=WHOLE,
             )
             root.attrs[ATTRIBUTE] = {

@@ -13,7 +13,8 @@ AnnData's CSR. It is a Zarr v3 group that zarr-python reads too::
     obs          the cells' annotation, in anndata's encoding
 
 ``genes`` and ``values`` are cut into the same chunks and shards; their codecs are those of
-`token_writer`. Within a cell entries are ordered by token, then by value.
+`token_writer`. Within a cell entries are ordered by token, then by value. Since format version 2 a
+CRC-32C follows every chunk: damage is refused, with the file and the cells named.
 
 `TokenStore` opens such a store and checks that its parts fit together. It reads offsets, the
 metadata, and nothing else: entries are read by chunks, by whoever streams them.
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from ...cells import RaggedCells
     from ...config import Preprocessing
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ATTRIBUTE = "cellpatch_tokens"
 KIND = "token store"
 EXPECTED = "Expected a token store, as cellpatch tokenize makes it"
