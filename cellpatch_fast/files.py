@@ -1,15 +1,16 @@
-"""Files are written whole or not at all: a kill leaves the old one or the new one."""
+"""Files are written whole or not at all: a kill or a power cut leaves the old or the new one."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_whole(path: str | Path, content: bytes | str) -> None:
+def write_whole(path: str | Path, content: bytes | memoryview | str) -> None:
     """Write ``content`` (text as UTF-8) to ``path`` in one step, through a file beside it."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
@@ -19,8 +20,25 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave the new name without its content
         os.replace(unfinished, path)
+        to_disk(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Return when a file's content, or the names in a folder, are on the disk, not only in memory.
+
+    A folder's are needed where one name may only arrive after another.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems cannot do so with a folder, and are in order without
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -37,3 +55,27 @@ def made_whole(path: Path) -> Iterator[Path]:
         if unfinished.is_dir():
             shutil.rmtree(unfinished)
         unfinished.unlink(missing_ok=True)
+
+
+def names_to_disk(path: Path, top: Path) -> None:
+    """See to the disk the folders that ``path`` lies in, from below, up to ``top``."""
+    for folder in path.parents:
+        to_disk(folder)
+        if folder == top:
+            return
+
+
+def tree_to_disk(folder: Path) -> None:
+    """See a folder to the disk: its files, then the names in it, from below."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            to_disk(Path(place, name))
+        to_disk(Path(place))
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder, and those above it that are missing, and see their names to the disk."""
+    if not path.is_dir():
+        make_folders(path.parent)
+        path.mkdir(exist_ok=True)
+        to_disk(path.parent)

@@ -28,7 +28,8 @@ from numba import njit
 
 from ...cells import RaggedCells
 from ...errors import InputError
-from .partial import DELETE, replace_json, to_disk
+from ...files import make_folders, to_disk
+from .partial import DELETE, replace_json
 
 BUCKET_BYTES = 1 << 27  # of a bucket; sorting it takes three times as much memory
 GATHERED_BYTES = 1 << 26  # of cells that are appended together, which takes as much again twice
@@ -101,7 +102,7 @@ class Buckets:
         self._checkpoint_bytes = checkpoint_bytes or max(
             CHECKPOINT_BYTES, CHECKPOINT_FILE_BYTES * self._buckets
         )
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         if (folder / STATE).exists():
             self._resume()
         else:
@@ -182,6 +183,7 @@ class Buckets:
         for file in files:
             if file.exists():
                 to_disk(file)
+        to_disk(self._folder)  # the files' names
         replace_json(
             self._folder / STATE,
             {

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...files import names_to_disk, to_disk
 from ..interfaces import reading
-from .partial import DELETE, PartialStore, to_disk
+from .partial import DELETE, PartialStore
 
 if TYPE_CHECKING:
     import zarr
@@ -102,6 +103,7 @@ class EmbeddingWriter(PartialStore):
         size = 0
         for file in self._shard_files(shard):
             to_disk(file)
+            names_to_disk(file, self.store)
             size += file.stat().st_size
         self._shards[shard] = {**counts, "bytes": size}
         self._write_journal()
@@ -170,9 +172,8 @@ class EmbeddingWriter(PartialStore):
                 self._shards[shard] = counts
         for shard in self.missing:
             for file in self._shard_files(shard):
-                shutil.rmtree(file.parent, ignore_errors=True)
-        for leftover in self.store.glob("*.partial"):
-            leftover.unlink()
+                if file.parent.exists():
+                    shutil.rmtree(file.parent)
 
     def _create(self, write_obs: Callable[[zarr.Group], None]) -> None:
         import pandas as pd

@@ -7,10 +7,13 @@ It grows beside its final place::
         cellpatch-lock           held by the one process that writes
         store/                   becomes OUTPUT, in one step, when everything is in it
         work/                    what only the writing needs
+        replaced/                the old store, while the new one takes its place
+        discarded/               the old store, while it is deleted
 
 So whatever is called OUTPUT is complete. Files are written once, in whole; the journal is
-replaced in one step when they are on the disk. A kill at any moment thus loses at most the file
-in work, and a resumed run ends with the same bytes as an uninterrupted one. A run that differs in
+replaced in one step when they are on the disk, and so are their names: first the files, then the
+folders from below, then the journal. A kill or a power cut at any moment thus loses at most the
+file in work, and a resumed run ends with the same bytes as an uninterrupted one. A run that differs in
 anything the content depends on (model, inputs, settings) does not continue an old one: it is
 refused, with the difference named.
 
@@ -33,6 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ...errors import InputError
+from ...files import make_folders, to_disk, tree_to_disk
 from ..interfaces import reading
 
 if TYPE_CHECKING:
@@ -40,14 +44,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("cellpatch_fast")
 
-FORMAT_VERSION = 1  # of the journal
+FORMAT_VERSION = 2  # of the journal and what it speaks of
 
 JOURNAL = "cellpatch-journal.json"
 LOCK = "cellpatch-lock"
 STORE = "store"
 WORK = "work"
-REPLACED = "replaced"  # where an old store waits for its deletion
-OURS = {JOURNAL, f"{JOURNAL}.new", LOCK, STORE, WORK, REPLACED}
+REPLACED = "replaced"  # the old store, complete
+DISCARDED = "discarded"  # what is left of it
+OURS = {JOURNAL, f"{JOURNAL}.new", LOCK, STORE, WORK, REPLACED, DISCARDED}
 DELETE = "Delete the folder and start anew"
 
 
@@ -101,6 +106,7 @@ class PartialStore(ABC):
                 shutil.rmtree(folder)
         with _anndata_settings():
             self._create(write_obs)
+        tree_to_disk(self.partial)
         self._prepared = True
         self._write_journal()
 
@@ -141,9 +147,10 @@ class PartialStore(ABC):
 
     def _publish(self) -> None:
         """Give the complete store its name."""
+        tree_to_disk(self.store)
         if is_taken(self.output):
-            os.rename(self.output, self.partial / REPLACED)
-        os.rename(self.store, self.output)
+            _rename(self.output, self.partial / REPLACED)
+        _rename(self.store, self.output)
         _remove(self.partial)
 
     def _open(self, overwrite: bool) -> None:
@@ -155,8 +162,9 @@ class PartialStore(ABC):
                 f"{self.KIND}: move it away, or choose another output"
             )
         replaced = self.partial / REPLACED
-        if replaced.exists() and not self.output.exists():  # killed between two renamings
-            os.rename(replaced, self.output)
+        if replaced.exists() and not is_taken(self.output):  # killed between two renamings
+            _rename(replaced, self.output)
+        _discard(self.partial)  # killed while it was deleted
         try:
             journal = unfinished_facts(self.partial)
             if journal is not None:
@@ -166,6 +174,9 @@ class PartialStore(ABC):
                 raise
             journal = None
         if journal is not None and journal["prepared"] and (self.store / "zarr.json").is_file():
+            for leftover in self.store.rglob("*.partial"):  # how Zarr begins every file
+                if leftover.is_file():
+                    leftover.unlink()
             with reading(str(self.store), "the unfinished store", DELETE):
                 self._resume(journal["done"])
             self._prepared = True
@@ -177,11 +188,13 @@ class PartialStore(ABC):
             "kind": self.KIND,
             **self.settings,
             "version of cellpatch-fast": version("cellpatch-fast"),
+            "format version": FORMAT_VERSION,
         }
         before = {
             "kind": journal["kind"],
             **journal["settings"],
             "version of cellpatch-fast": journal["version"],
+            "format version": journal["format_version"],
         }
         if before != now:
             raise InputError(
@@ -270,12 +283,7 @@ def replace_json(path: Path, content: Any) -> None:
     replacement.write_text(json.dumps(content))
     to_disk(replacement)
     os.replace(replacement, path)
-
-
-def to_disk(path: Path) -> None:
-    """Return when the file's content is on the disk, not only in the system's memory."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    to_disk(path.parent)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -289,18 +297,35 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _remove(partial: Path) -> None:
     """Delete the folder of a store that is finished; the journal says until the end whose it is."""
-    for name in (REPLACED, WORK):
-        if (partial / name).exists():
-            shutil.rmtree(partial / name)
+    _discard(partial)
+    if (partial / WORK).exists():
+        shutil.rmtree(partial / WORK)
     for name in (f"{JOURNAL}.new", JOURNAL, LOCK):
         (partial / name).unlink(missing_ok=True)
     partial.rmdir()
 
 
+def _discard(partial: Path) -> None:
+    """Delete an old store, under a name that says that it is no longer complete."""
+    discarded = partial / DISCARDED
+    if discarded.exists():
+        shutil.rmtree(discarded)
+    if (partial / REPLACED).exists():
+        _rename(partial / REPLACED, discarded)
+        shutil.rmtree(discarded)
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Rename a folder; its new name is on the disk before anything else happens."""
+    os.rename(source, target)
+    to_disk(target.parent)
+    to_disk(source.parent)
+
+
 def locked(partial: Path) -> int:
     """Make the folder and lock it; the system takes the lock back when the process ends."""
     while True:
-        partial.mkdir(parents=True, exist_ok=True)
+        make_folders(partial)
         path = partial / LOCK
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

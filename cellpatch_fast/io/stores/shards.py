@@ -94,11 +94,16 @@ class ShardFile:
         Of the file; its folder is made.
     chunks
         Of the shard, at most.
+
+    Attributes
+    ----------
+    path
+        As given.
     """
 
     def __init__(self, path: Path, chunks: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("wb")
+        self.path, self._file = path, path.open("wb")
         self._index = np.full((chunks, 2), NO_CHUNK, "<u8")  # offset, size
         self._chunks = self._size = 0
 

@@ -336,3 +336,21 @@ def without_codec_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Numcodecs codecs are not in the Zarr version 3")
         yield
+
+
+def consolidate(store: Path) -> None:
+    """All metadata in the root's file as well: a remote store then opens with one request.
+
+    The order is that of the names, not the one in which the file system lists them, so that the
+    same store has the same bytes.
+    """
+    import zarr
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Consolidated metadata is currently not part")
+        zarr.consolidate_metadata(store)
+    file = store / "zarr.json"
+    content = json.loads(file.read_text())
+    metadata = content["consolidated_metadata"]["metadata"]
+    content["consolidated_metadata"]["metadata"] = dict(sorted(metadata.items()))
+    file.write_text(json.dumps(content, indent=2))

@@ -300,7 +300,7 @@ def test_damaged_journal(output: Path, content: str) -> None:
 def test_journal_of_a_newer_version(output: Path) -> None:
     open_writer(output).close()
     journal = partial_of(output) / JOURNAL
-    newer = json.loads(journal.read_text()) | {"format_version": 2, "version": "7.0.0"}
+    newer = json.loads(journal.read_text()) | {"format_version": 3, "version": "7.0.0"}
     journal.write_text(json.dumps(newer))
     with pytest.raises(InputError, match=r"begun by a newer cellpatch-fast \(7\.0\.0; this is"):
         unfinished_facts(partial_of(output))
