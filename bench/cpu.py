@@ -94,12 +94,12 @@ def cross_attention(model: CellPatch, cells: RaggedCells) -> Callable[[], None]:
     )
     discrete = cells.values.dtype == torch.uint8
 
-    own = threading.local()
+    per_thread = threading.local()
 
     def task(start: int, stop: int) -> None:
-        if not hasattr(own, "scratch"):
-            own.scratch = make_scratch(tables), make_block_scratch(blocks)
-        _cross_attend(batch, tables, *own.scratch, discrete, start, stop)
+        if not hasattr(per_thread, "scratch"):
+            per_thread.scratch = make_scratch(tables), make_block_scratch(blocks)
+        _cross_attend(batch, tables, *per_thread.scratch, discrete, start, stop)
 
     return lambda: run_blocks(task, len(cells), encoder.MOST_CELLS)
 

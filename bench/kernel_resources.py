@@ -111,21 +111,21 @@ def variants(architectures: Iterable[int], once: bool = False) -> list[Variant]:
 
     What float16 is compiled to is bfloat16's code but for the format.
     """
-    found: list[Variant] = []
+    variants: list[Variant] = []
     met: set[tuple[int, str]] = set()
     for encode in itertools.chain.from_iterable(map(shipped, architectures)):
         if once and encode.type == "float16":
             continue
         if (encode.architecture, encode.type) in met:  # with fewer stages: the encoder alone
-            found += [] if once else [encode]
+            variants += [] if once else [encode]
             continue
         met.add((encode.architecture, encode.type))
         chunks = replace(encode, kernel="attend_chunks")
         weigh = replace(encode, kernel="weigh_entries", genes="i32", values="fp32")
-        found += [encode, replace(chunks, binned=True, stages=1), weigh]
+        variants += [encode, replace(chunks, binned=True, stages=1), weigh]
         if not once and encode.type != "float16":
             attention = replace(encode, depth=0)
-            found += [
+            variants += [
                 replace(encode, binned=True, stages=1, padded=True, mean=True),
                 replace(encode, split=True, padded=True, mean=True),
                 replace(attention, padded=True, genes="i32", values="fp32"),
@@ -134,7 +134,7 @@ def variants(architectures: Iterable[int], once: bool = False) -> list[Variant]:
                 replace(chunks, values="fp16"),
                 replace(weigh, binned=True, stages=1, values="u8"),
             ]
-    return found
+    return variants
 
 
 def source(variant: Variant) -> Any:
@@ -270,14 +270,14 @@ def main_loop(
 ) -> dict[str, float]:
     """Clocks per entry of the smallest loop with all exponentials of a tile of entries."""
     expected = variant.exponentials * variant.tile // (32 * variant.warps)
-    found = []
+    whole = []
     for first, last in loops if expected else []:
         exponentials = sum("MUFU.EX2" in text for text in instructions[first:last])
         if exponentials >= expected:
-            found.append((last - first, first, last))
-    if not found:
+            whole.append((last - first, first, last))
+    if not whole:
         return {}
-    length, first, last = min(found)
+    length, first, last = min(whole)
     special = sum(text.startswith("MUFU") for text in instructions[first:last])
     per_entry = variant.warps / variant.tile / SCHEDULERS
     return {

@@ -72,11 +72,11 @@ def load(path: Path, cells: int, **options: Any) -> Clocked:
     vocabulary, config = GeneVocabulary.human(), CellPatchConfig()
     options |= {"batch_size": BATCH, "rows": [(0, cells)], "threads": THREADS}
     with CellLoader(path, vocabulary, config, **options) as loader, clocked() as taken:
-        found = entries = 0
+        cells_seen = entries = 0
         for batch in loader:
-            found += len(batch.rows)
+            cells_seen += len(batch.rows)
             entries += batch.cells.entries
-    return (found, entries), taken
+    return (cells_seen, entries), taken
 
 
 def load_shuffled(path: Path, cells: int) -> Clocked:
@@ -87,11 +87,11 @@ def load_masked(path: Path, cells: int) -> Clocked:
     """For pretraining; hidden entries count too."""
     from cellpatch_fast.preprocessing.masking import Masking
 
-    (found, _), taken = load(path, cells, shuffle=True, block_size=64, masking=Masking())
+    (cells_seen, _), taken = load(path, cells, shuffle=True, block_size=64, masking=Masking())
     from cellpatch_fast.io import TokenStore
 
     with TokenStore(path) as store:
-        return (found, int(store.offsets[cells])), taken
+        return (cells_seen, int(store.offsets[cells])), taken
 
 
 def decompress(path: Path, cells: int) -> Clocked:
@@ -286,12 +286,12 @@ def run_annbatch(options: argparse.Namespace, path: Path) -> dict[str, float]:
         drop_from_cache(path)
     command = [options.annbatch, script, path, "--repeats", "1", "--threads", str(THREADS)]
     command += ["--max-cells", str(options.cells // 5)]
-    found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    best = found["best"]
+    facts = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    best = facts["best"]
     return {
         "cells": best["cells"],
         "entries": best["non-zeros"],
-        "peak memory MB": found["peak memory MB"],
+        "peak memory MB": facts["peak memory MB"],
         "seconds": best["seconds"],
         "processor seconds": best["processor seconds"],
     }

@@ -24,9 +24,11 @@ UNKNOWN_CACHE = 32 << 20  # bytes, where the system does not tell
 def describe_device(device: torch.device) -> dict[str, Any]:
     """Type, name, slug (for a folder's name) and what is known of memory, caches and clock."""
     if device.type == "cuda":
-        known = describe(device)
-        name = known.pop("device")
-        facts = {key: known[key] for key in known if key not in ("torch", "triton", "python")}
+        described = describe(device)
+        name = described.pop("device")
+        facts = {
+            key: described[key] for key in described if key not in ("torch", "triton", "python")
+        }
     else:
         cores = os.cpu_count() or 1
         name = f"{_short(processor())} ({cores} cores)"
@@ -36,13 +38,13 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 def installed() -> dict[str, str]:
     """Versions by name, of Python and of the packages that are there."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -55,8 +57,8 @@ def cache_bytes(device: torch.device) -> int:
 
 def processor() -> str:
     """The model of the CPU, as the system names it."""
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text().splitlines() if known.exists() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 

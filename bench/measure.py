@@ -150,11 +150,11 @@ class Reference:
         return expected, max(FLOAT32_ERROR, twice)
 
 
-def worst_error(found: Results, expected: Results) -> float:
+def worst_error(results: Results, expected: Results) -> float:
     """The largest relative error: of a cell of the output [c, ...], or of a whole gradient."""
     outputs, *gradients = (
         (one.double().reshape(right.shape), right)
-        for one, right in zip(_several(found), _several(expected), strict=True)
+        for one, right in zip(_several(results), _several(expected), strict=True)
     )
     compared = [*zip(*outputs, strict=True), *gradients]
     errors = [(one - right).norm() / right.norm() for one, right in compared]
@@ -207,10 +207,10 @@ def measure(
     """Time a method on several batches of a case."""
     if checked.failure:
         return Row.of(case, method, "failed", reason=checked.failure, bound=checked.bound)
-    found: dict[str, Any] = {"error": checked.error, "bound": checked.bound}
+    facts: dict[str, Any] = {"error": checked.error, "bound": checked.bound}
     if checked.error is None or not checked.error <= checked.bound:  # a NaN is not
         reason = f"relative error {checked.error:.1e}, allowed are {checked.bound:.1e}"
-        return Row.of(case, method, "inaccurate", reason=reason, **found)
+        return Row.of(case, method, "inaccurate", reason=reason, **facts)
     device = sets[0].device
     try:
         if method.padded_tokens is not None:
@@ -219,15 +219,15 @@ def measure(
         cells = round(statistics.mean(len(cells) for cells in sets))
         genes = round(statistics.mean(cells.entries for cells in sets))
         prepared = [method.prepare(cells) for cells in sets]
-        found |= {"cells": cells, "genes": genes}
-        found["extra_bytes"], found["result_bytes"] = memory_of(prepared[0], device)
+        facts |= {"cells": cells, "genes": genes}
+        facts["extra_bytes"], facts["result_bytes"] = memory_of(prepared[0], device)
         calls: list[Callable[[], object]] = [*prepared]
         per_call = 1
         if method.replayed:
             calls, per_call = [capture(calls, device)], len(calls)
         timing = time_calls(calls, device, effort, per_call)
     except Exception as failure:
-        return Row.of(case, method, "failed", reason=explain(failure), **found)
+        return Row.of(case, method, "failed", reason=explain(failure), **facts)
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -238,7 +238,7 @@ def measure(
         seconds=timing,
         cells_per_second=cells / timing.median,
         genes_per_second=genes / timing.median,
-        **found,
+        **facts,
     )
 
 

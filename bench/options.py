@@ -223,11 +223,11 @@ def _peers(registry: str, chosen: str) -> tuple[Peer, ...]:
     keys = [key.strip() for key in chosen.split(",")]
     if keys == ["all"]:
         return tuple(peers)
-    known = [peer.key for peer in peers]
-    if unknown := [key for key in keys if key not in known]:
+    available = [peer.key for peer in peers]
+    if unknown := [key for key in keys if key not in available]:
         raise pytest.UsageError(
             f"--models: there is no model {', '.join(map(repr, unknown))}; valid are all, "
-            f"{', '.join(known)}"
+            f"{', '.join(available)}"
         )
     return tuple(peer for peer in peers if peer.key in keys)
 

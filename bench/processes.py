@@ -34,8 +34,8 @@ class Finished(NamedTuple):
     @property
     def facts(self) -> dict[str, Any]:
         """The JSON in its last line."""
-        found: dict[str, Any] = json.loads(self.output.splitlines()[-1])
-        return found
+        facts: dict[str, Any] = json.loads(self.output.splitlines()[-1])
+        return facts
 
 
 def run_python(

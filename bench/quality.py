@@ -111,14 +111,14 @@ def measure_all(
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         measured = pool.map(partial(measure, folder=folder, recipe=recipe), open_jobs)
         follow(open_jobs, measured)
-    found: dict[str, dict[str, dict[int, Score]]] = {}
+    scores_of: dict[str, dict[str, dict[int, Score]]] = {}
     for job in jobs:
-        methods = found.setdefault(job.split.data.name, {})
+        methods = scores_of.setdefault(job.split.data.name, {})
         score = json.loads(job.file(folder).read_text())
         if (alone := score.pop(NETWORK, None)) is not None:  # of the same run
             methods.setdefault(NETWORK, {})[job.split.seed] = alone | {"seconds": score["seconds"]}
         methods.setdefault(job.method, {})[job.split.seed] = score
-    return found
+    return scores_of
 
 
 def follow(jobs: Sequence[Job], measured: Iterable[Score]) -> None:

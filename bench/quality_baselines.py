@@ -69,19 +69,22 @@ def components(split: Split) -> Predicted:
 def all_genes(split: Split) -> Predicted:
     """Log-normalised values of all genes, each about its mean."""
     x, training = split.data.log_normalised().X, split.training
-    found = x[training].getnnz(axis=0) > 0  # others have no weight
-    return regress(x[training][:, found].toarray(), x[~training][:, found].toarray(), split)
+    expressed = x[training].getnnz(axis=0) > 0  # others have no weight
+    return regress(x[training][:, expressed].toarray(), x[~training][:, expressed].toarray(), split)
 
 
 def scaled_genes(split: Split) -> Predicted:
     """The same, of genes scaled to variance 1, so that rare ones count as much as others."""
     x, training = split.data.log_normalised().X, split.training
-    found = x[training].getnnz(axis=0) >= FEWEST_CELLS
-    known, others = x[training][:, found].toarray(), x[~training][:, found].toarray()
-    return regress(*standardised(known, others), split)
+    expressed = x[training].getnnz(axis=0) >= FEWEST_CELLS
+    training_values, others = (
+        x[training][:, expressed].toarray(),
+        x[~training][:, expressed].toarray(),
+    )
+    return regress(*standardised(training_values, others), split)
 
 
-def regress(known: np.ndarray, others: np.ndarray, split: Split) -> Predicted:
+def regress(training_values: np.ndarray, others: np.ndarray, split: Split) -> Predicted:
     """Logistic regression with the strength that cross-validation chooses.
 
     Parameters
@@ -92,20 +95,22 @@ def regress(known: np.ndarray, others: np.ndarray, split: Split) -> Predicted:
         Whose labels are learned.
     """
     labels = split.data.labels[split.training]
-    known, others = gram_coordinates(known, others)
-    strength = choose_strength(known, labels)
-    model = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS).fit(known, labels)
+    training_values, others = gram_coordinates(training_values, others)
+    strength = choose_strength(training_values, labels)
+    model = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS).fit(training_values, labels)
     return Predicted(model.predict(others), strength)
 
 
-def standardised(known: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def standardised(training_values: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both in standard deviations from the mean of the known ones, `LARGEST_SCORE` at most."""
-    scaler = StandardScaler().fit(known)
+    scaler = StandardScaler().fit(training_values)
     limits = -LARGEST_SCORE, LARGEST_SCORE
-    return scaler.transform(known).clip(*limits), scaler.transform(others).clip(*limits)
+    return scaler.transform(training_values).clip(*limits), scaler.transform(others).clip(*limits)
 
 
-def gram_coordinates(known: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def gram_coordinates(
+    training_values: np.ndarray, others: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Cells about the mean of the known ones, turned to the axes that the known ones span.
 
     Turning changes neither the predictions nor the penalty of a linear model that is learnt from
@@ -122,13 +127,15 @@ def gram_coordinates(known: np.ndarray, others: np.ndarray) -> tuple[np.ndarray,
     tuple
         float64 [cells, axes], of the known and of the other cells; axes ≤ known cells.
     """
-    mean = known.mean(axis=0)
-    known, others = known - mean, others - mean
-    variances, directions = np.linalg.eigh(known @ known.T)  # of the Gram matrix
+    mean = training_values.mean(axis=0)
+    training_values, others = training_values - mean, others - mean
+    variances, directions = np.linalg.eigh(
+        training_values @ training_values.T
+    )  # of the Gram matrix
     kept = variances > LEAST_VARIANCE * variances[-1]
     lengths, directions = np.sqrt(variances[kept]), directions[:, kept]
-    norm = np.sqrt(np.square(lengths).sum() / len(known))
-    return directions * (lengths / norm), others @ known.T @ directions / (lengths * norm)
+    norm = np.sqrt(np.square(lengths).sum() / len(training_values))
+    return directions * (lengths / norm), others @ training_values.T @ directions / (lengths * norm)
 
 
 def choose_strength(features: np.ndarray, labels: np.ndarray) -> float:

@@ -90,9 +90,9 @@ def read_datasets(folder: Path | None) -> list[Dataset]:
         bundled = scanpy.datasets.pbmc68k_reduced()
     cells = bundled.raw.to_adata()
     cells.obs = bundled.obs[["bulk_labels"]].copy()
-    found = [Dataset("pbmc68k_reduced", cells, "bulk_labels", counts=False)]
+    datasets = [Dataset("pbmc68k_reduced", cells, "bulk_labels", counts=False)]
     for name, label in FILES.items():
         if folder is not None and (folder / f"{name}.h5ad").exists():
             cells = anndata.read_h5ad(folder / f"{name}.h5ad")
-            found.append(Dataset(name, cells, label, counts=True))
-    return found
+            datasets.append(Dataset(name, cells, label, counts=True))
+    return datasets

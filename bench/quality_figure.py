@@ -23,7 +23,7 @@ RANGE = 0.2  # below the best linear baseline: what is lower is written at the e
 def draw(annotation: Mapping[str, Any]) -> Figure:
     """A column of panels for each data set, a row for each measure, a line for each method."""
     summaries = annotation["summaries"]
-    methods = list(dict.fromkeys(m for found in summaries.values() for m in found["methods"]))
+    methods = list(dict.fromkeys(m for summary in summaries.values() for m in summary["methods"]))
     figure = new_figure(WIDTH, 1.3 + 2 * (0.3 + 0.27 * len(methods)))
     panels = figure.subplots(len(MEASURES), len(summaries), sharey=True, squeeze=False)
     for row, measure in zip(panels, MEASURES, strict=True):
@@ -63,9 +63,9 @@ def _panel(
         if method not in scores:
             continue
         color = BLUE if method in LINEAR else VERMILLION
-        found = summary["methods"][method][measure]
-        if found["median"] < lowest:
-            text = f"← {found['median']:.2f}"
+        estimated = summary["methods"][method][measure]
+        if estimated["median"] < lowest:
+            text = f"← {estimated['median']:.2f}"
             place: dict[str, Any] = {
                 "transform": axes.get_yaxis_transform(),
                 "va": "center_baseline",
@@ -77,8 +77,8 @@ def _panel(
         seen = values >= lowest
         look: dict[str, Any] = {"markersize": 3.5, "alpha": 0.4, "markeredgewidth": 0}
         axes.plot(values[seen], heights[seen], "o", color=color, **look)
-        if found["low"] is not None:
-            interval = [max(found["low"], lowest), found["high"]]
+        if estimated["low"] is not None:
+            interval = [max(estimated["low"], lowest), estimated["high"]]
             axes.plot(interval, [row, row], color=color, linewidth=2.2)
-        axes.plot(found["median"], row, "|", color=color, markersize=12, markeredgewidth=2.2)
+        axes.plot(estimated["median"], row, "|", color=color, markersize=12, markeredgewidth=2.2)
     plain_frame(axes, "x")

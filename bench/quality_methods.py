@@ -142,9 +142,9 @@ def annotation(split: Split, folder: Path, **how: Any) -> Score:
     """Of an annotator that is trained as `finetune` is told."""
     cells = split.data.cells.copy()
     cells.obs["part"] = split.parts
-    found = finetune(cells, folder, label=split.data.label, split_column="part", **how).test
-    assert found is not None  # there are test cells
-    return scored(split, found)
+    evaluation = finetune(cells, folder, label=split.data.label, split_column="part", **how).test
+    assert evaluation is not None  # there are test cells
+    return scored(split, evaluation)
 
 
 def started(split: Split, recipe: Recipe, folder: Path) -> CellPatch:
@@ -156,9 +156,9 @@ def started(split: Split, recipe: Recipe, folder: Path) -> CellPatch:
 
 def embedded(split: Split, model: CellPatch) -> np.ndarray:
     """The patch features of all cells, float64 [cells, patches x output_dim]."""
-    found = tl.embed(split.data.cells, model.eval(), copy=True, progress=False)
-    assert found is not None  # with copy=True
-    return found.obsm["X_cellpatch"].astype(np.float64)
+    embedded = tl.embed(split.data.cells, model.eval(), copy=True, progress=False)
+    assert embedded is not None  # with copy=True
+    return embedded.obsm["X_cellpatch"].astype(np.float64)
 
 
 def of_cells(predict: Callable[[Split], Predicted]) -> Method:
@@ -172,14 +172,14 @@ def of_cells(predict: Callable[[Split], Predicted]) -> Method:
 
 def tested(split: Split, predicted: Predicted) -> Score:
     truth = split.data.labels
-    found = evaluate(truth[~split.training], predicted.labels, sorted(set(truth)))
+    evaluation = evaluate(truth[~split.training], predicted.labels, sorted(set(truth)))
     strength = {} if predicted.strength is None else {"C": predicted.strength}
-    return scored(split, found) | strength
+    return scored(split, evaluation) | strength
 
 
-def scored(split: Split, found: Evaluation) -> Score:
-    assert found.cells == np.sum(~split.training)  # all methods are tested on the same cells
-    return {"accuracy": found.accuracy, "macro F1": found.macro_f1}
+def scored(split: Split, evaluation: Evaluation) -> Score:
+    assert evaluation.cells == np.sum(~split.training)  # all methods are tested on the same cells
+    return {"accuracy": evaluation.accuracy, "macro F1": evaluation.macro_f1}
 
 
 LINEAR: dict[str, Method] = {

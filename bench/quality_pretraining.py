@@ -77,12 +77,12 @@ def neighbour_agreement(data: Dataset, model: CellPatch) -> dict[str, float]:
     """Share of a cell's nearest neighbours in the embedding that have its label, over all cells."""
     from sklearn.neighbors import NearestNeighbors
 
-    found: dict[str, float] = {}
+    agreement: dict[str, float] = {}
     for pool in POOLS:
         embedded = tl.embed(data.cells, model.eval(), pool=pool, copy=True, progress=False)
         assert embedded is not None  # with copy=True
         rows = embedded.obsm["X_cellpatch"]
         search = NearestNeighbors(n_neighbors=NEIGHBOURS + 1).fit(rows)
         nearest = search.kneighbors(rows, return_distance=False)[:, 1:]  # the first is the cell
-        found[pool] = float((data.labels[nearest] == data.labels[:, None]).mean())
-    return found
+        agreement[pool] = float((data.labels[nearest] == data.labels[:, None]).mean())
+    return agreement

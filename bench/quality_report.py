@@ -26,7 +26,7 @@ def estimate(values: Sequence[float]) -> dict[str, Any]:
     """The median over splits, and low and high of its bootstrap interval; None of one split."""
     low = high = None
     if len(values) > 1:
-        found = bootstrap(
+        resampled = bootstrap(
             (np.asarray(values),),
             np.median,
             axis=-1,
@@ -35,7 +35,7 @@ def estimate(values: Sequence[float]) -> dict[str, Any]:
             method="percentile",
             rng=np.random.default_rng(0),
         ).confidence_interval
-        low, high = float(found.low), float(found.high)
+        low, high = float(resampled.low), float(resampled.high)
     return {"median": statistics.median(values), "low": low, "high": high}
 
 
@@ -70,9 +70,9 @@ def summarise(scores: Scores) -> dict[str, Any]:
         }
         for measure in MEASURES:
             other = column(scores, best[measure], measure)
-            own = column(scores, method, measure)
-            difference = [value - other[split] for split, value in own.items()]
-            row[measure] = estimate(list(own.values()))
+            values = column(scores, method, measure)
+            difference = [value - other[split] for split, value in values.items()]
+            row[measure] = estimate(list(values.values()))
             row[f"{measure}, difference"] = estimate(difference)
         methods[method] = row
     return {"best linear": best, "methods": methods}
@@ -80,7 +80,7 @@ def summarise(scores: Scores) -> dict[str, Any]:
 
 def targets(summaries: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What was aimed for on each data set, what was found, and by how much that is enough."""
-    found = []
+    entries = []
     for data, summary in summaries.items():
         methods = summary["methods"]
         for measure in MEASURES:
@@ -92,8 +92,8 @@ def targets(summaries: Mapping[str, Any]) -> list[dict[str, Any]]:
             for kind, (method, aim) in aims.items():
                 value = methods[method][measure]["median"]
                 entry = {"data": data, "method": method, "measure": measure, "kind": kind}
-                found.append(entry | {"aim": aim, "found": value, "margin": value - aim})
-    return found
+                entries.append(entry | {"aim": aim, "found": value, "margin": value - aim})
+    return entries
 
 
 def report(results: Mapping[str, Any]) -> str:
@@ -116,10 +116,10 @@ def report(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def annotation_tables(found: Mapping[str, Any]) -> list[str]:
+def annotation_tables(results: Mapping[str, Any]) -> list[str]:
     """Targets, then a table for each data set."""
-    lines = target_table(found["targets"])
-    for name, summary in found["summaries"].items():
+    lines = target_table(results["targets"])
+    for name, summary in results["summaries"].items():
         rows = [method_row(method, row, summary) for method, row in summary["methods"].items()]
         header = [name, "splits"]
         header += [text for measure in MEASURES for text in (measure, "to best linear")]
@@ -145,11 +145,11 @@ def method_row(method: str, row: Mapping[str, Any], summary: Mapping[str, Any]) 
     return [*cells, f"{row['seconds']:,.1f}"]
 
 
-def interval(found: Mapping[str, float | None], digits: str = ".3f") -> str:
-    text = number(found["median"], digits)
-    if found["low"] is None:
+def interval(estimated: Mapping[str, float | None], digits: str = ".3f") -> str:
+    text = number(estimated["median"], digits)
+    if estimated["low"] is None:
         return text
-    return f"{text} ({number(found['low'], digits)} to {number(found['high'], digits)})"
+    return f"{text} ({number(estimated['low'], digits)} to {number(estimated['high'], digits)})"
 
 
 def target_table(entries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -165,7 +165,7 @@ def target_table(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     return table(["target", "at least", "found", ""], rows)
 
 
-def pretraining_table(found: Mapping[str, Sequence[Score]]) -> list[str]:
+def pretraining_table(scores_of: Mapping[str, Sequence[Score]]) -> list[str]:
     """Medians over splits of what pretraining alone came to."""
 
     def median(scores: Sequence[Score], *keys: str) -> str:
@@ -182,7 +182,7 @@ def pretraining_table(found: Mapping[str, Sequence[Score]]) -> list[str]:
             *(median(scores, "reconstruction", kind) for kind in ("error of means", "error")),
             *(median(scores, "neighbours", m, pool) for pool in POOLS for m in models),
         ]
-        for name, scores in found.items()
+        for name, scores in scores_of.items()
     ]
     header = ["pretraining", "splits", "error of means", "error"]
     return table(header + [f"neighbours, {pool}, {m}" for pool in POOLS for m in models], rows)
@@ -190,7 +190,7 @@ def pretraining_table(found: Mapping[str, Sequence[Score]]) -> list[str]:
 
 def curves_table(kinds: Mapping[str, Mapping[str, float]]) -> list[str]:
     rows = [
-        [name, *(f"{found[name]:,.3g}" for found in kinds.values())]
+        [name, *(f"{estimates[name]:,.3g}" for estimates in kinds.values())]
         for name in next(iter(kinds.values()))
     ]
     return table(["loss curves", *kinds], rows)

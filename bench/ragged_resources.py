@@ -117,16 +117,16 @@ class RaggedVariant:
 
 def ragged_variants(architectures: Iterable[int], once: bool = False) -> list[RaggedVariant]:
     """What is compiled; ``once``: one half type, which the other repeats, and the widest heads."""
-    found = []
+    variants = []
     for architecture in architectures:
         for name in ("float32", "bfloat16") if once else TYPES:
             for kernel in (ATTEND, DIFFERENTIATE):
                 narrow = RaggedVariant(architecture, name, kernel)
                 wide = replace(narrow, head_dim=64, queries=256, gathered=False)
-                found += [narrow, replace(wide, head_dim=128)]
+                variants += [narrow, replace(wide, head_dim=128)]
                 if not once:
-                    found += [wide, replace(narrow, binned=True), replace(wide, sorted=True)]
+                    variants += [wide, replace(narrow, binned=True), replace(wide, sorted=True)]
                 if name == "bfloat16":
-                    found.append(replace(narrow, binned=True, biased=True, sorted=True))
-        found += [RaggedVariant(architecture, "bfloat16", kernel) for kernel in SMALL]
-    return found
+                    variants.append(replace(narrow, binned=True, biased=True, sorted=True))
+        variants += [RaggedVariant(architecture, "bfloat16", kernel) for kernel in SMALL]
+    return variants

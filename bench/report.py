@@ -45,25 +45,25 @@ def ratio(results: dict[str, Any], computes: str, case: str) -> float | None:
     rows = [row for row in measured(results, computes, case) if not row["ours"]]
     if computes.startswith("encoder"):
         rows = [row for row in rows if row["form"] == "float32"]
-    own, other = ours(results, computes, case), best(rows)
-    return own and other and own["genes_per_second"] / other["genes_per_second"]
+    ours_row, other = ours(results, computes, case), best(rows)
+    return ours_row and other and ours_row["genes_per_second"] / other["genes_per_second"]
 
 
 def share(results: dict[str, Any], computes: str, case: str) -> float | None:
     """Of the roofline, which is a GPU's."""
-    own = ours(results, computes, case)
-    if own is None or results["roofline genes/s"] is None:
+    ours_row = ours(results, computes, case)
+    if ours_row is None or results["roofline genes/s"] is None:
         return None
-    return own["genes_per_second"] / results["roofline genes/s"]["roofline"]
+    return ours_row["genes_per_second"] / results["roofline genes/s"]["roofline"]
 
 
 def memory_ratio(results: dict[str, Any], case: str) -> float | None:
     """(inputs + tables + what the encoder allocates) / (inputs + tables + features)."""
-    own = ours(results, "encoder", case)
-    if not own or own["extra_bytes"] is None:
+    ours_row = ours(results, "encoder", case)
+    if not ours_row or ours_row["extra_bytes"] is None:
         return None
-    fixed = results["table bytes"] + 3 * own["genes"] + 8 * (own["cells"] + 1)
-    return (fixed + own["extra_bytes"]) / (fixed + own["result_bytes"])
+    fixed = results["table bytes"] + 3 * ours_row["genes"] + 8 * (ours_row["cells"] + 1)
+    return (fixed + ours_row["extra_bytes"]) / (fixed + ours_row["result_bytes"])
 
 
 def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -111,9 +111,9 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def worst(of_case: Callable[[str], float | None], choose: Any) -> float | None:
     """The least or largest of all lengths; None unless it is known of every one."""
-    found = [of_case(case) for case in MAIN_CASES]
-    known = [value for value in found if value is not None]
-    return choose(known) if len(known) == len(found) else None
+    values = [of_case(case) for case in MAIN_CASES]
+    measured_values = [value for value in values if value is not None]
+    return choose(measured_values) if len(measured_values) == len(values) else None
 
 
 def judge(results: dict[str, Any], entries: list[Target]) -> list[dict[str, Any]]:
@@ -197,8 +197,10 @@ def by_case(results: dict[str, Any], computes: str, *, roofline: bool = True) ->
         for method in methods
     ]
     if computes.startswith("encoder"):
-        own = [ours(results, computes, case) for case in cases]
-        body += [["ours, cells/s", *(number(o and o["cells_per_second"], ",.0f") for o in own)]]
+        our_rows = [ours(results, computes, case) for case in cases]
+        body += [
+            ["ours, cells/s", *(number(o and o["cells_per_second"], ",.0f") for o in our_rows)]
+        ]
     if roofline:
         shares = [number(share(results, computes, case), ".1%") for case in cases]
         body += [["ours, share of the roofline", *shares]]
@@ -239,7 +241,7 @@ def replays(results: dict[str, Any]) -> list[str]:
 
 def errors(results: dict[str, Any]) -> list[str]:
     """Relative errors against float64, once for each method."""
-    found = {
+    rows = {
         (row["computes"], row["method"], row["form"], "±100" in row["case"]): row
         for row in results["rows"]
         if row["error"] is not None
@@ -253,7 +255,7 @@ def errors(results: dict[str, Any]) -> list[str]:
                 f"{row['error']:.1e}",
                 f"{row['bound']:.1e}",
             ]
-            for (computes, method, form, wide), row in found.items()
+            for (computes, method, form, wide), row in rows.items()
         ],
     )
 

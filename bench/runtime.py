@@ -61,12 +61,12 @@ class Process:
         self.process.start()
         theirs.close()
         try:
-            made = self.receive(PREPARING_LIMIT)
+            prepared = self.receive(PREPARING_LIMIT)
         except Ended:
             self.close()
             raise
-        assert isinstance(made, Made)
-        self.made = made
+        assert isinstance(prepared, Made)
+        self.made = prepared
 
     def measure(self, point: Point) -> tuple[list[Tried], Ended | None]:
         """What was measured, in order, and why there is not more."""
@@ -149,12 +149,12 @@ class Runtime:
         details |= {"tokens": tokens, "dtype": self.options.settings["dtype"]}
         tried, end = self._try(peer, genes)
         if tried:
-            found = self._measured(name, details, tried)
+            outcome = self._measured(name, details, tried)
         else:
             assert end is not None
-            found = Record("runtime", name, end.status, end.reason, details=details), ()
-        self.found.append(found)
-        return found
+            outcome = Record("runtime", name, end.status, end.reason, details=details), ()
+        self.found.append(outcome)
+        return outcome
 
     def close(self) -> None:
         """End this model's process."""

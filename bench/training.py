@@ -129,8 +129,8 @@ def our_loss(model: MaskedGeneModel, masked: Masked) -> Tensor:
 
 def padded_loss(model: PaddedPathFormer, part: Padded, predicted: int) -> Tensor:
     """What a part of a batch adds to the loss of all that is predicted."""
-    found = model(part.values, part.genes, part.prompts).squeeze(-1)
-    return ((found - part.targets) * part.asked).square().sum() / predicted
+    predictions = model(part.values, part.genes, part.prompts).squeeze(-1)
+    return ((predictions - part.targets) * part.asked).square().sum() / predicted
 
 
 def our_pretraining(masked: Masked, device: torch.device) -> Step:
@@ -203,9 +203,9 @@ def compare(ours: Step, original: Step, cells: int, repeats: int, target: float)
 
 def status(field: str) -> float:
     """MB of this process's memory: ``VmRSS`` now, ``VmHWM`` at most."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1024
+    field_line = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert field_line is not None
+    return int(field_line[1]) / 1024
 
 
 def peak(cells: RaggedCells, device: torch.device) -> float:
@@ -276,7 +276,9 @@ def measure_pretraining(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     return compare(
         our_pretraining(masked, device),
         fastest_original_pretraining(masked, device)[1],
-        *(sizes.pretraining_cells, sizes.repeats, TARGETS[device.type]),
+        sizes.pretraining_cells,
+        sizes.repeats,
+        TARGETS[device.type],
     )
 
 
@@ -286,7 +288,9 @@ def measure_finetuning(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     return compare(
         our_finetuning(cells, labels, device),
         original_finetuning(cells, labels, device),
-        *(sizes.finetuning_cells, sizes.repeats, TARGETS[device.type]),
+        sizes.finetuning_cells,
+        sizes.repeats,
+        TARGETS[device.type],
     )
 
 

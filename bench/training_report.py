@@ -52,8 +52,8 @@ def keys_measured(results: dict[str, Any]) -> list[str]:
 
 def least(values: list[float | None]) -> float | None:
     """The least; None of none, and where one is not known."""
-    known = [value for value in values if value is not None]
-    return min(known) if values and len(known) == len(values) else None
+    measured_values = [value for value in values if value is not None]
+    return min(measured_values) if values and len(measured_values) == len(values) else None
 
 
 def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -87,9 +87,9 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
     ]
     for name in keys_measured(results):
         cases = dict.fromkeys(row["case"] for row in results["rows"] if row["computes"] == name)
-        found = least([ratio(results, name, case) for case in cases])
+        least_ratio = least([ratio(results, name, case) for case in cases])
         entries.append(
-            (f"{name}: times FlashAttention, least of all lengths", TIMES_FLASH, found, True)
+            (f"{name}: times FlashAttention, least of all lengths", TIMES_FLASH, least_ratio, True)
         )
     return judge(results, entries)
 

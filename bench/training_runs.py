@@ -44,9 +44,9 @@ def measure_training(options: Options) -> Iterator[Record]:
             if isinstance(done, Failed):
                 yield Record("training", name, *done, details=details)
                 continue
-            found = done.facts[task][model]
-            seconds = timing_of(found.pop("seconds"))
-            details |= {"cells_per_second": cells / seconds.median, **found}
+            facts = done.facts[task][model]
+            seconds = timing_of(facts.pop("seconds"))
+            details |= {"cells_per_second": cells / seconds.median, **facts}
             yield Record("training", name, "measured", seconds=seconds, per="step", details=details)
 
 

@@ -65,7 +65,7 @@ def measure(sizes: Sizes) -> dict[str, Any]:
         rows = [row(case, sizes) for case in run_in_turn(sizes)]
     finally:
         torch.set_num_threads(threads)
-    times = max(found["times the smallest"] for found in rows)
+    times = max(entry["times the smallest"] for entry in rows)
     return {
         "cells": sizes.cells,
         "genes measured": sizes.measured,
@@ -96,9 +96,9 @@ def run_in_turn(sizes: Sizes) -> Iterator[Case]:
     taken: list[list[float]] = [[] for _ in tasks]
     for number in range(1 + sizes.runs):
         for task, times in zip(tasks, taken, strict=True):
-            found = run(task, sizes)
+            seconds = run(task, sizes)
             if number:  # the first one warms up
-                times.append(found)
+                times.append(seconds)
     for place, tokens in enumerate(sizes.vocabularies):
         yield Case(tokens, taken[2 * place], taken[2 * place + 1], taken[0])
 
@@ -107,10 +107,10 @@ def make_task(tokens: int, everything: bool, sizes: Sizes) -> Timed:
     """Fine-tuning of a new model; ``everything``: the data say that all genes were measured."""
     rng = np.random.default_rng(0)
     names = [f"gene{token}" for token in range(tokens)]
-    own = np.sort(rng.choice(tokens, sizes.measured, replace=False))
-    adata = draw(rng, sizes, own, names)
+    measured_tokens = np.sort(rng.choice(tokens, sizes.measured, replace=False))
+    adata = draw(rng, sizes, measured_tokens, names)
     if not everything:
-        adata = adata[:, own].copy()
+        adata = adata[:, measured_tokens].copy()
     vocabulary = GeneVocabulary([""] * tokens, names)
     config = CellPatchConfig.for_few_cells(max_genes=vocabulary.size)
     torch.manual_seed(0)
@@ -118,7 +118,9 @@ def make_task(tokens: int, everything: bool, sizes: Sizes) -> Timed:
     settings = settings_of(sizes)
     masking = Masking(settings.hidden, zeros=0, max_encoder=MOST_GENES)
     loader = CellLoader(
-        *(adata, vocabulary, config),
+        adata,
+        vocabulary,
+        config,
         batch_size=sizes.cells,
         shuffle=True,
         masking=masking,
@@ -128,7 +130,7 @@ def make_task(tokens: int, everything: bool, sizes: Sizes) -> Timed:
 
 
 def draw(
-    rng: np.random.Generator, sizes: Sizes, own: np.ndarray, names: list[str]
+    rng: np.random.Generator, sizes: Sizes, measured_tokens: np.ndarray, names: list[str]
 ) -> anndata.AnnData:
     """Counts of a run's cells, of the genes ``own`` among more that no cell has."""
     cells = sizes.cells * sizes.steps
@@ -138,7 +140,7 @@ def draw(
         rng=rng,
         data_sampler=lambda size: rng.integers(1, 6, size).astype(np.float32),
     ).tocsr()
-    parts = counts.data, own[counts.indices], counts.indptr
+    parts = counts.data, measured_tokens[counts.indices], counts.indptr
     adata = anndata.AnnData(sparse.csr_matrix(parts, shape=(cells, len(names))))
     adata.var_names = names
     return adata
@@ -172,9 +174,9 @@ def row(case: Case, sizes: Sizes) -> dict[str, Any]:
 
 def report(results: dict[str, Any]) -> list[str]:
     """The part as Markdown."""
-    body = [[f"{value:,.4g}" for value in found.values()] for found in results["rows"]]
-    for line, found in zip(body, results["rows"], strict=True):
-        line[0] = f"{found['gene tokens']:,}"
+    body = [[f"{value:,.4g}" for value in row.values()] for row in results["rows"]]
+    for line, row in zip(body, results["rows"], strict=True):
+        line[0] = f"{row['gene tokens']:,}"
     verdict = "met" if results["met"] else "**missed**"
     return [
         *table(list(results["rows"][0]), body),

@@ -118,8 +118,8 @@ def serve(pipe: Connection, order: Order) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     die_first()
     try:
-        model, made = make(order)
-        pipe.send(made)
+        model, facts = make(order)
+        pipe.send(facts)
         while True:
             point: Point = pipe.recv()
             cells = read_cells(point.file).to(order.device)
@@ -256,10 +256,10 @@ def reset_peak() -> int | None:
 
 def available_memory(device: torch.device) -> float:
     """Bytes that the system can give, where trying would have it kill a process."""
-    known = Path("/proc/meminfo")
-    if device.type == "cuda" or not known.exists():
+    meminfo = Path("/proc/meminfo")
+    if device.type == "cuda" or not meminfo.exists():
         return math.inf
-    return int(known.read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    return int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) * 1024
 
 
 def die_first() -> None:

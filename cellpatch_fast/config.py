@@ -1,5 +1,6 @@
 """CellPatchConfig: every choice that makes a model what it is, with the paper's numbers;
-Preprocessing: those of them that turn counts into values.
+Preprocessing: those of them that turn counts into values. Reading: which matrix of an input is
+read, and as what.
 
 The configuration holds the architecture *and* the preprocessing, because weights are only
 meaningful together with the way values were prepared for them. It is what ``config.json`` in a
@@ -11,12 +12,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from .errors import InputError
 
 FORMAT_VERSION = 1
 
 ValueEmbedding = Literal["affine", "binned"]
 ValueRounding = Literal["round", "truncate", "none"]
+Expected = Literal["auto", "counts", "lognorm"]
 
 
 @dataclass(frozen=True)
@@ -213,3 +217,51 @@ class Preprocessing:
     def from_config(cls, config: CellPatchConfig) -> Preprocessing:
         """The preprocessing that a model was made for."""
         return cls(config.target_sum, config.value_clip, config.value_rounding)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How inputs are read: which matrix, which names of genes, and what the values are.
+
+    Parameters
+    ----------
+    layer, use_raw
+        Read this layer, or ``raw.X``, instead of X; not both.
+    gene_column
+        Column of var with Ensembl IDs or symbols; None for the one that fits best.
+    input
+        What the matrix holds: ``"counts"`` (raw), ``"lognorm"`` (log-normalised), or ``"auto"`` to
+        find out.
+
+    Raises
+    ------
+    InputError
+        If the options make no sense.
+    """
+
+    layer: str | None = None
+    use_raw: bool = False
+    gene_column: str | None = None
+    input: Expected = "auto"
+
+    def __post_init__(self) -> None:
+        if self.layer is not None and self.use_raw:
+            raise InputError("layer and use_raw exclude each other: choose one matrix")
+        if self.input not in get_args(Expected):
+            raise InputError(f"input must be auto, counts or lognorm, found {self.input!r}")
+
+    def given(self) -> dict[str, Any]:
+        """The options that differ from the defaults."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+    def record(self) -> dict[str, Any]:
+        """What a result depends on beside what its inputs hold, for what is kept with it."""
+        return {
+            "layer": self.layer or "",
+            "use_raw": self.use_raw,
+            "gene_column": self.gene_column or "",
+        }

@@ -13,13 +13,13 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from .cells import RaggedCells
-from .config import CellPatchConfig
+from .config import CellPatchConfig, Expected, Reading
 from .errors import InputError
 from .genes import GeneVocabulary
 from .io.sources.source import CellSource, open_source
 from .loading import CellLoader
-from .loading.inputs import open_stream, reading_options, sample_of
-from .preprocessing.detection import Detected, Expected, detect_input
+from .loading.inputs import open_stream, sample_of
+from .preprocessing.detection import Detected, detect_input
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -175,8 +175,8 @@ def tokenize(
     """
     vocabulary = GeneVocabulary.human() if vocabulary is None else vocabulary
     config = CellPatchConfig() if config is None else config
-    options = reading_options(layer, use_raw, gene_column, input)
-    with contextlib.closing(open_stream(adata, vocabulary, config, **options)) as stream:
+    reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
+    with contextlib.closing(open_stream(adata, vocabulary, config, reading)) as stream:
         loader = CellLoader([stream], batch_size=BATCH_CELLS, max_entries=BATCH_ENTRIES)
         batches = list(loader)
     cells = RaggedCells.concatenate([batch.cells for batch in batches])

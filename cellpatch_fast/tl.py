@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .config import Reading
 from .errors import InputError
 from .inference.embedder import Embedder
 from .inference.labels import label_column, most_likely, require_threshold
-from .loading.inputs import reading_options
 from .model.storage import fingerprint
 from .progress import progress_bar
 from .training.folder import warn_of_unfinished
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import torch
     from anndata import AnnData
 
+    from .config import Expected
     from .model import CellPatch, CellPatchAnnotator
     from .model.encoder import Pool
-    from .preprocessing.detection import Expected
 
 logger = logging.getLogger("cellpatch_fast")
 
@@ -98,8 +98,8 @@ def embed(
         raise InputError("key_added is empty: name the embedding in obsm")
     warn_of_unfinished(model)
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
-    options = reading_options(layer, use_raw, gene_column, input)
-    found = _compute(embedder, adata, options, "embedding", progress)
+    reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
+    found = _compute(embedder, adata, reading, "embedding", progress)
     if copy:
         adata = _copy(adata)
     _add(adata, {key_added: found.features}, {}, key_added, found.params)
@@ -174,8 +174,8 @@ def annotate(
     assert embedder.annotator is not None
     classes = embedder.annotator.classes
     require_threshold(threshold, classes)
-    options = reading_options(layer, use_raw, gene_column, input)
-    found = _compute(embedder, adata, options, "annotation", progress)
+    reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
+    found = _compute(embedder, adata, reading, "annotation", progress)
     assert found.probabilities is not None
     codes, highest = most_likely(found.probabilities, threshold)
     if copy:
@@ -210,12 +210,12 @@ class _Computed:
 def _compute(
     embedder: Embedder,
     adata: AnnData,
-    options: dict[str, Any],
+    reading: Reading,
     what: str,
     progress: bool | None,
 ) -> _Computed:
     """Run every cell of ``adata`` through the embedder."""
-    with contextlib.closing(embedder.open(adata, **options)) as stream:
+    with contextlib.closing(embedder.open(adata, reading)) as stream:
         logger.info("%s", stream)
         features = np.empty((stream.n_cells, embedder.width), np.float32)
         probabilities = None
@@ -235,9 +235,7 @@ def _compute(
                 bar.update(len(cells))
     params = {
         "model": fingerprint(embedder.model),
-        "layer": options["layer"] or "",
-        "use_raw": options["use_raw"],
-        "gene_column": options["gene_column"] or "",
+        **reading.record(),
         "input": stream.kind,
         "pool": embedder.pooling,
         "backend": embedder.backend,

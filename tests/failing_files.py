@@ -78,14 +78,20 @@ class Call:
         return f"{self.kind} {re.sub(RANDOM, '#', self.path)}"
 
 
-def chosen(calls: Sequence[Call], *, more: int = 3, seed: int = 0) -> list[Call]:
-    """Calls to fail at: the first of each kind and file, and ``more`` random ones.
+def chosen(
+    calls: Sequence[Call],
+    *,
+    more: int = 3,
+    seed: int = 0,
+    alike: Callable[[Call], str] = lambda call: call.what,
+) -> list[Call]:
+    """Calls to fail at: the first of those that are ``alike``, and ``more`` random ones.
 
     All calls, with CELLPATCH_TESTS=thorough in the environment.
     """
     if THOROUGH:
         return list(calls)
-    first = {call.what: call for call in reversed(calls)}
+    first = {alike(call): call for call in reversed(calls)}
     picked = {*first.values(), *random.Random(seed).sample(calls, min(more, len(calls)))}
     return sorted(picked, key=lambda call: call.number)
 
@@ -100,7 +106,7 @@ class FailingFiles:
     folder
         Changes to other files are not counted, and do not fail.
     fails_at
-        Number of the call that fails, from 1; None for none.
+        The call that fails: its number, from 1, or the first that is `Call.what`; None for none.
     for_good
         All calls after it fail too.
     ignored
@@ -118,7 +124,7 @@ class FailingFiles:
         self,
         folder: Path,
         *,
-        fails_at: int | None = None,
+        fails_at: int | str | None = None,
         for_good: bool = False,
         ignored: Collection[str] = (),
     ) -> None:
@@ -146,7 +152,7 @@ class FailingFiles:
         with self._counting:
             call = Call(len(self.calls) + 1, kind, path)
             self.calls.append(call)
-            first = call.number == self._fails_at
+            first = self.failed is None and self._fails_at in (call.number, call.what)
             if first:
                 self.failed = call
         if first and before is not None:

@@ -1,4 +1,7 @@
-"""CellPatchConfig holds the paper's numbers, refuses what makes no model, and survives JSON."""
+"""CellPatchConfig holds the paper's numbers, refuses what makes no model, and survives JSON.
+
+Reading refuses options that make no sense.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from cellpatch_fast.config import FORMAT_VERSION, CellPatchConfig
+from cellpatch_fast import InputError
+from cellpatch_fast.config import FORMAT_VERSION, CellPatchConfig, Reading
 
 BINNED = {"value_embedding": "binned"}
 
@@ -178,3 +182,17 @@ def test_files_that_cannot_be_read(fields: dict[str, Any], message: str) -> None
 def test_a_newer_format_with_unknown_fields_says_that_it_is_newer() -> None:
     with pytest.raises(ValueError, match="install a newer cellpatch-fast"):
         CellPatchConfig.from_dict({"format_version": FORMAT_VERSION + 1, "experts": 8})
+
+
+def test_reading_refuses_options_that_make_no_sense() -> None:
+    wrong: dict[str, Any] = {"input": "raw"}
+    with pytest.raises(InputError, match="auto, counts or lognorm, found 'raw'"):
+        Reading(**wrong)
+    with pytest.raises(InputError, match="layer and use_raw exclude each other"):
+        Reading(layer="counts", use_raw=True)
+
+
+def test_reading_tells_which_options_were_given() -> None:
+    assert Reading().given() == {}
+    assert Reading(use_raw=True, input="counts").given() == {"use_raw": True, "input": "counts"}
+    assert Reading(layer="a").record() == {"layer": "a", "use_raw": False, "gene_column": ""}

@@ -73,8 +73,8 @@ class ScFoundation(Annotator):
         if inside:
             genes[~inside[0]] = sizes.genes + 2
         values = values.float()
-        found = torch.log10(values.sum(1, keepdim=True) + 1)
-        depths = torch.cat([torch.full_like(found, DEPTH_WANTED), found], 1)
+        depth = torch.log10(values.sum(1, keepdim=True) + 1)
+        depths = torch.cat([torch.full_like(depth, DEPTH_WANTED), depth], 1)
         places = torch.arange(sizes.genes, sizes.genes + 2, device=self.device)
         return (
             torch.cat([places.expand(len(genes), -1), genes], 1),

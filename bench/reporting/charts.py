@@ -35,14 +35,14 @@ LEAST_BYTES = 1_000  # what is less is drawn there: a logarithmic axis has no ze
 
 def all_charts(run: Run) -> dict[str, tuple[str, Figure]]:
     """Caption and figure by a name for files; only those that there is something to draw of."""
-    made = {
+    charts = {
         "runtime": ("Annotation: seconds per 1,000 cells against genes per cell", runtime(run)),
         "memory": ("Annotation: peak memory of a batch against genes per cell", memory(run)),
         "speed-up": ("Speed-up of ours over each peer", speed_ups(run)),
         "roofline": ("Our kernels below the ceilings of the device", roofline(run)),
         "scaling": ("From file to embedding store: speed and memory against cells", scaling(run)),
     }
-    return {name: (text, figure) for name, (text, figure) in made.items() if figure is not None}
+    return {name: (text, figure) for name, (text, figure) in charts.items() if figure is not None}
 
 
 def runtime(run: Run) -> Figure | None:
@@ -60,8 +60,8 @@ def memory(run: Run) -> Figure | None:
     """Peak memory of a batch per cell, against genes per cell."""
 
     def of(record: Record) -> float | None:
-        found = record.details.get("peak_bytes_per_cell")
-        return None if found is None else max(LEAST_BYTES, found)
+        peak = record.details.get("peak_bytes_per_cell")
+        return None if peak is None else max(LEAST_BYTES, peak)
 
     label = f"peak memory of a batch, per cell\n(drawn from {size(LEAST_BYTES)} up)"
     return draw_curves(run, "Annotation memory against genes per cell", label, of, size)
@@ -77,14 +77,14 @@ def speed_ups(run: Run) -> Figure | None:
         key=lambda name: [speed_up(run, name, genes) or 0 for genes in numbers],
     )  # the largest ends on top
     ratios = [speed_up(run, name, genes) for genes in numbers for name in names]
-    found = [ratio for ratio in ratios if ratio is not None]
-    if not found:
+    measured = [ratio for ratio in ratios if ratio is not None]
+    if not measured:
         return None
     figure = new_figure(WIDTH, 1.5 + 0.28 * len(names))
     panels = figure.subplots(1, len(numbers), sharey=True, squeeze=False)[0]
     for axes, genes in zip(panels, numbers, strict=True):
         _bars(run, axes, names, genes)
-        low, high = min(1.0, *found) / 1.1, max(found) * 6  # room for numbers beside the bars
+        low, high = min(1.0, *measured) / 1.1, max(measured) * 6  # room for numbers beside the bars
         axes.set_xlim(low, high)
         log_ticks(axes.xaxis, low, high, "{:,g}".format)
         axes.set_xlabel(f"times as long as ours, {genes:,} genes per cell", fontsize=FONT)
@@ -174,10 +174,10 @@ def roofline(run: Run) -> Figure | None:
 def _shares(records: list[Record]) -> str:
     """The range of a kernel's cases."""
     shares = [record.details.get("roofline_share") for record in records]
-    known = sorted(share for share in shares if share is not None)
-    if not known:
+    measured = sorted(share for share in shares if share is not None)
+    if not measured:
         return ""
-    low, high = f"{known[0]:.0%}", f"{known[-1]:.0%}"
+    low, high = f"{measured[0]:.0%}", f"{measured[-1]:.0%}"
     return f"\n{low if low == high else f'{low} to {high}'} of the roofline"
 
 

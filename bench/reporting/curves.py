@@ -49,17 +49,17 @@ class Style:
 
 def styles(run: Run) -> dict[str, Style]:
     """The same for a model in all figures of a run."""
-    own = [name for name, model in run.models.items() if model["ours"]]
-    others = [name for name in run.models if name not in own]
-    found = {
+    our_models = [name for name, model in run.models.items() if model["ours"]]
+    others = [name for name in run.models if name not in our_models]
+    chosen = {
         name: Style(VERMILLION, "o", DASHES[i % len(DASHES)], width=3.2, size=7.5, above=4.0)
-        for i, name in enumerate(own)
+        for i, name in enumerate(our_models)
     }
     for i, name in enumerate(others):
         color = PEER_COLORS[i % len(PEER_COLORS)]
         marker = PEER_MARKERS[i % len(PEER_MARKERS)]
-        found[name] = Style(color, marker, DASHES[i // len(PEER_COLORS) % len(DASHES)])
-    return found
+        chosen[name] = Style(color, marker, DASHES[i // len(PEER_COLORS) % len(DASHES)])
+    return chosen
 
 
 def draw_curves(
@@ -116,8 +116,8 @@ def add_title(figure: Figure, run: Run, title: str) -> None:
     """What is shown, and below it, smaller, on which device and day."""
     from matplotlib.text import Annotation
 
-    known = (run.device["name"], run.settings.get("dtype"), run.date[:10])
-    line = fill(" · ".join(str(part) for part in known if part), SUBTITLE)
+    facts = (run.device["name"], run.settings.get("dtype"), run.date[:10])
+    line = fill(" · ".join(str(part) for part in facts if part), SUBTITLE)
     room = "\n" * (line.count("\n") + 1)
     above = figure.suptitle(title + room, x=0.01, ha="left", fontsize=12, fontweight="bold")
     below = Annotation(
@@ -177,11 +177,11 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 def _without_result(run: Run) -> dict[str, dict[int, str]]:
     """Status by genes per cell, of the models that have any without a result."""
-    found = {
+    lost = {
         name: {g: r.status for g, r in curve(run, name).items() if r.status in SIGNS}
         for name in compared(run)
     }
-    return {name: statuses for name, statuses in found.items() if statuses}
+    return {name: statuses for name, statuses in lost.items() if statuses}
 
 
 def _prepare(
@@ -271,16 +271,16 @@ def _label_lines(
             markevery=[1],
             label=f"_{name}, sample",
         )
-        own = run.models[name]["ours"]
+        is_ours = run.models[name]["ours"]
         axes.text(
             1.08,
             place,
             _with_cap(run, name),
             transform=axes.transAxes,
             va="center_baseline",
-            fontsize=FONT + 1 if own else FONT,
-            fontweight="bold" if own else "normal",
-            color=style.color if own else INK,
+            fontsize=FONT + 1 if is_ours else FONT,
+            fontweight="bold" if is_ours else "normal",
+            color=style.color if is_ours else INK,
         )
 
 
@@ -297,7 +297,7 @@ def _draw_strip(axes: Axes, lost: dict[str, dict[int, str]], of_model: dict[str,
     for row, (name, statuses) in enumerate(lost.items()):
         color = of_model[name].color
         for status, sign in SIGNS.items():
-            genes = [number for number, found in statuses.items() if found == status]
+            genes = [number for number, reached in statuses.items() if reached == status]
             if genes:
                 axes.plot(
                     genes, [row] * len(genes), marker=sign, linestyle="", color=color,
@@ -318,11 +318,11 @@ def _draw_strip(axes: Axes, lost: dict[str, dict[int, str]], of_model: dict[str,
     axes.spines[:].set_visible(False)
     axes.set_facecolor("#F5F5F5")
     axes.tick_params(length=0, labelbottom=False)
-    found = {status for statuses in lost.values() for status in statuses.values()}
+    reached = {status for statuses in lost.values() for status in statuses.values()}
     handles = [
         Line2D([], [], color=FAINT, marker=sign, linestyle="", markersize=7, label=status)
         for status, sign in SIGNS.items()
-        if status in found
+        if status in reached
     ]
     axes.legend(
         handles=handles, loc="lower left", bbox_to_anchor=(1.02, 1), ncols=2,

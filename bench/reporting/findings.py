@@ -89,17 +89,17 @@ def peers(run: Run) -> list[str]:
 
 def speed_up(run: Run, model: str, genes: int) -> float | None:
     """How many times as long as ours a model takes; both have to be measured there."""
-    own = ours(run)
-    if own is None:
+    our_model = ours(run)
+    if our_model is None:
         return None
-    mine, other = median(run, own, genes), median(run, model, genes)
+    mine, other = median(run, our_model, genes), median(run, model, genes)
     return None if mine is None or other is None else other / mine
 
 
 def ratio_genes(run: Run) -> list[int]:
     """Where ratios are shown: at `TARGET_GENES` and at the largest number that ours has."""
-    found = list(_times_of_ours(run))
-    return [genes for genes in found if genes in (TARGET_GENES, found[-1])]
+    tried = list(_times_of_ours(run))
+    return [genes for genes in tried if genes in (TARGET_GENES, tried[-1])]
 
 
 def linear_fit(run: Run) -> Fit | None:
@@ -116,17 +116,17 @@ def linear_fit(run: Run) -> Fit | None:
 
 def _times_of_ours(run: Run) -> dict[int, float]:
     """Seconds per 1,000 cells by genes per cell."""
-    own = ours(run)
-    points = {} if own is None else curve(run, own)
+    our_model = ours(run)
+    points = {} if our_model is None else curve(run, our_model)
     return {genes: record.seconds.median for genes, record in points.items() if record.seconds}
 
 
 def targets(run: Run) -> list[Target]:
     """The targets that the run's groups are about; ratios to single peers are a CPU's."""
-    found = [_faster_than_all(run)] if run.of("runtime") else []
+    results = [_faster_than_all(run)] if run.of("runtime") else []
     if run.of("runtime") and run.device["type"] == "cpu":
-        found += [_times(run, name, aim) for name, aim in TARGET_RATIOS.items()]
-    return found + [_start(record) for record in run.of("startup") if record.details.get("limit")]
+        results += [_times(run, name, aim) for name, aim in TARGET_RATIOS.items()]
+    return results + [_start(record) for record in run.of("startup") if record.details.get("limit")]
 
 
 def _faster_than_all(run: Run) -> Target:
@@ -142,10 +142,10 @@ def _faster_than_all(run: Run) -> Target:
         return Target(name, aim, "–")
     least, peer, genes = min(ratios)
     tried = sum(len(curve(run, name)) for name in peers(run))
-    found = (
+    comparison = (
         f"least {times(least)}: {peer}, {genes:,} genes ({len(ratios)} of {tried} points measured)"
     )
-    return Target(name, aim, found, least > 1, f"by {percent(1 / least - 1)}")
+    return Target(name, aim, comparison, least > 1, f"by {percent(1 / least - 1)}")
 
 
 def _times(run: Run, peer: str, aim: float) -> Target:

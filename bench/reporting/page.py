@@ -90,16 +90,19 @@ def write_results_page(
 
 def headline(run: Run) -> str:
     """The main results in sentences, only of what was measured."""
-    own, ratios = ours(run), ratio_genes(run)
+    our_model, ratios = ours(run), ratio_genes(run)
     lines = [f"Measured on {run.device['name']}, {run.date[:10]}."]
-    if own is not None and ratios:
+    if our_model is not None and ratios:
         genes = TARGET_GENES if TARGET_GENES in ratios else ratios[-1]
-        taken = median(run, own, genes)
-        lines.append(f"{own} annotates 1,000 cells of {genes:,} genes in {digits(taken or 0)} s.")
-        found = [(ratio, name) for name in peers(run) if (ratio := speed_up(run, name, genes))]
-        if found:
+        taken = median(run, our_model, genes)
+        lines.append(
+            f"{our_model} annotates 1,000 cells of {genes:,} genes in {digits(taken or 0)} s."
+        )
+        speed_ups = [(ratio, name) for name in peers(run) if (ratio := speed_up(run, name, genes))]
+        if speed_ups:
             listed = "; ".join(
-                f"{times(ratio)} {name}{_taken(run, name, genes)}" for ratio, name in sorted(found)
+                f"{times(ratio)} {name}{_taken(run, name, genes)}"
+                for ratio, name in sorted(speed_ups)
             )
             lines.append(f"Times as fast as the others there: {listed}.")
     fit = linear_fit(run)

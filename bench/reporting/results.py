@@ -253,8 +253,8 @@ def newest(folder: str | Path) -> Path:
     InputError
         If there is none.
     """
-    found = {path: NAME.fullmatch(path.stem) for path in Path(folder).glob("*/*.json")}
-    dated = [(match[1], int(match[2] or 1), path) for path, match in found.items() if match]
+    matches = {path: NAME.fullmatch(path.stem) for path in Path(folder).glob("*/*.json")}
+    dated = [(match[1], int(match[2] or 1), path) for path, match in matches.items() if match]
     if not dated:
         raise InputError(
             f"{folder} holds no results (<device>/<date>.json): make some with `pytest bench`, or "

@@ -116,9 +116,9 @@ def _apart_tables(run: Run) -> list[Table]:
     """What happens once, which the times leave out, and how many cells a call takes."""
     rows = []
     for model in compared(run):
-        found = [r.details for r in curve(run, model).values() if r.measured]
+        details = [r.details for r in curve(run, model).values() if r.measured]
         kept = ("setup_seconds", "first_call_seconds", "batch")
-        setup, first, batch = ([d[key] for d in found if d.get(key) is not None] for key in kept)
+        setup, first, batch = ([d[key] for d in details if d.get(key) is not None] for key in kept)
         if setup or first or batch:
             cells = (
                 dict.fromkeys(f"{n:,}" for n in (min(batch), max(batch))) if batch else [NOTHING]
@@ -253,11 +253,11 @@ def startup_table(run: Run) -> list[Table]:
 
 def missing_table(run: Run) -> list[Table]:
     """Every attempt without a time, and why; those with the same reason together."""
-    found: dict[tuple[str, str], list[str]] = {}
+    missing: dict[tuple[str, str], list[str]] = {}
     for record in run.records:
         if not record.measured:
-            found.setdefault((record.status, record.reason), []).append(record.name)
-    rows = [["; ".join(names), status, reason] for (status, reason), names in found.items()]
+            missing.setdefault((record.status, record.reason), []).append(record.name)
+    rows = [["; ".join(names), status, reason] for (status, reason), names in missing.items()]
     header = ["what", "status", "why"]
     return [Table("Tried or skipped, and without a time", header, rows, numbers=False)] * bool(rows)
 
@@ -311,10 +311,10 @@ def _ratio(run: Run, model: str, genes: int) -> str:
     return NOTHING if ratio is None or record is None else times(ratio) + _mark(run, record)
 
 
-def _over(record: Record, own: Record | None) -> str:
-    if own is None or own.seconds is None or record.seconds is None:
+def _over(record: Record, reference: Record | None) -> str:
+    if reference is None or reference.seconds is None or record.seconds is None:
         return NOTHING
-    return times(record.seconds.median / own.seconds.median)
+    return times(record.seconds.median / reference.seconds.median)
 
 
 def _cap_notes(run: Run) -> tuple[str, ...]:
@@ -368,10 +368,10 @@ def _bytes(count: float | None) -> str:
     return NOTHING if count is None else size(count)
 
 
-def _difference(found: float | None, published: float | None) -> str:
-    if not found or not published:
+def _difference(measured: float | None, published: float | None) -> str:
+    if not measured or not published:
         return NOTHING
-    return f"{found / published - 1:+.1%}" if found != published else "none"
+    return f"{measured / published - 1:+.1%}" if measured != published else "none"
 
 
 def escape(text: str) -> str:

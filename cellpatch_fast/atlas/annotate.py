@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ..config import Reading
 from ..errors import InputError
 from ..inference.embedder import Embedder
 from ..inference.evaluation import Evaluation, evaluate, require_analysis
 from ..inference.labels import label_column, most_likely, require_threshold, true_labels
 from ..io.stores.embeddings import EmbeddingWriter
-from ..loading.inputs import reading_options
 from ..model.storage import fingerprint
 from ..training.folder import warn_of_unfinished
 from .making import KEY, PROBABILITIES, Summary, make_store
@@ -25,10 +25,10 @@ from .making import KEY, PROBABILITIES, Summary, make_store
 if TYPE_CHECKING:
     import torch
 
+    from ..config import Expected
     from ..loading.inputs import Stream
     from ..model import CellPatchAnnotator
     from ..model.encoder import Pool
-    from ..preprocessing.detection import Expected
 
 LABEL, PROBABILITY = "cellpatch_label", "cellpatch_probability"
 READ_ROWS = 1 << 16  # of probabilities at a time
@@ -140,7 +140,7 @@ def annotate(
             tables, names = zip(*((s.obs_table(), s.name) for s in streams), strict=True)
             truth.append(true_labels(tables, names, label, label_map, classes))
 
-    reading = reading_options(layer, use_raw, gene_column, input)
+    reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
     widths = {PROBABILITIES: len(classes)} | ({KEY: embedder.width} if embedding else {})
     extras = {
         "head": fingerprint(embedder.annotator, whole=True),

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ..config import Reading
 from ..inference.embedder import Embedder
-from ..loading.inputs import reading_options
 from ..training.folder import warn_of_unfinished
 from .making import KEY, Summary, make_store
 
 if TYPE_CHECKING:
     import torch
 
+    from ..config import Expected
     from ..model import CellPatch
     from ..model.encoder import Pool
-    from ..preprocessing.detection import Expected
 
 
 def embed(
@@ -82,7 +82,7 @@ def embed(
     """
     warn_of_unfinished(model)
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
-    reading = reading_options(layer, use_raw, gene_column, input)
+    reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
     widths = {KEY: embedder.width}
     return make_store(
         inputs,

@@ -29,6 +29,7 @@ from ..progress import progress_bar
 from .paths import input_paths, output_path
 
 if TYPE_CHECKING:
+    from ..config import Reading
     from ..inference.embedder import EmbeddedCells
     from ..loading.inputs import Stream
 
@@ -84,7 +85,7 @@ def make_store(
     embedder: Embedder,
     output: str | Path,
     *,
-    reading: dict[str, Any],
+    reading: Reading,
     widths: dict[str, int],
     dtype: str,
     overwrite: bool,
@@ -109,7 +110,7 @@ def make_store(
     with ExitStack() as opened:
         streams = []
         for path in paths:
-            stream = opened.enter_context(contextlib.closing(embedder.open(path, **reading)))
+            stream = opened.enter_context(contextlib.closing(embedder.open(path, reading)))
             logger.info("%s", stream)
             streams.append(stream)
         begin(streams)
@@ -119,9 +120,7 @@ def make_store(
             "inputs": [
                 describe_input(path, stream) for path, stream in zip(paths, streams, strict=True)
             ],
-            "layer": reading["layer"] or "",
-            "use_raw": reading["use_raw"],
-            "gene_column": reading["gene_column"] or "",
+            **reading.record(),
             "pool": embedder.pooling,
             "dtype": dtype,
             "backend": embedder.backend,

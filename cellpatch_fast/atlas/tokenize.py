@@ -24,24 +24,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..config import CellPatchConfig, Preprocessing
+from ..config import CellPatchConfig, Preprocessing, Reading
 from ..errors import InputError
 from ..genes import GeneVocabulary
-from ..io.sources.source import open_source
 from ..io.stores.buckets import Buckets, bytes_needed
 from ..io.stores.obs import write_obs
 from ..io.stores.partial import finished_counts, is_taken
 from ..io.stores.token_writer import TokenWriter
 from ..io.stores.tokens import ATTRIBUTE, KIND, gene_dtype, is_token_store, narrowed, value_dtype
 from ..loading import CellLoader
-from ..loading.inputs import CellStream, describe_input
+from ..loading.inputs import CellStream, describe_input, open_stream
 from ..progress import progress_bar
 from .paths import input_paths, output_path
 
 if TYPE_CHECKING:
+    from ..config import Expected
     from ..loading.windows import CellBatch
     from ..model import CellPatch
-    from ..preprocessing.detection import Expected
 
 logger = logging.getLogger("cellpatch_fast")
 
@@ -170,11 +169,12 @@ def tokenize(
     if seed < 0:
         raise InputError(f"the seed must be at least 0, found {seed}")
     vocabulary, config = _resolved(model, vocabulary, config)
+    reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
     preprocessing = Preprocessing.from_config(config)
     with ExitStack() as opened:
         streams = []
         for path in paths:
-            stream = _open(path, vocabulary, config, layer, use_raw, gene_column, input)
+            stream = _open(path, vocabulary, config, reading)
             opened.callback(stream.close)
             logger.info("%s", stream)
             streams.append(stream)
@@ -184,9 +184,7 @@ def tokenize(
             "inputs": [
                 describe_input(path, stream) for path, stream in zip(paths, streams, strict=True)
             ],
-            "layer": layer or "",
-            "use_raw": use_raw,
-            "gene_column": gene_column or "",
+            **reading.record(),
             "shuffle": f"with seed {seed}" if shuffle else "",
         }
         cells = sum(stream.n_cells for stream in streams)
@@ -248,22 +246,13 @@ def _resolved(
 
 
 def _open(
-    path: Path | str,
-    vocabulary: GeneVocabulary,
-    config: CellPatchConfig,
-    layer: str | None,
-    use_raw: bool,
-    gene_column: str | None,
-    expected: Expected,
+    path: Path | str, vocabulary: GeneVocabulary, config: CellPatchConfig, reading: Reading
 ) -> CellStream:
     if is_token_store(path):
         raise InputError(f"{path} is a token store already: give the AnnData or 10x files")
-    source = open_source(path, layer=layer, use_raw=use_raw)
-    try:
-        return CellStream(source, vocabulary, config, gene_column=gene_column, input=expected)
-    except BaseException:
-        source.close()
-        raise
+    stream = open_stream(path, vocabulary, config, reading)
+    assert isinstance(stream, CellStream)
+    return stream
 
 
 def _counted(summary: Summary, counts: dict[str, int]) -> Summary:

@@ -36,7 +36,7 @@ from .demo_results import (
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from ..atlas.embed import Annotated
+    from ..atlas import Annotated
     from ..training import Evaluation, FinetuningSettings
 
 SEED = 0

@@ -116,7 +116,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         help="time between checkpoints within an epoch (default: 10)",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="begin anew where there is a run already"
+        "--overwrite",
+        action="store_true",
+        help="begin anew where there is a run already; without it, to go on after an interruption",
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import Reading
 from ..devices import memory_errors, usable_device
 from ..errors import InputError
 from ..kernels import resolve_backend, synchronize
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from ..cells import RaggedCells
     from ..model.encoder import Pool
-    from ..preprocessing.detection import Expected
 
 MAX_CELLS = 8_192  # of a batch: its features take 20 MiB at the paper's sizes
 MAX_ENTRIES = 1 << 22  # of a batch: 4 million take some 100 MB on their way to tokens
@@ -136,23 +136,9 @@ class Embedder:
         config = self.model.config
         return config.output_dim * (config.patches if self.pooling == "flatten" else 1)
 
-    def open(
-        self,
-        data: str | Path | AnnData,
-        *,
-        layer: str | None = None,
-        use_raw: bool = False,
-        gene_column: str | None = None,
-        input: Expected = "auto",  # noqa: A002  (the name users know)
-    ) -> Stream:
-        """Cells, prepared for the model; see `streams.open_stream`."""
-        return open_stream(
-            *(data, self.model.vocabulary, self.model.config),
-            layer=layer,
-            use_raw=use_raw,
-            gene_column=gene_column,
-            input=input,
-        )
+    def open(self, data: str | Path | AnnData, reading: Reading = Reading()) -> Stream:
+        """Cells, prepared for the model; see `loading.inputs.open_stream`."""
+        return open_stream(data, self.model.vocabulary, self.model.config, reading)
 
     def run(
         self, streams: Sequence[Stream], ranges: Sequence[tuple[int, int]] | None = None

@@ -7,11 +7,11 @@ them (`fetching.Rows`); the loader needs nothing else.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..config import Preprocessing
+from ..config import Preprocessing, Reading
 from ..errors import InputError
 from ..io.sources.matrices import MAX_ENTRIES, CsrMatrix, DenseMatrix
 from ..io.sources.source import CellSource, open_source
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ..config import CellPatchConfig
     from ..genes import GeneVocabulary
     from ..io.sources.tables import Table
-    from ..preprocessing.detection import Expected
 
 SAMPLE_CELLS = 2_000  # cells that the kind of a matrix is told from
 
@@ -43,10 +42,8 @@ class CellStream:
         Where the cells come from; closed with this.
     vocabulary, config
         The model's.
-    gene_column
-        Column of var that holds the gene names; None finds the one that fits best.
-    input
-        What the matrix holds: ``"counts"``, ``"lognorm"``, or ``"auto"`` to find out.
+    reading
+        The column of gene names, and what the matrix holds; the source is opened already.
 
     Attributes
     ----------
@@ -66,13 +63,11 @@ class CellStream:
         source: CellSource,
         vocabulary: GeneVocabulary,
         config: CellPatchConfig,
-        *,
-        gene_column: str | None = None,
-        input: Expected = "auto",  # noqa: A002  (the name users know)
+        reading: Reading,
     ) -> None:
         self.source = source
         self.name, self.n_cells, self.n_genes = source.name, source.n_cells, source.n_genes
-        self.match = vocabulary.match_var(source.var, gene_column, source.name)
+        self.match = vocabulary.match_var(source.var, reading.gene_column, source.name)
         self.genes_matched, self.genes_unknown = self.match.matched, len(self.match.unknown)
         self.preprocessing = Preprocessing.from_config(config)
         self.vocabulary_fingerprint = vocabulary.fingerprint
@@ -80,7 +75,7 @@ class CellStream:
         self.detected = detect_input(
             sample_of(source),
             source.name,
-            input,
+            reading.input,
             target_sum=config.target_sum,
             gene_names=source.var.index,
         )
@@ -225,24 +220,18 @@ def open_stream(
     data: str | Path | AnnData,
     vocabulary: GeneVocabulary | None,
     config: CellPatchConfig | None,
-    *,
-    layer: str | None = None,
-    use_raw: bool = False,
-    gene_column: str | None = None,
-    input: Expected = "auto",  # noqa: A002  (the name users know)
+    reading: Reading = Reading(),
 ) -> Stream:
     """Open a token store, or AnnData, 10x output or an AnnData object, for reading.
 
     Raises
     ------
     InputError
-        If it cannot be read or does not fit the vocabulary and the configuration; the options
-        are those of `CellStream` and `io.sources.open_source`, and a token store has none.
+        If it cannot be read or does not fit the vocabulary and the configuration; or there are
+        options of reading for a token store, which has none.
     """
     if isinstance(data, str | Path) and is_token_store(data):
-        options: dict[str, Any] = {"layer": layer, "gene_column": gene_column}
-        given = [name for name, value in options.items() if value is not None]
-        given += ["use_raw"] * use_raw + ["input"] * (input != "auto")
+        given = reading.given()
         if given:
             raise InputError(
                 f"{data} is a token store, which has no {' and no '.join(given)}: leave that out"
@@ -252,22 +241,12 @@ def open_stream(
         raise InputError(
             f"{data} is no token store, so reading it needs a model's vocabulary and config"
         )
-    source = open_source(data, layer=layer, use_raw=use_raw)
+    source = open_source(data, layer=reading.layer, use_raw=reading.use_raw)
     try:
-        return CellStream(source, vocabulary, config, gene_column=gene_column, input=input)
+        return CellStream(source, vocabulary, config, reading)
     except BaseException:
         source.close()
         raise
-
-
-def reading_options(
-    layer: str | None,
-    use_raw: bool,
-    gene_column: str | None,
-    input: Expected,  # noqa: A002
-) -> dict[str, Any]:
-    """How inputs are read, as keyword arguments of `open_stream`."""
-    return {"layer": layer, "use_raw": use_raw, "gene_column": gene_column, "input": input}
 
 
 def sample_of(source: CellSource) -> CellBlock:

@@ -25,21 +25,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..config import Reading
 from ..devices import usable_cores
 from ..errors import InputError
 from ..preprocessing.masking import Masked, Masking, Measured, mask
 from .columns import balancing_weights, read_column
-from .inputs import CellStream, Stream, TokenStream, open_stream, reading_options
-from .sampling import Chosen, Epoch, Sampling, batches_per_epoch
+from .inputs import CellStream, Stream, TokenStream, open_stream
+from .sampling import (
+    Chosen,
+    Epoch,
+    Sampling,
+    batches_per_epoch,
+    warn_of_unequal_batches,
+)
 from .windows import Assembly, CellBatch, run
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from ..cells import RaggedCells
-    from ..config import CellPatchConfig
+    from ..config import CellPatchConfig, Expected
     from ..genes import GeneVocabulary
-    from ..preprocessing.detection import Expected
     from .windows import Mask
 
 __all__ = ["CellBatch", "CellLoader"]
@@ -69,7 +75,8 @@ class CellLoader:
     batch_size, max_entries, shuffle, block_size, buffer_size, seed, drop_last
         How an epoch is cut into batches and ordered, see `sampling.Sampling`.
     rank, world_size, share_batches
-        Which part of it this process takes, see there.
+        Which part of it this process takes, see there. Where ranks get unequal numbers of batches
+        an `InputWarning` says so.
     weights
         With ``shuffle``: how often each cell comes, relative to the others, float [cells]; or the
         name of a categorical column of obs, whose categories then come equally often.
@@ -154,10 +161,10 @@ class CellLoader:
         self._memory_limit, self._masking = memory_limit, masking
         self._opened: list[Stream] = []
         self._closed = False
-        options = reading_options(layer, use_raw, gene_column, input)
+        reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
         try:
             self.streams = [
-                self._open(data, vocabulary, config, options) for data in listed_inputs(inputs)
+                self._open(data, vocabulary, config, reading) for data in listed_inputs(inputs)
             ]
             self._prepare(weights, rows, obs)
         except BaseException:
@@ -169,11 +176,11 @@ class CellLoader:
         data: str | Path | AnnData | Stream,
         vocabulary: GeneVocabulary | None,
         config: CellPatchConfig | None,
-        options: dict[str, Any],
+        reading: Reading,
     ) -> Stream:
         if isinstance(data, CellStream | TokenStream):
             return data
-        self._opened.append(open_stream(data, vocabulary, config, **options))
+        self._opened.append(open_stream(data, vocabulary, config, reading))
         return self._opened[-1]
 
     def _prepare(
@@ -184,6 +191,7 @@ class CellLoader:
     ) -> None:
         self.n_cells = sum(stream.n_cells for stream in self.streams)
         self._chosen = Chosen(rows, self.n_cells)
+        warn_of_unequal_batches(self.sampling, len(self._chosen))
         self._sources = [stream.rows() for stream in self.streams]
         _check_same_types(self.streams)
         balanced = isinstance(weights, str)

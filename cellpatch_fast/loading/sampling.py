@@ -23,10 +23,13 @@ A *window* is what the loader reads, decodes and holds as one piece; it consists
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from ..errors import InputWarning
 
 Lengths = Callable[[np.ndarray], np.ndarray]  # positions [cells] to stored entries [cells]
 
@@ -321,6 +324,34 @@ def batches_per_epoch(sampling: Sampling, cells: int) -> int:
         raise TypeError("with max_entries the number of batches depends on the cells")
     first, last = _part(sampling, cells)
     return -(-(last - first) // sampling.batch_size)
+
+
+def warn_of_unequal_batches(sampling: Sampling, cells: int) -> None:
+    """Say so where ranks get unequal numbers of batches: those that wait for others hang then.
+
+    Only the first rank does.
+    """
+    ranks = sampling.world_size
+    if sampling.rank or ranks == 1 or sampling.share_batches:
+        return
+    if sampling.max_entries is not None:
+        numbers = "numbers of batches that depend on their cells (max_entries), and can differ"
+    else:
+        counts = [batches_per_epoch(replace(sampling, rank=r), cells) for r in range(ranks)]
+        if len(set(counts)) == 1:
+            return
+        most = counts.count(max(counts))
+        numbers = (
+            f"unequal numbers of batches: {most} of them {max(counts):,} per epoch, "
+            f"{ranks - most} {min(counts):,}"
+        )
+    warnings.warn(
+        f"the {ranks} ranks get {numbers}. Training that synchronises every batch waits for ever "
+        "at the end of the epoch: share_batches=True gives all ranks the same number, and so does "
+        "drop_last=True (with batches by cells)",
+        InputWarning,
+        stacklevel=4,  # at CellLoader(…)
+    )
 
 
 def _part(sampling: Sampling, cells: int) -> tuple[int, int]:

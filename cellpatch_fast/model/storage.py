@@ -5,8 +5,10 @@ decoder, an annotation head): the tensors of the encoder have the same names in 
 directory can be loaded as a plain encoder.
 
 A directory is complete when it has its ``config.json``: everything is first written beside it,
-then moved in with ``config.json`` last, so a save that is killed or runs out of disk leaves
-either the old model or one that loading refuses. Nothing in a directory can hold code. Loading
+then moved in with ``config.json`` last (`saving`), so a save that is killed or runs out of disk
+leaves the old model, or one that loading refuses until the next save has put it in order. A
+training run that begins anew in a directory marks it first, and its old model is refused from that
+moment. Nothing in a directory can hold code. Loading
 checks every tensor against what the configuration describes and reports all that do not fit,
 draws no random numbers, and keeps the weights' dtype, so what was saved comes back bit for bit.
 
@@ -20,8 +22,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -37,6 +37,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import CellPatchConfig
 from ..errors import InputError
+from .saving import replace_together, waiting
 
 if TYPE_CHECKING:
     from ..genes import GeneVocabulary
@@ -46,6 +47,8 @@ WEIGHTS = "model.safetensors"
 VOCABULARY = "vocabulary.json"
 CLASSES = "classes.json"
 FILES = (CONFIG, WEIGHTS, VOCABULARY)
+ORDER = (WEIGHTS, VOCABULARY, CLASSES, CONFIG)  # in which they are moved in
+RUN, RUN_BEGUN = "training.json", "training.begun.json"  # of a training run; while it is set up
 PARTS = ("decoder.", "head.", "linear.")  # how the names of tensors beyond the encoder's start
 
 ModelT = TypeVar("ModelT", bound="StoredModel")
@@ -100,7 +103,8 @@ class StoredModel(
         InputError
             If ``save_directory`` is a file.
         OSError
-            If it cannot be written. What was there before is untouched.
+            If it cannot be written, with what was there before untouched; or files cannot be
+            moved in, then the next save does so.
         """
         if config is not None or model_card_kwargs:
             raise ValueError(
@@ -110,13 +114,7 @@ class StoredModel(
         directory = Path(save_directory)
         if directory.exists() and not directory.is_dir():
             raise InputError(f"{directory} is a file: choose a directory to save the model in")
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        try:
-            self._save_pretrained(staging)
-            _move_files(staging, directory)
-        finally:
-            shutil.rmtree(staging)
+        replace_together(directory, ORDER, self._save_pretrained)
         if not push_to_hub:
             return None
         return self.push_to_hub(repo_id or directory.name, **push_to_hub_kwargs)
@@ -181,12 +179,7 @@ class StoredModel(
 
     @classmethod
     def _load(cls, directory: Path) -> Self:
-        missing = [name for name in FILES if not (directory / name).is_file()]
-        if missing:
-            raise InputError(
-                f"{directory} is not a complete model directory: {', '.join(missing)} is missing. "
-                "Save the model again, or check the path"
-            )
+        _require_complete(directory)
         missing = [name for name in cls._extra_files if not (directory / name).is_file()]
         if missing:
             raise InputError(
@@ -318,13 +311,25 @@ def _state(model: Any) -> dict[str, Tensor]:
     return {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
 
 
-def _move_files(staging: Path, directory: Path) -> None:
-    """Move a complete model into ``directory``, which counts as complete by its config.json."""
-    directory.mkdir(exist_ok=True)
-    (directory / CONFIG).unlink(missing_ok=True)
-    (directory / CLASSES).unlink(missing_ok=True)  # of another model, maybe
-    for file in sorted(staging.iterdir(), key=lambda file: file.name == CONFIG):  # it comes last
-        os.replace(file, directory / file.name)
+def _require_complete(directory: Path) -> None:
+    """Refuse a directory without a whole model of its own."""
+    run_goes_on = "the command that began it, without --overwrite, goes on with it"
+    if (directory / RUN_BEGUN).exists():
+        raise InputError(
+            f"{directory} is the folder of a training run that was just begun, and has no model "
+            f"yet: {run_goes_on}"
+        )
+    missing = [name for name in FILES if not (directory / name).is_file()]
+    if not missing:
+        return
+    advice = "Save the model again, or check the path"
+    if (directory / RUN).is_file():
+        advice = f"It is the folder of a training run that is not finished: {run_goes_on}"
+    elif rest := waiting(directory):
+        advice = f"It was interrupted while it was saved: move the files in {rest} there"
+    raise InputError(
+        f"{directory} is not a complete model directory: {', '.join(missing)} is missing. {advice}"
+    )
 
 
 def _read_config(path: Path) -> CellPatchConfig:

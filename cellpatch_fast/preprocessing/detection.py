@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from ..config import Expected
 from ..errors import InputError, InputWarning
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ __all__ = [
 ]
 
 InputKind = Literal["counts", "normalized", "lognorm"]
-Expected = Literal["auto", "counts", "lognorm"]
 
 LARGEST_LOGARITHM = 20.0  # log2(1e6 + 1); natural logarithms of as much end at 13.8
 LARGEST_NATURAL_LOGARITHM = 15.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..config import CellPatchConfig
+from ..config import CellPatchConfig, Reading
 from ..errors import InputError
 from ..io.sources.source import open_source
 from ..io.stores.tokens import TokenStore, is_token_store
@@ -40,7 +40,7 @@ def choose(
     data: Any,
     few_cells: bool | None,
     settings: TrainingSettings | Mapping[str, Any] | None,
-    options: Mapping[str, Any],
+    reading: Reading,
 ) -> Choice:
     """Decide by what was asked for, else by the number of cells of the inputs.
 
@@ -58,7 +58,7 @@ def choose(
         return Choice(settings.spectral, "as they were given")
     if few_cells is not None:
         return Choice(few_cells, "as asked for")
-    cells = sum(_cells_of(each, options) for each in listed_inputs(data))
+    cells = sum(_cells_of(each, reading) for each in listed_inputs(data))
     few = cells < FEW
     fewer, option = ("fewer than", "--no-few-cells") if few else ("at least", "--few-cells")
     return Choice(
@@ -123,9 +123,9 @@ def complete(
     return kind.for_few_cells(cells, **given) if few else kind(**given)
 
 
-def _cells_of(data: Any, options: Mapping[str, Any]) -> int:
+def _cells_of(data: Any, reading: Reading) -> int:
     if isinstance(data, str | Path) and is_token_store(data):
         with TokenStore(data) as store:
             return store.n_cells
-    with open_source(data, layer=options["layer"], use_raw=options["use_raw"]) as source:
+    with open_source(data, layer=reading.layer, use_raw=reading.use_raw) as source:
         return source.n_cells

@@ -26,7 +26,7 @@ from .distributed import Processes
 from .settings import FinetuningSettings, TrainingSettings
 
 if TYPE_CHECKING:
-    from ..config import CellPatchConfig
+    from ..config import CellPatchConfig, Reading
     from ..genes import GeneVocabulary
 
 logger = logging.getLogger("cellpatch_fast")
@@ -41,9 +41,9 @@ PART_NAMES |= {"train": "training", "val": "validation", "valid": "validation"}
 
 @contextlib.contextmanager
 def opened(
-    inputs: Any, vocabulary: GeneVocabulary, config: CellPatchConfig, options: dict[str, Any]
+    inputs: Any, vocabulary: GeneVocabulary, config: CellPatchConfig, reading: Reading
 ) -> Iterator[list[Stream]]:
-    """The inputs of a run, opened for a model; ``options`` are those of `open_stream`.
+    """The inputs of a run, opened for a model.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def opened(
     """
     with contextlib.ExitStack() as stack:
         streams = [
-            stack.enter_context(contextlib.closing(open_stream(x, vocabulary, config, **options)))
+            stack.enter_context(contextlib.closing(open_stream(x, vocabulary, config, reading)))
             for x in listed_inputs(inputs)
         ]
         if not any(int(stream.rows().offsets[-1]) for stream in streams):

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..config import CellPatchConfig
+from ..config import CellPatchConfig, Reading
 from ..errors import InputError
 from ..inference.evaluation import UNKNOWN, Evaluation, require_analysis
 from ..loading import CellLoader
 from ..loading.columns import Column, balancing_weights
-from ..loading.inputs import Stream, reading_options
+from ..loading.inputs import Stream
 from ..model import CellPatch, CellPatchAnnotator, fingerprint
 from ..preprocessing.masking import Masking
 from .choosing import choose, complete, new_config
@@ -40,6 +40,7 @@ from .data import (
 from .distributed import Processes
 from .expression import gather
 from .finishing import Tested, finish
+from .folder import held
 from .linear import LinearModels, fit
 from .running import Running, require_possible, run_task, seeded
 from .settings import FinetuningSettings
@@ -47,8 +48,8 @@ from .starting import begin, learn_new_genes, loader_options, starting_model
 from .task import History
 
 if TYPE_CHECKING:
+    from ..config import Expected
     from ..genes import GeneVocabulary
-    from ..preprocessing.detection import Expected
 
 logger = logging.getLogger("cellpatch_fast")
 
@@ -144,19 +145,19 @@ checkpoint_minutes, overwrite, progress
         If the folder cannot be written. What is done is kept.
     """
     output = Path(output)
-    options = reading_options(layer, use_raw, gene_column, input)
-    choice = choose(data, few_cells, settings, options)
+    reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
+    choice = choose(data, few_cells, settings, reading)
     first = complete(FinetuningSettings, settings, choice.few, None)
     with Processes.join(device, devices) as processes, seeded(first.seed, processes):
-        require_possible(output, first, processes)
+        require_possible(output, model, first, processes)
         require_analysis()
         if model is None:
             config = new_config(data, choice, config)
         encoder = starting_model(CellPatch, model, config, vocabulary)
         identity: dict[str, Any] = {"model": None if model is None else fingerprint(encoder)}
         if add_genes or (add_genes is None and model is None and choice.few):
-            learn_new_genes(encoder, data, options, required=bool(add_genes))
-        with opened(data, encoder.vocabulary, encoder.config, options) as streams:
+            learn_new_genes(encoder, data, reading, required=bool(add_genes))
+        with opened(data, encoder.vocabulary, encoder.config, reading) as streams:
             report(streams, processes)
             labels = read_labels(streams, label, first.min_cells)
             rows = (
@@ -174,7 +175,7 @@ checkpoint_minutes, overwrite, progress
             linear = _begin(task, rows["training"], labels, chosen, processes, new=model is None)
             identity |= {
                 "data": describe(streams),
-                **{name: value for name, value in options.items() if value},
+                **reading.given(),
                 "label": label,
                 "classes": labels.classes,
                 "split_column": split_column,
@@ -187,8 +188,9 @@ checkpoint_minutes, overwrite, progress
             tested = Tested(None, None)
             if processes.leads:
                 _warn_of_majority(history, labels, rows)
-                tested = finish(output, streams, rows, labels, chosen, processes.device, linear)
-                training_curves(output, save=output / "training_curves")
+                with held(output):
+                    tested = finish(output, streams, rows, labels, chosen, processes.device, linear)
+                    training_curves(output, save=output / "training_curves")
             processes.wait()
     return Finetuned(history, tested.annotator, tested.linear)
 

@@ -13,17 +13,24 @@
 A checkpoint replaces the one before in one step, and knows how long the tables were when it was
 written: whatever a killed run wrote beyond is cut off when it goes on. A run with other settings
 does not go on; it is refused, with the difference named. Nothing in a checkpoint can hold code.
+
+A run begins, in an empty folder or in place of another run, by writing ``training.begun.json``.
+From that moment the folder is the new run's, and a model in it is refused; what is of another run
+is deleted, then the file becomes ``training.json``. A kill before that moment leaves the other run
+complete, a kill after it a run that goes on by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
 import platform
+import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -32,13 +39,16 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from ..errors import InputError, InputWarning
-from ..io.stores.partial import LOCK, differences, locked, replace_json, to_disk
+from ..files import to_disk, write_whole
+from ..io.stores.partial import LOCK, differences, locked
+from ..model.saving import settle
+from ..model.storage import ORDER, RUN, RUN_BEGUN
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FORMAT_VERSION = 1
-SETTINGS, CHECKPOINT = "training.json", "checkpoint.pt"
+SETTINGS, BEGUN, CHECKPOINT = RUN, RUN_BEGUN, "checkpoint.pt"
 STEPS, EPOCHS = "steps.csv", "epochs.csv"
 LINEAR_METRICS = "linear_metrics.json"
 RESULTS = (  # of an earlier run, which would be taken for those of a new one
@@ -93,21 +103,31 @@ class RunFolder:
         self._columns = columns
         self._tables: dict[str, IO[str]] = {}
         self._board: SummaryWriter | None = None
+        self._opened = contextlib.ExitStack()
         require_run_folder(path)
-        self._lock = locked(path)
+        self._opened.enter_context(held(path))
         try:
+            self._tidy()
             self.checkpoint = None if overwrite else self._resume(free)
             if self.checkpoint is None:
                 self._begin()
-            self._write_settings()
+            else:
+                write_whole(path / SETTINGS, self._facts())
             self._open_tables()
         except BaseException:
             self.close()
             raise
 
+    def _tidy(self) -> None:
+        """Bring to an end, or clear away, what a killed process of this run was writing."""
+        settle(self.path, ORDER)
+        for path in self.path.iterdir():
+            if _is_unfinished(path, {SETTINGS, BEGUN, CHECKPOINT, *RESULTS}):
+                path.unlink()
+
     def _resume(self, free: Collection[str]) -> dict[str, Any] | None:
         """The last checkpoint of this very run."""
-        if not (self.path / SETTINGS).exists():
+        if not (self.path / SETTINGS).exists() and not (self.path / BEGUN).exists():
             return None
         found = read_settings(self.path)
         before = {"kind": found["kind"]} | found["settings"]
@@ -118,17 +138,22 @@ class RunFolder:
                 f"choose another --output, or begin anew with --overwrite (overwrite=True)."
                 f"{differences(before, now)}"
             )
-        if not (self.path / CHECKPOINT).exists():
+        if (self.path / BEGUN).exists() or not (self.path / CHECKPOINT).exists():
             return None
         return read_checkpoint(self.path / CHECKPOINT, self.kind)
 
     def _begin(self) -> None:
-        for name in (CHECKPOINT, STEPS, EPOCHS, *RESULTS):
+        """Make the folder this run's, and clear away what is of another one."""
+        write_whole(self.path / BEGUN, self._facts())
+        for name in (*ORDER, CHECKPOINT, STEPS, EPOCHS, *RESULTS):
             (self.path / name).unlink(missing_ok=True)
+        to_disk(self.path)
+        os.replace(self.path / BEGUN, self.path / SETTINGS)
+        to_disk(self.path)
 
-    def _write_settings(self) -> None:
-        replace_json(
-            self.path / SETTINGS,
+    def _facts(self) -> str:
+        """The content of ``training.json``."""
+        return json.dumps(
             {
                 "kind": self.kind,
                 "settings": self._settings,
@@ -138,17 +163,24 @@ class RunFolder:
                     "python": platform.python_version(),
                     "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
                 },
-            },
+            }
         )
 
     def _open_tables(self) -> None:
         """Cut the tables to what the checkpoint knows of, and go on behind it."""
         sizes = self.checkpoint["sizes"] if self.checkpoint else {}
         for name, columns in self._columns.items():
-            table = (self.path / name).open("a", newline="", encoding="utf-8")
+            path, size = self.path / name, sizes.get(name, 0)
+            if size > (path.stat().st_size if path.exists() else 0):
+                raise InputError(
+                    f"{path} had {size:,} bytes when the checkpoint was written, and is shorter "
+                    "now: restore it, or begin anew with --overwrite (overwrite=True)"
+                )
+            table = self._opened.enter_context(path.open("a", newline="", encoding="utf-8"))
             self._tables[name] = table
-            table.truncate(sizes.get(name, 0))
-            if not sizes.get(name):
+            table.truncate(size)
+            table.seek(0, os.SEEK_END)  # a file opened for appending stands where its end was
+            if not size:
                 csv.writer(table).writerow(columns)
                 table.flush()
         with contextlib.suppress(ImportError):  # TensorBoard is optional
@@ -156,6 +188,7 @@ class RunFolder:
 
             step = self.checkpoint["place"]["step"] if self.checkpoint else 0
             self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+            self._opened.callback(self._board.close)
 
     def add_row(self, name: str, row: Mapping[str, Any]) -> None:
         """Add a row to a table; what is None stays empty."""
@@ -169,28 +202,24 @@ class RunFolder:
 
     def save(self, checkpoint: Mapping[str, Any]) -> None:
         """Replace the checkpoint, in one step; `FIELDS` without those that are known here."""
-        own = {
-            "format_version": FORMAT_VERSION,
-            "kind": self.kind,
-            "sizes": {name: table.tell() for name, table in self._tables.items()},
-        }
-        path = self.path / CHECKPOINT
-        replacement = path.with_name(f"{CHECKPOINT}.new")
-        try:
-            torch.save({**own, **checkpoint}, replacement)
-            to_disk(replacement)
-            os.replace(replacement, path)
-        finally:
-            replacement.unlink(missing_ok=True)
+        for table in self._tables.values():
+            table.flush()
+            os.fsync(table.fileno())  # the checkpoint relies on their sizes
+        content = io.BytesIO()
+        torch.save(
+            {
+                "format_version": FORMAT_VERSION,
+                "kind": self.kind,
+                "sizes": {name: table.tell() for name, table in self._tables.items()},
+                **checkpoint,
+            },
+            content,
+        )
+        write_whole(self.path / CHECKPOINT, content.getbuffer())
 
     def close(self) -> None:
         """Let others write."""
-        for table in self._tables.values():
-            table.close()
-        if self._board is not None:
-            self._board.close()
-        (self.path / LOCK).unlink(missing_ok=True)
-        os.close(self._lock)  # last: nobody may lock a file that is deleted then
+        self._opened.close()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -204,6 +233,19 @@ class RunFolder:
         self.close()
 
 
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Lets no other process write in a run's folder; `InputError` if one does."""
+    lock = locked(path)
+    try:
+        yield
+    finally:
+        try:
+            (path / LOCK).unlink(missing_ok=True)
+        finally:
+            os.close(lock)  # last: nobody may lock a file that is deleted then
+
+
 def require_run_folder(path: Path) -> None:
     """Refuse a place where a run cannot be kept.
 
@@ -214,20 +256,30 @@ def require_run_folder(path: Path) -> None:
     """
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file: choose a folder for the training run")
-    taken = path.is_dir() and any(file.name != LOCK for file in path.iterdir())
-    if taken and not (path / SETTINGS).exists():
+    if not path.is_dir() or (path / SETTINGS).exists() or (path / BEGUN).exists():
+        return
+    begun = {SETTINGS, BEGUN}
+    if any(file.name != LOCK and not _is_unfinished(file, begun) for file in path.iterdir()):
         raise InputError(f"{path} holds other things than a training run: choose another --output")
+
+
+def _is_unfinished(path: Path, names: Collection[str]) -> bool:
+    """Whether a kill has left this of writing a file with one of ``names`` (`write_whole`)."""
+    match = re.fullmatch(r"\.(.+)\.\d+\.unfinished", path.name)
+    return match is not None and match[1] in names
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """What ``training.json`` of a run holds: ``kind``, ``settings``, ``versions``.
+
+    Of a run that is being set up, what ``training.begun.json`` does.
 
     Raises
     ------
     InputError
         If it cannot be read, or is none.
     """
-    file = path / SETTINGS
+    file = path / (BEGUN if (path / BEGUN).exists() else SETTINGS)
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError) as error:

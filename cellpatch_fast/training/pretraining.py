@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ..cells import RaggedCells
-from ..config import CellPatchConfig
+from ..config import CellPatchConfig, Reading
 from ..errors import InputError
 from ..loading import CellBatch, CellLoader
-from ..loading.inputs import reading_options
 from ..model import CellPatch, MaskedGeneModel, fingerprint
 from .choosing import choose, complete, new_config
 from .data import describe, opened, report, split_blocks
@@ -31,8 +30,8 @@ from .starting import begin, learn_new_genes, loader_options, starting_model
 from .task import History, Task, ranges_of
 
 if TYPE_CHECKING:
+    from ..config import Expected
     from ..genes import GeneVocabulary
-    from ..preprocessing.detection import Expected
 
 
 logger = logging.getLogger("cellpatch_fast")
@@ -95,7 +94,8 @@ def pretrain(
     checkpoint_minutes
         Time between checkpoints within an epoch; one is written after every epoch in any case.
     overwrite
-        Begin anew where ``output`` holds a run already.
+        Begin anew where ``output`` holds a run already. A kill leaves that run, or the new one,
+        which has no model to load until its first epoch is done, and goes on without this.
     progress
         Show a progress bar; None for only on a terminal.
 
@@ -117,11 +117,11 @@ def pretrain(
     >>> model = cellpatch_fast.CellPatch.from_pretrained("pretrained")  # doctest: +SKIP
     """
     output = Path(output)
-    options = reading_options(layer, use_raw, gene_column, input)
-    choice = choose(data, few_cells, settings, options)
+    reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
+    choice = choose(data, few_cells, settings, reading)
     first = complete(PretrainingSettings, settings, choice.few, None)
     with Processes.join(device, devices) as processes, seeded(first.seed, processes):
-        require_possible(output, first, processes)
+        require_possible(output, model, first, processes)
         if model is None:
             config = new_config(data, choice, config)
         started = starting_model(MaskedGeneModel, model, config, vocabulary)
@@ -129,8 +129,8 @@ def pretrain(
             "model": None if model is None else fingerprint(started, whole=True)
         }
         if add_genes or (add_genes is None and model is None and choice.few):
-            learn_new_genes(started, data, options, required=bool(add_genes))
-        with opened(data, started.vocabulary, started.config, options) as streams:
+            learn_new_genes(started, data, reading, required=bool(add_genes))
+        with opened(data, started.vocabulary, started.config, reading) as streams:
             report(streams, processes)
             cells = sum(stream.n_cells for stream in streams)
             chosen = complete(PretrainingSettings, settings, choice.few, cells)
@@ -156,7 +156,7 @@ def pretrain(
                 begin(task.model, task.training, values, chosen, processes)
             identity |= {
                 "data": describe(streams),
-                **{name: value for name, value in options.items() if value},
+                **reading.given(),
                 "vocabulary": started.vocabulary.fingerprint,
                 "config": started.config.to_dict(),
             }

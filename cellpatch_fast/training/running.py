@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +55,13 @@ def seeded(seed: int, processes: Processes) -> Iterator[None]:
         yield
 
 
-def require_possible(output: Path, settings: TrainingSettings, processes: Processes) -> None:
+def require_possible(
+    output: Path, model: object, settings: TrainingSettings, processes: Processes
+) -> None:
     """Refuse a folder or a backend that cannot be used, before inputs are read.
+
+    ``model`` is what training starts from; a run that has it in its own folder would replace it,
+    and could not be repeated.
 
     Raises
     ------
@@ -64,6 +70,12 @@ def require_possible(output: Path, settings: TrainingSettings, processes: Proces
     """
     if processes.leads:  # the others would see its files in the making
         require_run_folder(output)
+    place = Path(model) if isinstance(model, str | os.PathLike) else None
+    if place is not None and place.exists() and output.exists() and place.samefile(output):
+        raise InputError(
+            f"{output} holds the model to start from, which training would replace: choose "
+            "another --output"
+        )
     try:
         resolve_backend(settings.backend, processes.device)
     except ValueError as error:

@@ -15,7 +15,7 @@ import torch
 from scipy.sparse import csr_array
 
 from .. import kernels
-from ..config import CellPatchConfig
+from ..config import CellPatchConfig, Reading
 from ..errors import InputError
 from ..loading import CellLoader
 from ..model import CellPatch
@@ -150,14 +150,12 @@ def whiten_attention(
     projection.bias.copy_(torch.from_numpy(-matrix @ mean))
 
 
-def learn_new_genes(
-    model: CellPatch, data: Any, options: dict[str, Any], *, required: bool
-) -> None:
+def learn_new_genes(model: CellPatch, data: Any, reading: Reading, *, required: bool) -> None:
     """Give genes of the inputs that the model's vocabulary lacks the next tokens.
 
     Where they do not fit it is an error if they are ``required``, else they stay without.
     """
-    with opened(data, model.vocabulary, model.config, options) as streams:
+    with opened(data, model.vocabulary, model.config, reading) as streams:
         try:
             model.vocabulary = model.vocabulary.add(new_genes(streams), model.config.max_genes)
         except InputError as error:

@@ -346,7 +346,7 @@ INTERRUPTED = """
 import faulthandler, sys, threading, time
 
 faulthandler.dump_traceback_later(60, exit=True)
-from cellpatch_fast import loader
+from cellpatch_fast.loading import loader
 from cellpatch_fast.io.chunks.direct import DirectChunks
 
 loader.WINDOW_BYTES = 1

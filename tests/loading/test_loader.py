@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from cellpatch_fast import CellPatch, InputError, RaggedCells, pp
+from cellpatch_fast.errors import InputWarning
 from cellpatch_fast.loading import CellLoader
 from cellpatch_fast.preprocessing.masking import Masking
 
@@ -157,6 +158,7 @@ def test_several_inputs_follow_each_other_whatever_their_genes(
             np.testing.assert_array_equal(labels, kinds[batch.rows])
 
 
+@pytest.mark.filterwarnings("ignore:the . ranks get")
 def test_ranks_share_an_epoch(
     files: dict[str, Path], small_model: CellPatch, expected: RaggedCells
 ) -> None:
@@ -168,6 +170,19 @@ def test_ranks_share_an_epoch(
         )
     ]
     assert_same(in_file_order(batches), expected)
+
+
+def test_unequal_numbers_of_batches_are_told_where_the_loader_was_made(
+    files: dict[str, Path], small_model: CellPatch
+) -> None:
+    """211 cells: a rank of three has 70 or 71."""
+    options: dict[str, Any] = {"batch_size": 70, "shuffle": True, "world_size": 3}
+    with pytest.warns(InputWarning, match="1 of them 2 per epoch, 2 1") as caught:
+        load(files["v3.zarr"], small_model, rank=0, **options)
+    assert len(caught) == 1
+    assert "loading.py" in caught[0].filename  # of the tests
+    for fitting in ({"rank": 1}, {"share_batches": True}, {"drop_last": True}):
+        load(files["v3.zarr"], small_model, **options, **fitting)  # a warning would be an error
 
 
 @pytest.mark.parametrize("masking", [None, Masking()], ids=["plain", "masked"])

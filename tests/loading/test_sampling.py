@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellpatch_fast.loading.sampling import Epoch, Sampling, Window, batches_per_epoch
+from cellpatch_fast.loading.sampling import (
+    Epoch,
+    Sampling,
+    Window,
+    batches_per_epoch,
+    warn_of_unequal_batches,
+)
 
 
 def windows_of(
@@ -223,3 +230,28 @@ def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], messag
 def test_the_number_of_batches_is_unknown_with_a_budget_of_entries() -> None:
     with pytest.raises(TypeError, match="depends on the cells"):
         batches_per_epoch(Sampling(max_entries=7), 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "cells", "numbers"),
+    [
+        ({"batch_size": 7, "world_size": 3}, 43, "1 of them 3 per epoch, 2 2"),
+        ({"batch_size": 7, "world_size": 5, "drop_last": True}, 43, None),
+        ({"batch_size": 7, "world_size": 3, "share_batches": True}, 43, None),
+        ({"batch_size": 7, "world_size": 3}, 41, None),
+        ({"batch_size": 7}, 43, None),
+        ({"batch_size": 7, "world_size": 3, "max_entries": 11}, 41, "depend on their cells"),
+        ({"batch_size": 7, "world_size": 3, "rank": 1}, 43, None),  # the first rank says it
+    ],
+)
+def test_ranks_with_unequal_numbers_of_batches_are_warned_of(
+    options: dict[str, Any], cells: int, numbers: str | None
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_unequal_batches(Sampling(**options), cells)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (numbers is not None)
+    for message in messages:
+        assert str(numbers) in message
+        assert "share_batches=True" in message

@@ -104,6 +104,7 @@ def tokens(adata: anndata.AnnData, small_model: CellPatch) -> RaggedCells:
 # --- the same cells ----------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:the . ranks get")
 @few
 @given(
     chunk_entries=st.integers(17, 400) | st.integers(400, 40_000),
@@ -259,6 +260,7 @@ def test_a_shuffled_store_says_which_input_a_cell_is_from(
         assert found.tolist() == [str(files[source]) for source in sources[batch.rows]]
 
 
+@pytest.mark.filterwarnings("ignore:the . ranks get")
 @few
 @given(
     world_size=st.integers(1, 5),

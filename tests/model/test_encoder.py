@@ -17,7 +17,7 @@ from cellpatch_fast.config import CellPatchConfig
 from cellpatch_fast.errors import InputError
 from cellpatch_fast.genes import GeneVocabulary
 from cellpatch_fast.model import CellPatch, pool
-from cellpatch_fast.model.original import original_name
+from cellpatch_fast.model.original_names import original_name
 
 SMALL = CellPatchConfig(max_genes=601, patches=7, dim=22, heads=2, mlp_dim=13, projection_dim=5)
 LENGTHS = [3, 0, 31, 1, 17]

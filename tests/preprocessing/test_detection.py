@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellpatch_fast.cells import CellBlock
+from cellpatch_fast.config import Expected
 from cellpatch_fast.errors import InputError
-from cellpatch_fast.preprocessing.detection import Expected, InputKindWarning, detect_input
+from cellpatch_fast.preprocessing.detection import InputKindWarning, detect_input
 
 CELLS, GENES = 61, 307
 

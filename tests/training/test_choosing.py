@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, InputError, atlas
-from cellpatch_fast.loading.inputs import reading_options
+from cellpatch_fast.config import Reading
 from cellpatch_fast.training import (
     Finetuned,
     FinetuningSettings,
@@ -26,7 +26,6 @@ from cellpatch_fast.training.folder import read_settings
 
 from ..conftest import write_zarr
 
-OPTIONS = reading_options(None, False, None, "auto")
 SMALL: dict[str, Any] = {"patches": 5, "dim": 14, "heads": 2, "mlp_dim": 11}
 SMALL |= {"self_attention_blocks": 1, "projection_dim": 3}
 
@@ -49,13 +48,13 @@ def test_few_cells_are_those_below_a_number_that_is_said(
     monkeypatch.setattr(choosing, "FEW", 4 * 147)
     for data in (*inputs, inputs[:3]):
         cells = 147 * (3 if isinstance(data, list) else 1)
-        choice = choose(data, None, None, OPTIONS)
+        choice = choose(data, None, None, Reading())
         assert choice.few
         assert str(choice) == (
             f"settings for few cells: there are {cells} cells, fewer than 588 (--no-few-cells, "
             "few_cells=False: the others)"
         )
-    choice = choose(inputs, None, {"epochs": 3}, OPTIONS)
+    choice = choose(inputs, None, {"epochs": 3}, Reading())
     assert not choice.few
     assert str(choice).startswith("the paper's settings: there are 588 cells, at least 588")
 
@@ -66,19 +65,19 @@ def test_what_is_asked_for_comes_before_the_number_of_cells(
 ) -> None:
     for number in (1, 10**6):
         monkeypatch.setattr(choosing, "FEW", number)
-        choice = choose(inputs, few, None, OPTIONS)
+        choice = choose(inputs, few, None, Reading())
         assert (choice.few, choice.reason) == (few, "as asked for")
 
 
 @pytest.mark.parametrize("kind", [PretrainingSettings, FinetuningSettings])
 def test_complete_settings_are_taken_as_they_are(file: Path, kind: Any) -> None:
     for settings, few in ((kind(), False), (kind.for_few_cells(100), True)):
-        choice = choose(file, None, settings, OPTIONS)
+        choice = choose(file, None, settings, Reading())
         assert (choice.few, choice.reason) == (few, "as they were given")
         assert complete(kind, settings, choice.few, 147) is settings
         for asked in (True, False):
             with pytest.raises(InputError, match="complete settings were given"):
-                choose(file, asked, settings, OPTIONS)
+                choose(file, asked, settings, Reading())
 
 
 @pytest.mark.parametrize("kind", [PretrainingSettings, FinetuningSettings])

@@ -350,6 +350,17 @@ def test_pretrained_models_are_embedded_with_and_pretrained_further(
         run("neither", pretraining(), model=first)
 
 
+def test_a_run_does_not_replace_the_model_that_it_starts_from(
+    run: Pretrain, pretraining: Settings
+) -> None:
+    """Else a kill would leave nothing to start from again."""
+    folder = run("run", pretraining(epochs=1))
+    given: dict[str, Any] = {"config": None, "vocabulary": None, "model": folder}
+    with pytest.raises(InputError, match="holds the model to start from"):
+        run("run", pretraining(epochs=1), overwrite=True, **given)
+    assert weights(folder)
+
+
 def test_new_genes_get_tokens_if_asked_for(
     run: Pretrain, pretraining: Settings, config: CellPatchConfig
 ) -> None:

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ...cells import CellBlock
+from ...config import Reading
 from ...errors import InputError
 from ..interfaces import COPY_AGAIN, is_address
 from . import containers, memory, tenx
@@ -208,10 +209,9 @@ def open_source(
     InputError
         If there is no such file, matrix or cell, or it cannot be read.
     """
-    if layer is not None and use_raw:
-        raise InputError("layer and use_raw exclude each other: choose one matrix")
+    reading = Reading(layer=layer, use_raw=use_raw)
     if not isinstance(data, str | Path):
-        return _memory_source(data, layer, use_raw, memory_limit)
+        return _memory_source(data, reading, memory_limit)
     if is_address(data):
         container = containers.open_zarr(str(data))
     else:
@@ -219,18 +219,18 @@ def open_source(
         if not path.exists():
             raise InputError(f"{data}: no such file or folder. Check the path.")
         if tenx.is_mtx(path):
-            return _tenx_source(path, "10x MTX", tenx.read_10x_mtx, layer, use_raw)
+            return _tenx_source(path, "10x MTX", tenx.read_10x_mtx, reading)
         container = _open_container(path)
     try:
         if "obs" in container and "var" in container:
-            return _container_source(container, layer, use_raw, memory_limit)
+            return _container_source(container, reading, memory_limit)
         is_10x = container.file_format == "h5ad" and tenx.is_10x_hdf5(container.root)
     except BaseException:
         container.close()
         raise
     container.close()
     if is_10x:
-        return _tenx_source(path, "10x HDF5", tenx.read_10x_hdf5, layer, use_raw)
+        return _tenx_source(path, "10x HDF5", tenx.read_10x_hdf5, reading)
     raise InputError(f"{container.name} holds no obs and var. {containers.NOT_ANNDATA}.")
 
 
@@ -254,12 +254,12 @@ def _open_container(path: Path) -> containers.Container:
 
 
 def _container_source(
-    container: containers.Container, layer: str | None, use_raw: bool, memory_limit: int
+    container: containers.Container, reading: Reading, memory_limit: int
 ) -> CellSource:
     layers = containers.layer_names(container)
     raw = containers.raw_prefix(container)
-    element = _chosen(container.name, layer, use_raw, layers, "X" in container, raw is not None)
-    key = f"{raw}X" if use_raw else element
+    element = _chosen(container.name, reading, layers, "X" in container, raw is not None)
+    key = f"{raw}X" if reading.use_raw else element
     matrix = stored_matrix(container, key, memory_limit)
     cells = containers.table_length(container, "obs")
     by_columns = StoredTable.can_read(container, "obs")
@@ -274,7 +274,7 @@ def _container_source(
         file_format=container.file_format,
         element=element,
         matrix=matrix,
-        var=containers.read_table(container, f"{raw}var" if use_raw else "var"),
+        var=containers.read_table(container, f"{raw}var" if reading.use_raw else "var"),
         read_obs=lambda: containers.read_table(container, "obs"),
         contents={
             "layers": layers,
@@ -287,20 +287,21 @@ def _container_source(
     )
 
 
-def _memory_source(
-    adata: AnnData, layer: str | None, use_raw: bool, memory_limit: int
-) -> CellSource:
+def _memory_source(adata: AnnData, reading: Reading, memory_limit: int) -> CellSource:
     name = "AnnData object"
     layers, raw = sorted(adata.layers), adata.raw
-    element = _chosen(name, layer, use_raw, layers, adata.X is not None, raw is not None)
-    values = adata.layers[layer] if layer is not None else raw.X if use_raw else adata.X
+    element = _chosen(name, reading, layers, adata.X is not None, raw is not None)
+    if reading.layer is not None:
+        values = adata.layers[reading.layer]
+    else:
+        values = raw.X if reading.use_raw else adata.X
     matrix, identity, close = memory.matrix_of(values, f"{name} ({element})", memory_limit)
     return CellSource(
         name=name,
         file_format=name,
         element=element,
         matrix=matrix,
-        var=raw.var if use_raw else adata.var,
+        var=raw.var if reading.use_raw else adata.var,
         read_obs=lambda: adata.obs,
         contents={
             "layers": layers,
@@ -316,10 +317,9 @@ def _tenx_source(
     path: Path,
     file_format: str,
     read: Callable[[Path], AnnData],
-    layer: str | None,
-    use_raw: bool,
+    reading: Reading,
 ) -> CellSource:
-    _chosen(str(path), layer, use_raw, layers=[], has_x=True, has_raw=False)
+    _chosen(str(path), reading, layers=[], has_x=True, has_raw=False)
     adata = read(path)
     matrix, *_ = memory.matrix_of(adata.X, str(path), MEMORY_LIMIT)
     return CellSource(
@@ -334,16 +334,14 @@ def _tenx_source(
     )
 
 
-def _chosen(
-    name: str, layer: str | None, use_raw: bool, layers: list[str], has_x: bool, has_raw: bool
-) -> str:
+def _chosen(name: str, reading: Reading, layers: list[str], has_x: bool, has_raw: bool) -> str:
     """The name of the chosen matrix (``"X"``, ``"layers/..."``, ``"raw/X"``) if it is there."""
     listed = f"Its layers: {', '.join(layers) if layers else 'none'}; raw: {_yes(has_raw)}"
-    if layer is not None:
-        if layer not in layers:
-            raise InputError(f"{name} has no layer {layer!r}. {listed}; X: {_yes(has_x)}.")
-        return f"layers/{layer}"
-    if use_raw:
+    if reading.layer is not None:
+        if reading.layer not in layers:
+            raise InputError(f"{name} has no layer {reading.layer!r}. {listed}; X: {_yes(has_x)}.")
+        return f"layers/{reading.layer}"
+    if reading.use_raw:
         if not has_raw:
             raise InputError(f"{name} has no raw. {listed}; X: {_yes(has_x)}.")
         return "raw/X"
