@@ -94,6 +94,74 @@ class Variant:
             words += [word for word, there in chosen.items() if there]
         return " ".join(words)
 
+    def source(self) -> Any:
+        """The kernel with its arguments as `encoder.py` launches it: an `ASTSource`."""
+        from cellpatch_fast.kernels.gpu import cells
+        from cellpatch_fast.kernels.gpu.tables import Tables
+        from triton.compiler import ASTSource
+
+        from cellpatch_fast import CellPatchConfig
+
+        config = CellPatchConfig(value_embedding="binned" if self.binned else "affine")
+        terms = f"*{TYPES[self.type]}"
+        in_terms = ("rows", "query", "bin_rows", "matrices")
+        tables = Tables(**{n: terms if n in in_terms else "*fp32" for n in Tables._fields})
+        pointers = {
+            "offsets": "*i64", "genes": f"*{self.genes}", "values": f"*{self.values}",
+            "pads": "*i64", "faults": "*i32",
+        } | dict.fromkeys(("partials", "features", "normalizers", "weights"), "*fp32")  # fmt: skip
+        integers = {
+            "cells": 1009,  # as any number of cells and entries
+            "entries": 1_000_003,
+            "gene_rows": config.max_genes,
+            "bins": config.value_bins if self.binned else 0,
+            "patches": config.patches,
+            "dim": config.dim if self.depth else config.head_dim,
+            "output_dim": config.output_dim,
+        }
+        constants = {
+            "PATCHES": config.patches,
+            "HEADS": config.heads,
+            "HEAD_DIM": config.head_dim,
+            "DIM": config.dim,
+            "MLP": config.mlp_dim,
+            "OUTPUT": 16,  # the projection's 10, padded
+            "DEPTH": self.depth,
+            "BINNED": self.binned,
+            "TERMS": 2 if self.type == "float32" else 1,
+            "PADDED": self.padded,
+            "PROJECTED": True,
+            "MEAN": self.mean,
+            "SPLIT": self.split,
+            "TILE": self.tile,
+            "STAGES": self.stages,
+        }
+        kernel = getattr(cells, self.kernel)
+        signature: dict[str, Any] = {}
+        divisible: list[tuple[int, ...]] = []  # places of arguments: by 16, as Triton specialises
+        for place, parameter in enumerate(kernel.params):
+            name = parameter.name
+            if name == "tables":
+                signature[name] = tables
+                divisible += [(place, field) for field in range(len(tables))]
+            elif name in constants:
+                signature[name] = "constexpr"
+            else:
+                signature[name] = pointers.get(name, "i32")
+                aligned = name in pointers or integers[name] % 16 == 0
+                as_any = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+                if aligned and not as_any:
+                    divisible.append((place,))
+        return ASTSource(
+            kernel,
+            signature,
+            {name: constants[name] for name, kind in signature.items() if kind == "constexpr"},
+            {place: [["tt.divisibility", 16]] for place in divisible},
+        )
+
+
+AnyVariant = Variant | RaggedVariant
+
 
 def shipped(architecture: int) -> Iterator[Variant]:
     """One variant per type and number of stages in an architecture's file, most stages first."""
@@ -137,91 +205,18 @@ def variants(architectures: Iterable[int], once: bool = False) -> list[Variant]:
     return variants
 
 
-def source(variant: Variant) -> Any:
-    """The kernel with its arguments as `encoder.py` launches it: a `triton.compiler.ASTSource`."""
-    from cellpatch_fast.kernels.gpu import cells
-    from cellpatch_fast.kernels.gpu.tables import Tables
-    from triton.compiler import ASTSource
-
-    from cellpatch_fast import CellPatchConfig
-
-    config = CellPatchConfig(value_embedding="binned" if variant.binned else "affine")
-    terms = f"*{TYPES[variant.type]}"
-    in_terms = ("rows", "query", "bin_rows", "matrices")
-    kinds: dict[str, Any] = {
-        name: terms if name in in_terms else "*fp32" for name in Tables._fields
-    }
-    tables = Tables(**kinds)
-    pointers = {
-        "offsets": "*i64",
-        "genes": f"*{variant.genes}",
-        "values": f"*{variant.values}",
-        "pads": "*i64",
-        "faults": "*i32",
-    } | dict.fromkeys(("partials", "features", "normalizers", "weights"), "*fp32")
-    integers = {
-        "cells": 1009,  # as any number of cells and entries
-        "entries": 1_000_003,
-        "gene_rows": config.max_genes,
-        "bins": config.value_bins if variant.binned else 0,
-        "patches": config.patches,
-        "dim": config.dim if variant.depth else config.head_dim,
-        "output_dim": config.output_dim,
-    }
-    constants = {
-        "PATCHES": config.patches,
-        "HEADS": config.heads,
-        "HEAD_DIM": config.head_dim,
-        "DIM": config.dim,
-        "MLP": config.mlp_dim,
-        "OUTPUT": 16,  # the projection's 10, padded
-        "DEPTH": variant.depth,
-        "BINNED": variant.binned,
-        "TERMS": 2 if variant.type == "float32" else 1,
-        "PADDED": variant.padded,
-        "PROJECTED": True,
-        "MEAN": variant.mean,
-        "SPLIT": variant.split,
-        "TILE": variant.tile,
-        "STAGES": variant.stages,
-    }
-    kernel = getattr(cells, variant.kernel)
-    signature: dict[str, Any] = {}
-    divisible: list[tuple[int, ...]] = []  # places of arguments: by 16, as Triton specialises
-    for place, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if name == "tables":
-            signature[name] = tables
-            divisible += [(place, field) for field in range(len(tables))]
-        elif name in constants:
-            signature[name] = "constexpr"
-        else:
-            signature[name] = pointers.get(name, "i32")
-            aligned = name in pointers or integers[name] % 16 == 0
-            as_any = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
-            if aligned and not as_any:
-                divisible.append((place,))
-    return ASTSource(
-        kernel,
-        signature,
-        {name: constants[name] for name, kind in signature.items() if kind == "constexpr"},
-        {place: [["tt.divisibility", 16]] for place in divisible},
-    )
-
-
-def measure(variant: Variant | RaggedVariant) -> dict[str, Any]:
+def measure(variant: AnyVariant) -> dict[str, Any]:
     """Compile one variant; what its machine code needs and does."""
     import triton
     from cellpatch_fast.kernels.gpu.configuration import Configuration, compiler_options
     from triton.backends.compiler import GPUTarget
 
-    kernel_source = source(variant) if isinstance(variant, Variant) else variant.source()
     started = processor_seconds()
     configuration = Configuration(variant.tile, variant.warps, variant.stages)
     options = compiler_options(variant.architecture, configuration)
     target = GPUTarget("cuda", variant.architecture, 32)
     try:
-        kernel = triton.compile(kernel_source, target=target, options=options)
+        kernel = triton.compile(variant.source(), target=target, options=options)
     except Exception as error:
         raise RuntimeError(f"does not compile: {variant}") from error
     seconds = processor_seconds() - started
@@ -252,9 +247,7 @@ def measure(variant: Variant | RaggedVariant) -> dict[str, Any]:
     }
 
 
-def programs(
-    variant: Variant | RaggedVariant, registers: int, shared: int, tensor_columns: int
-) -> int:
+def programs(variant: AnyVariant, registers: int, shared: int, tensor_columns: int) -> int:
     """Programs that a multiprocessor has room for."""
     return min(
         REGISTERS // (variant.warps * 32 * -(-registers // 8) * 8),
@@ -266,7 +259,7 @@ def programs(
 
 
 def main_loop(
-    variant: Variant | RaggedVariant, instructions: list[str], loops: list[tuple[int, int]]
+    variant: AnyVariant, instructions: list[str], loops: list[tuple[int, int]]
 ) -> dict[str, float]:
     """Clocks per entry of the smallest loop with all exponentials of a tile of entries."""
     expected = variant.exponentials * variant.tile // (32 * variant.warps)
@@ -323,13 +316,20 @@ def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def measure_all(chosen: list[Variant | RaggedVariant]) -> Iterator[dict[str, Any]]:
-    """`measure` of each, in as many processes as there are processors, with an empty cache."""
+def measure_all(chosen: list[AnyVariant], again: bool) -> Iterator[dict[str, Any]]:
+    """`measure` of each, in as many processes as there are processors.
+
+    ``again``: with an empty cache, so that the time is that of compiling; else with Triton's own.
+    There a kernel's key depends on which keys were asked for before: so all are, here, in order.
+    """
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not compiled
+    for variant in chosen:
+        variant.source().hash()
     workers = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        if again:
+            os.environ["TRITON_CACHE_DIR"] = cache
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
             yield from pool.map(measure, chosen)
 
 
@@ -371,15 +371,15 @@ def main() -> None:
     parser.add_argument("--architecture", type=int, nargs="+", choices=ARCHITECTURES,
                         default=ARCHITECTURES, help="compute capability times 10")  # fmt: skip
     parser.add_argument("--once", action="store_true",
-                        help="each kernel once per architecture, without float16")  # fmt: skip
+                        help="each kernel once, and not what Triton has kept")  # fmt: skip
     parser.add_argument("--output", type=Path, help="folder for kernel-resources.md and .json")
     options = parser.parse_args()
-    chosen: list[Variant | RaggedVariant] = [
+    chosen: list[AnyVariant] = [
         *variants(options.architecture, options.once),
         *ragged_variants(options.architecture, options.once),
     ]
     rows = []
-    for row in measure_all(chosen):
+    for row in measure_all(chosen, again=not options.once):
         rows.append(row)
         print(f"{len(rows)} of {len(chosen)} kernels compiled", file=sys.stderr, end="\r")
     import triton

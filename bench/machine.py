@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bench.command import describe
+from cellpatch_fast.devices import usable_cores
 
 PACKAGES = (
     *("torch", "triton", "numba", "numpy", "anndata", "zarr", "cellpatch-fast"),
@@ -30,8 +31,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
             key: described[key] for key in described if key not in ("torch", "triton", "python")
         }
     else:
-        cores = os.cpu_count() or 1
-        name = f"{_short(processor())} ({cores} cores)"
+        name = f"{_short(processor())} ({usable_cores()} cores)"
         facts = {"cache bytes": cache_bytes(device), "memory bytes": _memory_bytes()}
     return {"type": device.type, "name": name, "slug": _slug(name), **facts}
 

@@ -106,6 +106,16 @@ def keep_to_quota(root: Path = ROOT) -> None:
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores(root)))
 
 
+def default_device() -> torch.device:
+    """Where to compute if nobody says where: the GPU that PyTorch finds, else the CPU.
+
+    Embedding, annotation and training all ask here.
+    """
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def usable_device(device: torch.device | str) -> torch.device:
     """``device`` if this machine has it.
 

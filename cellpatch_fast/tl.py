@@ -71,7 +71,8 @@ def embed(
     backend
         ``"reference"``, ``"numba"`` or ``"triton"``; None for the fastest.
     device
-        Where to compute; None for where the model is.
+        Where to compute; None for a GPU if there is one, or where the model is if it is an object
+        already.
     copy
         Return a copy instead of changing ``adata``.
     progress

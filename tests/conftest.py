@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -20,25 +22,39 @@ from scipy import sparse
 from threadpoolctl import threadpool_limits
 
 from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary, RaggedCells, atlas, cli
+from cellpatch_fast.devices import usable_cores
 from cellpatch_fast.io import TokenStore
 from cellpatch_fast.io.stores import embeddings, obs, token_writer
 from cellpatch_fast.io.stores.buckets import Buckets
 from cellpatch_fast.io.stores.token_writer import TokenWriter
 
+from .compilation import compiled_by_one_process
+from .examples import load_profile
 from .io.stores.token_files import read_chunks
 
 # `atlas.tokenize` is the function.
 tokenizing = importlib.import_module("cellpatch_fast.atlas.tokenize")
 
+load_profile()
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Workers that all use all cores wait for each other: small steps took eight times as long.
-    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    threads = max(1, usable_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     torch.set_num_threads(threads)
     threadpool_limits(threads)  # of NumPy's and scikit-learn's products
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of processes that tests start
 
 GENES = 307
 WIDTH = 640  # of an embedding at the paper's sizes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Workers that need the same compiled function do not all compile it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    with compiled_by_one_process(tmp_path_factory.getbasetemp().parent):  # which is all workers'
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -60,22 +76,38 @@ def device(backend: str, device_of: Callable[[str], torch.device]) -> torch.devi
 
 @pytest.fixture(scope="session")
 def triton_backend() -> Iterator[None]:
-    """What tests of the Triton backend need: the package, and patience with its interpreter.
+    """What tests of the Triton backend need: the package, and an interpreter that wastes no time.
 
-    At every call of a function within a kernel the interpreter exchanges the contents of
-    `triton.language` again, which takes half of its time. Our functions share that module with the
-    kernel that calls them, for which it is done already.
+    As it is, it takes twice as long, for three things that change no result:
+
+    - It exchanges the contents of `triton.language` at every call of a function within a kernel.
+      Our functions share that module with the kernel that calls them, for which it is done
+      already; those of `triton.language` itself share `triton.language.core`, exchanged here.
+    - It computes all integers a second time, to find overflows, and then does not tell of them.
+    - It writes down which NumPy type belongs to which of Triton's, each time that it looks for one.
     """
     interpreter = pytest.importorskip("triton.runtime.interpreter")
-    as_it_was = interpreter.InterpretedFunction.__call__
+    core = interpreter.tl.core
+    numpy_type = interpreter._get_np_dtype
+    of_scalar = functools.cache(numpy_type)
+
+    def cached(kind: Any) -> np.dtype[Any]:
+        scalar = kind.element_ty if isinstance(kind, core.block_type) else kind
+        return numpy_type(kind) if scalar.is_ptr() else of_scalar(scalar)
 
     def call(function: Any, *arguments: Any, **others: Any) -> Any:
-        if function.fn.__module__.startswith("cellpatch_fast."):
-            return function.rewrite()(*arguments, **others)
-        return as_it_was(function, *arguments, **others)
+        return function.rewrite()(*arguments, **others)
 
-    with pytest.MonkeyPatch.context() as patch:
+    builder = interpreter.interpreter_builder
+    exchanged = interpreter._LangPatchScope()
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        stack.callback(exchanged.restore)
+        interpreter._patch_builtin(core, builder, exchanged)
+        interpreter._patch_lang_core(core, exchanged)
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        options = dataclasses.replace(builder.options, sanitize_overflow=False)
+        patch.setattr(builder, "options", options)
+        patch.setattr(interpreter, "_get_np_dtype", cached)
         yield
 
 

@@ -12,10 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from cellpatch_fast import cli, devices
-from cellpatch_fast.devices import cpu_quota, keep_to_quota, usable_cores, wait_passively
+from cellpatch_fast import CellPatch, cli, devices
+from cellpatch_fast.devices import (
+    cpu_quota,
+    default_device,
+    keep_to_quota,
+    usable_cores,
+    wait_passively,
+)
+from cellpatch_fast.inference.embedder import Embedder
 from cellpatch_fast.training import distributed
 
+ROOT = Path(__file__).parents[1]
 CORES = 8  # of the mask, where a test sets it
 
 
@@ -93,19 +101,28 @@ def test_without_control_groups_there_is_no_quota(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs affinity masks")
 def test_the_affinity_mask_counts() -> None:
-    """And PyTorch follows it by itself."""
+    """PyTorch follows it by itself; and so does what a benchmark says of the machine."""
     program = """
 import os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import torch
+from bench.machine import describe_device
 from cellpatch_fast.devices import usable_cores
 print(usable_cores(), torch.get_num_threads())
+print(describe_device(torch.device("cpu"))["name"])
 """
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert done.stdout.split() == ["1", "1"]
+    numbers, name = done.stdout.splitlines()
+    assert numbers == "1 1"
+    assert name.endswith("(1 cores)")
 
 
 @pytest.mark.parametrize(
@@ -187,3 +204,60 @@ def test_a_users_policy_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     wait_passively()
     assert os.environ["OMP_WAIT_POLICY"] == "active"
+
+
+@pytest.mark.parametrize("folder", ["cellpatch_fast", "bench", "tests"])
+def test_cores_are_counted_in_one_place(folder: str) -> None:
+    """Python's own count is the machine's, with those that this process may not use."""
+    counting = "os." + "cpu_count"
+    files = [path for path in (ROOT / folder).rglob("*.py") if counting in path.read_text()]
+    assert files == ([Path(devices.__file__)] if folder == "cellpatch_fast" else [])
+
+
+def test_the_default_device_is_the_gpu_that_pytorch_finds() -> None:
+    assert default_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    program = "from cellpatch_fast.devices import default_device; print(default_device())"
+    without = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=without, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "cpu\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which they would use")
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(["embed", "--output", "out.zarr", "--model"], id="embed"),
+        pytest.param(["annotate", "--output", "out.zarr", "--model"], id="annotate"),
+        pytest.param(["pretrain", "--output", "run", "--few-cells", "--model"], id="pretrain"),
+        pytest.param(
+            ["finetune", "--output", "run", "--few-cells", "--label", "kind", "--model"],
+            id="finetune",
+        ),
+    ],
+)
+def test_all_that_computes_goes_to_the_gpu_where_there_is_one(
+    command: list[str],
+    model_directory: Path,
+    cells_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Told that there is one, each tries to compute there, and says that it cannot."""
+    monkeypatch.chdir(cells_file.parent)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cli.main([command[0], str(cells_file), *command[1:], str(model_directory)]) == 1
+    assert "cannot compute on the device 'cuda'" in capsys.readouterr().err
+
+
+def test_a_model_that_is_an_object_computes_where_it_is(
+    small_model: CellPatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Embedder(small_model).device == small_model.patches.device
+
+
+@pytest.mark.gpu
+def test_a_model_directory_is_run_on_the_gpu(model_directory: Path) -> None:
+    assert Embedder(model_directory).device.type == "cuda"

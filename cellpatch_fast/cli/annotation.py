@@ -64,7 +64,9 @@ def add_annotate(commands: Commands) -> None:
     )
     parser.add_argument("--batch-size", type=positive, metavar="N", help="cells per batch at most")
     parser.add_argument("--backend", choices=("reference", "numba", "triton"))
-    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 … (default: cpu)")
+    parser.add_argument(
+        "--device", metavar="D", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)"
+    )
     parser.add_argument(
         "--overwrite",
         action="store_true",

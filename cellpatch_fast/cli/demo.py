@@ -125,7 +125,7 @@ def _results(output: Path, data: AnnData, clock: _Clock) -> Results:
     print("\nAnnotating all cells, and comparing:", flush=True)
     made: Annotated = clock.time(
         "annotate all cells",
-        lambda: atlas.annotate(output / DATA, run, output / STORE, overwrite=True),
+        lambda: atlas.annotate(output / DATA, run, output / STORE, device="cpu", overwrite=True),
     )
     baseline, right = clock.time(BASELINE, lambda: _baseline(data))
     annotated = anndata.read_zarr(output / STORE)

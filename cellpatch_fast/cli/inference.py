@@ -61,7 +61,9 @@ def add_embed(commands: Commands) -> None:
         choices=("reference", "numba", "triton"),
         help="default: the fastest for the device; CELLPATCH_BACKEND sets another default",
     )
-    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 … (default: cpu)")
+    parser.add_argument(
+        "--device", metavar="D", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)"
+    )
     parser.add_argument(
         "--overwrite",
         action="store_true",

@@ -100,7 +100,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         "and of the training settings; options given here come first",
     )
     add_reading(parser)
-    parser.add_argument("--device", metavar="D", help="cpu, cuda … (default: a GPU if there is)")
+    parser.add_argument(
+        "--device", metavar="D", help="cpu, cuda … (default: a GPU if there is one)"
+    )
     parser.add_argument(
         "--devices",
         type=positive,

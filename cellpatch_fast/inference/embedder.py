@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import Reading
-from ..devices import memory_errors, usable_device
+from ..devices import default_device, memory_errors, usable_device
 from ..errors import InputError
 from ..kernels import resolve_backend, synchronize
 from ..loading import CellLoader
@@ -79,8 +79,8 @@ class Embedder:
         Cells per batch at most; None for a size that bounds memory, which a batch's entries do
         in any case. It changes no result.
     backend, device
-        See `kernels.encode` and ``torch.device``; None for the fastest backend and for the
-        device that the model is on.
+        See `kernels.encode` and ``torch.device``; None for the fastest backend, and for a GPU if
+        there is one. A model that is an object already computes where it is.
     annotate
         Also tell the probabilities of the classes, which needs a `CellPatchAnnotator`.
 
@@ -104,6 +104,8 @@ class Embedder:
             raise InputError(f"unknown pooling {pooling!r}: choose flatten or mean")
         if batch_size is not None and batch_size < 1:
             raise InputError(f"the batch size must be at least 1, found {batch_size}")
+        if device is None and not isinstance(model, CellPatch):
+            device = default_device()
         target = None if device is None else usable_device(device)
         if not isinstance(model, CellPatch):
             model = (CellPatchAnnotator if annotate else CellPatch).from_pretrained(model)

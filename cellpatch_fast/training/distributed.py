@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..devices import usable_cores, usable_device
+from ..devices import default_device, usable_cores, usable_device
 from ..errors import InputError
 
 LONGEST_WAIT = timedelta(hours=3)  # for the leading process, which alone tests and draws
@@ -71,7 +71,7 @@ class Processes:
                 f"--nproc-per-node {devices}"
             )
         if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = default_device()
         place = torch.device(device)
         if place.type == "cuda" and world_size > 1:
             place = torch.device("cuda", local_rank)
@@ -138,7 +138,7 @@ def launch(devices: int, device: str | None, arguments: Sequence[str]) -> int:
     InputError
         If there are fewer GPUs than that.
     """
-    on_gpus = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    on_gpus = (default_device().type if device is None else device).startswith("cuda")
     if on_gpus and torch.cuda.device_count() < devices:
         raise InputError(
             f"{devices} devices were asked for, but there are {torch.cuda.device_count()} GPUs: "

@@ -15,11 +15,13 @@ import pytest
 import torch
 from cellpatch_fast.kernels import Encoded, EncoderWeights, encode
 from cellpatch_fast.kernels.cpu import encoder
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from cellpatch_fast.cells import RaggedCells
+
+from ..examples import examples
 
 MakeWeights = Callable[..., EncoderWeights]
 MakeCells = Callable[..., RaggedCells]
@@ -210,7 +212,7 @@ def test_neighbours_that_are_not_numbers_do_not_matter(
 # --- right for any length ----------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(
     lengths=st.lists(st.integers(0, 5000), min_size=1, max_size=3),
     genes=st.sampled_from([50, 101]),  # most genes are there many times

@@ -16,10 +16,11 @@ from cellpatch_fast.kernels import reference
 from cellpatch_fast.kernels.cpu import ragged, ragged_tables
 from cellpatch_fast.kernels.cpu import ragged_tables_backward as tables_backward
 from cellpatch_fast.kernels.ragged import Gradients, RaggedAttention
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ..examples import examples
 from .conditioning import rounding
 
 TOLERANCE = 1e-5
@@ -214,7 +215,7 @@ def test_the_papers_sizes_are_right() -> None:
     check(problem)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     lengths=st.lists(st.integers(0, 71), max_size=5),
     queries=st.sampled_from([1, 2, 16, 31]),

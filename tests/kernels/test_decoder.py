@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cellpatch_fast.kernels import BlockWeights, DecoderWeights, decode
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..examples import examples
 
 TOLERANCE = 1e-5
 GENES, PATCHES, PROJECTION = 101, 13, 5
@@ -169,7 +171,7 @@ def test_values_and_every_gradient(self_blocks: int, projection: int | None) -> 
     assert_right(weights, make_prompts(width=projection or 14))
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(
     lengths=st.lists(st.sampled_from([0, 1, 2, 17, 67]), min_size=1, max_size=4),
     heads=st.sampled_from([1, 3]),

@@ -14,12 +14,13 @@ from cellpatch_fast.kernels import (
     patch_attention,
     reference,
 )
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from cellpatch_fast.cells import RaggedCells
 
+from ..examples import examples
 from .conftest import TOLERANCE, convert, errors_per_cell, make_cells, make_weights, move
 
 MakeWeights = Callable[..., EncoderWeights]
@@ -137,7 +138,7 @@ def batch(cells: RaggedCells) -> tuple[Tensor, Tensor, Tensor]:
     return cells.offsets, cells.genes, cells.values
 
 
-@settings(max_examples=6, deadline=None)
+@examples(6)
 @given(
     lengths=st.lists(st.integers(0, 37), min_size=1, max_size=5),
     heads=st.sampled_from([1, 3]),

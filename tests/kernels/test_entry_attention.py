@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from cellpatch_fast.kernels import entry_attention, ragged_attention, ragged_self_attention
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..examples import examples
 from .self_attending import HALF, HEAD_DIM, HEADS, TOLERANCE, errors, gradient_of
 
 QUERIES, KEYS = [5, 0, 19, 1, 3], [2, 7, 31, 0, 1]
@@ -107,7 +108,7 @@ def test_gradients_of_the_reference() -> None:
     torch.autograd.gradcheck(attend, inputs.leaves)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(
     lengths=st.lists(
         st.tuples(*[st.sampled_from([0, 1, 2, 3, 7, 31, 67, 211])] * 2), min_size=1, max_size=4

@@ -1,7 +1,8 @@
 """What the compiler makes of the GPU kernels, on any Linux machine: no GPU is needed.
 
-Each kernel is compiled once for each architecture and type of tables; the whole table, with every
-variant, is what ``bench/kernel_resources.py`` prints.
+Each kernel is compiled once for each architecture and type of tables, and then kept in Triton's
+cache until its source or the compiler changes, as it is for those who use it; the whole table, with
+every variant, is what ``bench/kernel_resources.py`` prints.
 """
 
 from __future__ import annotations

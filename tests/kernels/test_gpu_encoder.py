@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from cellpatch_fast.kernels import Encoded, EncoderWeights, patch_attention, reference
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from cellpatch_fast.cells import RaggedCells
 
+from ..examples import examples
 from .conftest import convert, errors_per_cell, move, poisoned
 
 encoder = pytest.importorskip("cellpatch_fast.kernels.gpu.encoder")
@@ -98,7 +99,7 @@ def test_cells_around_a_chunk(
     compare(weights, random_cells(lengths, **values_of(kind)), torch.arange(len(lengths)))
 
 
-@settings(deadline=None, max_examples=100 if ON_GPU else 6)
+@examples(100 if ON_GPU else 6)
 @given(
     lengths=st.lists(st.integers(0, 3000 if ON_GPU else 70), min_size=1, max_size=3),
     genes=st.sampled_from([1, 7, 101]),

@@ -15,9 +15,11 @@ import pytest
 import torch
 from cellpatch_fast.kernels import reference
 from cellpatch_fast.kernels.ragged import RaggedAttention
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+
+from ..examples import examples
 
 launch = pytest.importorskip("cellpatch_fast.kernels.gpu.ragged_launch")
 faults = pytest.importorskip("cellpatch_fast.kernels.gpu.faults")
@@ -168,7 +170,7 @@ def test_float16(device: torch.device, kind: str) -> None:
     check_forward(make_problem(device, dtype=torch.float16, **KINDS[kind]))
 
 
-@settings(max_examples=8, deadline=None)
+@examples(8)
 @given(
     lengths=st.lists(st.sampled_from([0, 1, 2, 3, 31, 64, 67]), min_size=1, max_size=3),
     queries=st.sampled_from([1, 2, 17, 61, 67]),

@@ -13,10 +13,11 @@ import pytest
 import torch
 from cellpatch_fast.kernels import reference
 from cellpatch_fast.kernels.ragged import Gradients, RaggedAttention
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ..examples import examples
 from .conditioning import rounding
 from .test_gpu_ragged import KINDS, TOLERANCE, each_kind, error, make_problem, on, poison
 
@@ -126,7 +127,7 @@ def test_float16(device: torch.device, kind: str, deterministic: bool) -> None:
     check_backward(make_problem(device, dtype=torch.float16, **KINDS[kind]), deterministic)
 
 
-@settings(max_examples=6, deadline=None)
+@examples(6)
 @given(
     lengths=st.lists(st.sampled_from([0, 1, 2, 3, 31, 64, 67]), min_size=1, max_size=3),
     queries=st.sampled_from([1, 2, 17, 61, 67]),

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from cellpatch_fast.kernels.entry_attention import ragged_self_attention
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ..examples import examples
 from .self_attending import (
     HALF,
     HEAD_DIM,
@@ -57,7 +58,7 @@ def test_gradients_of_the_reference() -> None:
     torch.autograd.gradgradcheck(attend, inputs.leaves, fast_mode=True)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     lengths=st.lists(st.sampled_from([0, 1, 2, 3, 7, 31, 67, 211, 797]), min_size=1, max_size=4),
     heads=st.sampled_from([1, 2, 3, 5]),

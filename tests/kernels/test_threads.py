@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from cellpatch_fast.kernels.threads import run_blocks
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from ..examples import examples
 
-@settings(deadline=None, max_examples=50)
+
+@examples(50)
 @given(st.integers(0, 300), st.integers(1, 50), st.integers(1, 5))
 def test_every_item_once_in_blocks(count: int, block: int, number: int) -> None:
     before, ranges = torch.get_num_threads(), []

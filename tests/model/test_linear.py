@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cellpatch_fast import (
@@ -50,7 +50,6 @@ def cells_of(seed: int, lengths: list[int], dtype: torch.dtype = torch.float32) 
     return RaggedCells(offsets, genes, values)
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, 99), lengths_of, st.sampled_from([torch.float32, torch.float16, torch.uint8]),
     st.sampled_from([1, 2, CLASSES]),
@@ -78,7 +77,6 @@ def test_logits_are_products_with_the_tables(
         assert (abs(logits - expected) <= steps * ROUNDING * size).all()
 
 
-@settings(deadline=None)
 @given(st.integers(0, 99), lengths_of, st.integers(0, 10), st.integers(0, 10))
 def test_bits_of_a_cell_do_not_depend_on_its_batch(
     seed: int, lengths: list[int], one: int, other: int

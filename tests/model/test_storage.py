@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +23,8 @@ from cellpatch_fast.errors import InputError
 from cellpatch_fast.genes import GeneVocabulary
 from cellpatch_fast.model import CellPatch, fingerprint
 from cellpatch_fast.model.storage import FILES
+
+from ..examples import examples
 
 SMALL = CellPatchConfig(max_genes=601, patches=7, dim=22, heads=2, mlp_dim=13, projection_dim=5)
 
@@ -61,7 +63,7 @@ def test_round_trip(model: CellPatch, directory: Path) -> None:
     assert torch.equal(loaded.encode(cells), model.eval().encode(cells))
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(
     choices=st.fixed_dictionaries(
         {
