@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 
@@ -23,6 +24,12 @@ def write_whole(path: str | Path, content: bytes | memoryview | str) -> None:
         to_disk(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def is_unfinished(path: Path, names: Collection[str] | None = None) -> bool:
+    """Whether a kill has left this of writing a file (with one of ``names``) in one step."""
+    match = re.fullmatch(r"\.(.+)\.\d+\.unfinished", path.name)
+    return match is not None and (names is None or match[1] in names)
 
 
 def to_disk(path: Path) -> None:

@@ -28,8 +28,8 @@ from numba import njit
 
 from ...cells import RaggedCells
 from ...errors import InputError
-from ...files import make_folders, to_disk
-from .partial import DELETE, replace_json
+from ...files import make_folders, to_disk, write_whole
+from .partial import DELETE
 
 BUCKET_BYTES = 1 << 27  # of a bucket; sorting it takes three times as much memory
 GATHERED_BYTES = 1 << 26  # of cells that are appended together, which takes as much again twice
@@ -184,15 +184,13 @@ class Buckets:
             if file.exists():
                 to_disk(file)
         to_disk(self._folder)  # the files' names
-        replace_json(
-            self._folder / STATE,
-            {
-                "cells": self.next_cell,
-                "unknown_entries": self.unknown_entries,
-                "bucket_rows": self._bucket_rows,
-                "sizes": [file.stat().st_size if file.exists() else 0 for file in files],
-            },
-        )
+        state = {
+            "cells": self.next_cell,
+            "unknown_entries": self.unknown_entries,
+            "bucket_rows": self._bucket_rows,
+            "sizes": [file.stat().st_size if file.exists() else 0 for file in files],
+        }
+        write_whole(self._folder / STATE, json.dumps(state))
         self._unsafe = 0
 
     def _resume(self) -> None:

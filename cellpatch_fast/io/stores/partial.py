@@ -13,8 +13,8 @@ It grows beside its final place::
 So whatever is called OUTPUT is complete. Files are written once, in whole; the journal is
 replaced in one step when they are on the disk, and so are their names: first the files, then the
 folders from below, then the journal. A kill or a power cut at any moment thus loses at most the
-file in work, and a resumed run ends with the same bytes as an uninterrupted one. A run that differs in
-anything the content depends on (model, inputs, settings) does not continue an old one: it is
+file in work, and a resumed run ends with the same bytes as an uninterrupted one. A run that differs
+in anything the content depends on (model, inputs, settings) does not continue an old one: it is
 refused, with the difference named.
 
 Nothing is ever deleted that is not a store of the same kind, and an old one is replaced only when
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ...errors import InputError
-from ...files import make_folders, to_disk, tree_to_disk
+from ...files import is_unfinished, make_folders, to_disk, tree_to_disk, write_whole
 from ..interfaces import reading
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ STORE = "store"
 WORK = "work"
 REPLACED = "replaced"  # the old store, complete
 DISCARDED = "discarded"  # what is left of it
-OURS = {JOURNAL, f"{JOURNAL}.new", LOCK, STORE, WORK, REPLACED, DISCARDED}
+OURS = {JOURNAL, LOCK, STORE, WORK, REPLACED, DISCARDED}
 DELETE = "Delete the folder and start anew"
 
 
@@ -143,7 +143,7 @@ class PartialStore(ABC):
             "prepared": self._prepared,
             "done": self._done(),
         }
-        replace_json(self.partial / JOURNAL, journal)
+        write_whole(self.partial / JOURNAL, json.dumps(journal))
 
     def _publish(self) -> None:
         """Give the complete store its name."""
@@ -155,7 +155,7 @@ class PartialStore(ABC):
 
     def _open(self, overwrite: bool) -> None:
         """Go on with the work in `partial` if there is any, else claim it."""
-        strangers = {path.name for path in self.partial.iterdir()} - OURS
+        strangers = _names_in(self.partial) - OURS
         if strangers:
             raise InputError(
                 f"{self.partial} holds {', '.join(sorted(strangers)[:3])}, so it is no unfinished "
@@ -165,6 +165,7 @@ class PartialStore(ABC):
         if replaced.exists() and not is_taken(self.output):  # killed between two renamings
             _rename(replaced, self.output)
         _discard(self.partial)  # killed while it was deleted
+        _forget_journals(self.partial)
         try:
             journal = unfinished_facts(self.partial)
             if journal is not None:
@@ -174,9 +175,9 @@ class PartialStore(ABC):
                 raise
             journal = None
         if journal is not None and journal["prepared"] and (self.store / "zarr.json").is_file():
-            for leftover in self.store.rglob("*.partial"):  # how Zarr begins every file
-                if leftover.is_file():
-                    leftover.unlink()
+            for path in self.store.rglob("*"):
+                if is_unfinished(path) or (path.suffix == ".partial" and path.is_file()):
+                    path.unlink()  # Zarr begins every file under the latter kind of name
             with reading(str(self.store), "the unfinished store", DELETE):
                 self._resume(journal["done"])
             self._prepared = True
@@ -270,20 +271,11 @@ def unfinished_facts(partial: Path) -> dict[str, Any] | None:
 def tidy(output: Path) -> None:
     """Remove what a run that was killed after its last step has left beside a finished store."""
     partial = partial_of(output)
-    if partial.is_dir() and {path.name for path in partial.iterdir()} <= OURS - {STORE}:
+    if partial.is_dir() and _names_in(partial) <= OURS - {STORE}:
         with contextlib.suppress(InputError):  # another process is at work there
             lock = locked(partial)
             _remove(partial)
             os.close(lock)
-
-
-def replace_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one step: a kill leaves the old one or the new one, on the disk."""
-    replacement = path.with_name(f"{path.name}.new")
-    replacement.write_text(json.dumps(content))
-    to_disk(replacement)
-    os.replace(replacement, path)
-    to_disk(path.parent)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -300,9 +292,22 @@ def _remove(partial: Path) -> None:
     _discard(partial)
     if (partial / WORK).exists():
         shutil.rmtree(partial / WORK)
-    for name in (f"{JOURNAL}.new", JOURNAL, LOCK):
+    _forget_journals(partial)
+    for name in (JOURNAL, LOCK):
         (partial / name).unlink(missing_ok=True)
     partial.rmdir()
+
+
+def _names_in(partial: Path) -> set[str]:
+    """What lies there, but for journals that a kill has left half-written."""
+    return {path.name for path in partial.iterdir() if not is_unfinished(path, {JOURNAL})}
+
+
+def _forget_journals(partial: Path) -> None:
+    """Delete those that a kill has left half-written."""
+    for path in partial.iterdir():
+        if is_unfinished(path, {JOURNAL}):
+            path.unlink()
 
 
 def _discard(partial: Path) -> None:

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ...errors import InputError
+from ...files import write_whole
 from ..chunks import chunks_of
 from ..interfaces import COPY_AGAIN, Chunks, is_address, reading
 from ..sources import containers
@@ -353,4 +354,4 @@ def consolidate(store: Path) -> None:
     content = json.loads(file.read_text())
     metadata = content["consolidated_metadata"]["metadata"]
     content["consolidated_metadata"]["metadata"] = dict(sorted(metadata.items()))
-    file.write_text(json.dumps(content, indent=2))
+    write_whole(file, json.dumps(content, indent=2))
