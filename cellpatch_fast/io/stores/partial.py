@@ -274,8 +274,10 @@ def tidy(output: Path) -> None:
     if partial.is_dir() and _names_in(partial) <= OURS - {STORE}:
         with contextlib.suppress(InputError):  # another process is at work there
             lock = locked(partial)
-            _remove(partial)
-            os.close(lock)
+            try:
+                _remove(partial)
+            finally:
+                os.close(lock)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

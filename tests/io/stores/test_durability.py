@@ -10,7 +10,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,7 @@ class Disk:
 
 
 @pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     """A disk that is asked at every step that promises something."""
     disk = Disk()
     fsync, replace, rename = os.fsync, os.replace, os.rename
@@ -93,7 +93,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     monkeypatch.setattr(os, "fsync", see_to)
     monkeypatch.setattr(os, "replace", note)
     monkeypatch.setattr(os, "rename", publish)
-    yield disk
+    return disk
 
 
 def require_done(disk: Disk, partial: Path, journal: dict[str, object]) -> None:

@@ -99,9 +99,9 @@ def test_bits_of_the_small_arrays_are_refused(tmp_path: Path, key: str) -> None:
     write_store(path, make_cells(CELLS), chunk_entries=CHUNK, shard_chunks=SHARD_CHUNKS)
     (file,) = (file for file in (path / key / "c").rglob("*") if file.is_file())
     for bit in random_bits(file)[:23]:
-        with flipped(file, bit), pytest.raises(InputError, match=rf"cannot read {key}.*checksum"):
-            with TokenStore(path) as store:
-                store.measured()
+        refused = pytest.raises(InputError, match=rf"cannot read {key}.*checksum")
+        with flipped(file, bit), refused, TokenStore(path) as store:
+            store.measured()
 
 
 def test_any_bit_of_an_embedding_is_refused(
