@@ -37,6 +37,7 @@ from ...files import write_whole
 from ..chunks import chunks_of
 from ..interfaces import COPY_AGAIN, Chunks, is_address, reading
 from ..sources import containers
+from ..sources.identity import content_digest
 from ..sources.tables import StoredTable, Table
 from .partial import partial_of, unfinished_facts
 
@@ -186,10 +187,11 @@ class TokenStore:
         return measured.astype(bool)
 
     def fingerprint(self) -> str:
-        """A string that changes when the content does; costs no reading of a file."""
-        return hashlib.sha256(
-            json.dumps([self._facts, self.n_cells, self.entries], sort_keys=True).encode()
-        ).hexdigest()
+        """A string that changes when the content does; reads obs, but no genes and values."""
+        with reading(self.name, "obs"):
+            obs = content_digest([(self._container.root["obs"], True)])
+        facts = [self._facts, self.n_cells, self.entries, obs]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """What the store holds, for people."""
