@@ -69,6 +69,8 @@ class CellStream:
         self.name, self.n_cells, self.n_genes = source.name, source.n_cells, source.n_genes
         self.match = vocabulary.match_var(source.var, reading.gene_column, source.name)
         self.genes_matched, self.genes_unknown = self.match.matched, len(self.match.unknown)
+        self.genes_duplicated = len(self.match.duplicated)
+        self.genes_ambiguous = len(self.match.ambiguous)
         self.preprocessing = Preprocessing.from_config(config)
         self.vocabulary_fingerprint = vocabulary.fingerprint
         self._vocabulary_size = vocabulary.size
@@ -175,7 +177,8 @@ class TokenStream:
                 "cellpatch tokenize --few-cells; for a new one without, neither option."
             )
         self.genes_matched = self.n_genes = int(store.measured().any(axis=0).sum())
-        self.genes_unknown = 0  # they were counted when the store was made
+        # The others were counted when the store was made.
+        self.genes_unknown = self.genes_duplicated = self.genes_ambiguous = 0
         self._rows = TokenRows(store.name, store.offsets, store.genes, store.values)
 
     def rows(self) -> Rows:

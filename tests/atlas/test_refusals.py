@@ -105,7 +105,7 @@ def test_input_with_another_time_is_the_same(
         cp.atlas.embed(cells_file, small_model, begun)
     os.utime(cells_file, ns=(1, 1))
     summary = cp.atlas.embed(cells_file, small_model, begun)
-    assert summary.embedded == (0 if finished else CELLS - 60)
+    assert summary.computed == (0 if finished else CELLS - 60)
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -143,7 +143,7 @@ def test_moved_input_is_recognised(
     elsewhere.parent.mkdir()
     shutil.move(cells_file, elsewhere)
     summary = cp.atlas.embed(elsewhere, small_model, begun)
-    assert summary.embedded == CELLS - 60
+    assert summary.computed == CELLS - 60
 
 
 def test_overwriting_replaces_a_store(
@@ -151,7 +151,7 @@ def test_overwriting_replaces_a_store(
 ) -> None:
     cp.atlas.embed(cells_file, small_model, begun)
     summary = cp.atlas.embed(cells_file, small_model, begun, pool="mean", overwrite=True)
-    assert summary.embedded == CELLS
+    assert summary.computed == CELLS
     assert zarr.open_array(begun / "obsm" / KEY).shape == (CELLS, 10)
     cp.atlas.embed(cells_file, small_model, tmp_path / "new.zarr", pool="mean")
     assert tree(begun) == tree(tmp_path / "new.zarr")
@@ -224,7 +224,7 @@ def test_output_is_where_the_user_says(
     ):
         cp.atlas.embed(cells_file.name, model_directory, output)
         assert anndata.read_zarr(tmp_path / made).n_obs == CELLS
-        assert cp.atlas.embed(cells_file, model_directory, output).embedded == 0
+        assert cp.atlas.embed(cells_file, model_directory, output).computed == 0
     assert (tmp_path / "link.zarr").is_symlink()
 
 

@@ -214,9 +214,9 @@ def test_model_and_its_vocabulary_make_the_same_store(
     """What a store depends on is the vocabulary and the preprocessing, not the weights."""
     tokenize(cells_file)
     for model in (small_model, model_directory):
-        assert cp.atlas.tokenize(cells_file, output, model=model).tokenized == 0
+        assert cp.atlas.tokenize(cells_file, output, model=model).computed == 0
     path = model_directory / "vocabulary.json"
-    assert cp.atlas.tokenize(cells_file, output, vocabulary=path).tokenized == 0
+    assert cp.atlas.tokenize(cells_file, output, vocabulary=path).computed == 0
 
 
 def test_human_vocabulary(cells_file: Path, output: Path) -> None:
@@ -252,7 +252,7 @@ def test_summary(
     adata = anndata.read_h5ad(cells_file)
     with caplog.at_level(logging.INFO, "cellpatch_fast"):
         summary = cp.atlas.tokenize(str(cells_file), str(output), vocabulary=small_vocabulary)
-    assert (summary.cells, summary.tokenized, summary.empty_cells) == (CELLS, CELLS, 1)
+    assert (summary.cells, summary.computed, summary.empty_cells) == (CELLS, CELLS, 1)
     assert (summary.genes_matched, summary.genes_unknown) == (GENES, 3)
     assert summary.unknown_entries == adata.X[:, GENES:].nnz
     assert summary.entries == adata.X[:, :GENES].nnz

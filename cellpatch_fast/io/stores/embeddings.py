@@ -139,6 +139,8 @@ class EmbeddingWriter(PartialStore):
 
     def finish(self) -> dict[str, int]:
         """Complete the store and give it its name; returns the counts' sums over all shards."""
+        from anndata.io import write_elem
+
         if not self._prepared or self.missing:
             raise ValueError("the store is not complete")
         shards = self._shards.values()
@@ -147,6 +149,10 @@ class EmbeddingWriter(PartialStore):
             for name in next(iter(shards))
             if name != "bytes"
         }
+        for key in self.widths:
+            params: Any = self._root[f"uns/{key}/params"]
+            for name, count in counts.items():
+                write_elem(params, name, count)
         self._root.attrs[ATTRIBUTE] = {
             "settings": self.settings,
             "counts": counts,

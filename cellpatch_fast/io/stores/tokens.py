@@ -134,7 +134,7 @@ class TokenStore:
         The files that the cells come from. Where there are several, ``obs["cellpatch_input"]``
         says which a cell is from.
     counts
-        ``entries``, ``unknown_entries`` and ``empty_cells``, see `tokenization.Summary`.
+        ``entries``, ``unknown_entries`` and ``empty_cells``, see `atlas.Summary`.
     shuffled
         The seed of the cells' order; None for the order of the inputs.
 
