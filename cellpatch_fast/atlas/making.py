@@ -27,11 +27,13 @@ from ..loading.inputs import describe_input
 from ..model.storage import fingerprint
 from ..progress import progress_bar
 from .paths import input_paths, output_path
+from .selection import Selection, selected
 from .summary import Summary, gene_counts
 
 if TYPE_CHECKING:
     from ..config import Reading
     from ..inference.embedder import EmbeddedCells
+    from ..io.sources.tables import Table
     from ..loading.inputs import Stream
 
 logger = logging.getLogger("cellpatch_fast")
@@ -45,12 +47,13 @@ def make_store(
     output: str | Path,
     *,
     reading: Reading,
+    selection: Selection,
     widths: dict[str, int],
     dtype: str,
     overwrite: bool,
     progress: bool | None,
     extras: Mapping[str, Any] = {},
-    begin: Callable[[Sequence[Stream]], None] = lambda streams: None,
+    begin: Callable[[Sequence[Table], Sequence[str]], None] = lambda tables, names: None,
     finish: Callable[[EmbeddingWriter], None] = lambda writer: None,
 ) -> Summary:
     """Make a store with the arrays of ``widths``, or the rest of one.
@@ -58,9 +61,10 @@ def make_store(
     Parameters
     ----------
     extras
-        What the content depends on besides the embedder and the reading.
+        What the content depends on besides the embedder, the reading and the selection.
     begin, finish
-        Called with the opened inputs, and with a store that has all its rows.
+        Called with obs of the chosen cells and the inputs' names, and with a store that has all
+        its rows.
     """
     paths = input_paths(inputs)
     output = output_path(output, paths, EmbeddingWriter.KIND, ATTRIBUTE)
@@ -72,7 +76,8 @@ def make_store(
             stream = opened.enter_context(contextlib.closing(embedder.open(path, reading)))
             logger.info("%s", stream)
             streams.append(stream)
-        begin(streams)
+        tables, chosen = _chosen_obs(streams, selection)
+        begin(tables, [stream.name for stream in streams])
         genes = gene_counts(streams)
         settings = {
             "model": fingerprint(embedder.model),
@@ -81,6 +86,7 @@ def make_store(
                 describe_input(path, stream) for path, stream in zip(paths, streams, strict=True)
             ],
             **reading.record(),
+            **selection.record(chosen),
             "pool": embedder.pooling,
             "dtype": dtype,
             "backend": embedder.backend,
@@ -88,19 +94,18 @@ def make_store(
             **extras,
             **genes,
         }
-        cells = sum(stream.n_cells for stream in streams)
+        cells = sum(map(len, tables))
         summary = Summary(output, cells, **genes)
         if is_taken(output) and not overwrite:
             return summary.counted(finished_counts(output, ATTRIBUTE, settings))
         with EmbeddingWriter(
             output, settings, cells, widths, np.dtype(dtype), overwrite=overwrite
         ) as writer:
-            tables = [stream.obs_table() for stream in streams]
             writer.prepare(lambda root: write_obs(root, tables, [str(path) for path in paths]))
             earlier, started = writer.rows_done, time.perf_counter()
             with (
                 progress_bar(cells, "embedding", progress, done=earlier) as bar,
-                contextlib.closing(_missing_shards(writer, embedder, streams)) as done,
+                contextlib.closing(_missing_shards(writer, embedder, streams, chosen)) as done,
             ):
                 for rows in done:
                     bar.update(rows)
@@ -110,14 +115,33 @@ def make_store(
     return replace(summary, computed=cells - earlier, seconds=seconds).counted(counts)
 
 
+def _chosen_obs(
+    streams: Sequence[Stream], selection: Selection
+) -> tuple[list[Table], np.ndarray | None]:
+    """Obs of the cells that are chosen, by inputs, and which these are; None if all are."""
+    tables: list[Table] = [stream.obs_table() for stream in streams]
+    chosen = selection.of(tables, [stream.name for stream in streams])
+    if chosen is None:
+        return tables, None
+    logger.info("%s of %s cells are chosen", f"{len(chosen):,}", f"{sum(map(len, tables)):,}")
+    return selected(tables, chosen), chosen
+
+
 def _missing_shards(
-    writer: EmbeddingWriter, embedder: Embedder, streams: list[Stream]
+    writer: EmbeddingWriter,
+    embedder: Embedder,
+    streams: list[Stream],
+    chosen: np.ndarray | None,
 ) -> Generator[int]:
     """Compute all missing shards, writing each behind the next; yields numbers of cells done."""
     bounds = {shard: writer.bounds(shard) for shard in writer.missing}
+    wanted: list[tuple[int, int]] | np.ndarray = list(bounds.values())  # of the inputs' cells
+    if chosen is not None:
+        parts_of_chosen = [chosen[start:stop] for start, stop in bounds.values()]
+        wanted = np.concatenate([chosen[:0], *parts_of_chosen])
     with (
         ThreadPoolExecutor(1, thread_name_prefix="cellpatch-write") as thread,
-        contextlib.closing(embedder.run(streams, list(bounds.values()))) as batches,
+        contextlib.closing(embedder.run(streams, wanted)) as batches,
     ):
         writing: Future[None] | None = None
         parts = _cut(batches, [stop - start for start, stop in bounds.values()])
@@ -130,9 +154,9 @@ def _missing_shards(
             filled = 0
             while filled < stop - start:
                 cells = next(parts)
-                found = {KEY: cells.features, PROBABILITIES: cells.probabilities}
+                computed = {KEY: cells.features, PROBABILITIES: cells.probabilities}
                 for key, block in blocks.items():
-                    rows = found[key]
+                    rows = computed[key]
                     assert rows is not None
                     block[filled : filled + len(cells)] = _fitting(rows, writer.dtype)
                 filled += len(cells)
