@@ -251,6 +251,22 @@ def test_what_is_no_anndata_object(
         tool(thing, small_model)
 
 
+def test_other_functions_say_so_too(small_model: CellPatch) -> None:
+    path: Any = "cells.h5ad"
+    for function, options in (
+        (cp.pl.embedding, {"color": "kind"}),
+        (cp.pp.normalize, {}),
+        (cp.pp.quality_control, {}),
+    ):
+        name = function.__name__
+        with pytest.raises(
+            InputError, match=rf"{name} \w+ an AnnData object, found the path 'cell"
+        ):
+            function(path, **options)  # type: ignore[operator]
+    with pytest.raises(InputError, match=r"a path or an AnnData object, found numpy.ndarray"):
+        cp.CellLoader(np.zeros((2, 3)), small_model.vocabulary, small_model.config)
+
+
 @pytest.mark.filterwarnings("ignore:::mudata")
 def test_several_modalities_are_refused_and_one_of_them_is_not(
     adata: anndata.AnnData, small_model: CellPatch, expected: np.ndarray

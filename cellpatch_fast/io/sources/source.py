@@ -296,6 +296,7 @@ def _container_source(
 
 def _memory_source(adata: AnnData, reading: Reading, memory_limit: int) -> CellSource:
     name = "AnnData object"
+    memory.require_anndata(adata, "an input must be a path or an AnnData object")
     layers, raw = sorted(adata.layers), adata.raw
     element = _chosen(name, reading, layers, adata.X is not None, raw is not None)
     if reading.layer is not None:
