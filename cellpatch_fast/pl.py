@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import InputError
-from .io.sources.memory import require_anndata
 from .plots.confusion import draw_confusion
 from .plots.figures import finish, new_figure
 from .plots.scatter import OTHERS, Palette, column_of, draw_numbers, umap_of
@@ -156,6 +155,8 @@ def embedding(
         If the embedding or a column is missing, there are too few cells, the embedding holds
         numbers that are not finite, or ``highlight`` is not of these cells.
     """
+    from .io.sources.memory import require_anndata  # brings PyTorch, which other plots do without
+
     require_anndata(adata, "pl.embedding draws an AnnData object")
     names = [color] if isinstance(color, str) else list(dict.fromkeys(color))
     if not names:
