@@ -21,6 +21,7 @@ from ..config import Preprocessing
 from ..io.chunks import chunks_of
 from ..io.interfaces import Chunks
 from ..io.sources.matrices import CsrMatrix, DenseMatrix, dense_to_csr, numbers
+from ..preprocessing.changes import Expectation
 from ..preprocessing.detection import InputKind
 from ..preprocessing.tokens import Tokenized, token_types, tokenize
 from .gathering import EntryChunks, Shared, buffer
@@ -119,7 +120,7 @@ class CsrRows:
     ----------
     matrix
         The matrix.
-    tokens, preprocessing, kind, vocabulary_size, name, gene_names
+    tokens, preprocessing, kind, vocabulary_size, name, gene_names, expectation
         See `tokens.tokenize`.
     """
 
@@ -132,10 +133,12 @@ class CsrRows:
         vocabulary_size: int,
         name: str,
         gene_names: Sequence[str],
+        expectation: Expectation | None,
     ) -> None:
         self.offsets = matrix.indptr
         self.types = token_types(preprocessing, vocabulary_size)
         self._settings = (tokens, preprocessing, kind, vocabulary_size, name, gene_names)
+        self._expectation = expectation
         self._arrays = [
             EntryChunks(matrix.name, matrix.indptr, chunks_of(array))
             for array in (matrix.indices, matrix.data)
@@ -162,7 +165,9 @@ class CsrRows:
     def tokenize(
         self, block: CellBlock, order: np.ndarray, into: tuple[np.ndarray, np.ndarray]
     ) -> Tokenized:
-        return tokenize(block, *self._settings, order=order, into=into)
+        return tokenize(
+            block, *self._settings, order=order, into=into, expectation=self._expectation
+        )
 
     def close(self) -> None:
         for array in self._arrays:
@@ -187,7 +192,7 @@ class DenseRows(CsrRows):
     ----------
     matrix
         The matrix.
-    tokens, preprocessing, kind, vocabulary_size, name, gene_names
+    tokens, preprocessing, kind, vocabulary_size, name, gene_names, expectation
         See `tokens.tokenize`.
     """
 
@@ -200,11 +205,13 @@ class DenseRows(CsrRows):
         vocabulary_size: int,
         name: str,
         gene_names: Sequence[str],
+        expectation: Expectation | None,
     ) -> None:
         cells, self._genes = matrix.shape
         self.offsets = np.arange(cells + 1, dtype=np.int64) * self._genes
         self.types = token_types(preprocessing, vocabulary_size)
         self._settings = (tokens, preprocessing, kind, vocabulary_size, name, gene_names)
+        self._expectation = expectation
         self._arrays = [EntryChunks(matrix.name, self.offsets, chunks_of(matrix.array))]
         # If no value is 0: the values, their places, columns, and copies of both.
         self.entry_bytes = 2 * self._arrays[0].chunks.dtype.itemsize + 8 + 8 + 12
