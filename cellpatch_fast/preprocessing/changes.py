@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .detection import Detected
 
 LOOKED_AT = 32  # cells of a block, at most
-MANY = 16  # cells that must be out of place where single ones may well be
+CROWD, STRETCH = 16, 24  # so many of so many neighbours must be out of place where 5 % may be
 
 
 class Sums(NamedTuple):
@@ -65,6 +65,8 @@ class Expectation:
             If some hold something else, saying which.
         """
         strange = self._strange(sums)
+        if strange.any() and self._by_chance:
+            strange = _crowded(rows, strange)
         if not strange.any():
             return
         rows = np.unique(rows[strange])
@@ -91,9 +93,13 @@ class Expectation:
             return ~sums.whole
         if look.evidence == "library":
             return enough & (np.abs(sums.libraries / look.high_library - 1) > 0.02)
-        low = ~sums.whole & (sums.highest < min(self._detected.low_highest, LARGEST_LOGARITHM))
-        many = low.sum() >= MANY and low.mean() > 0.25  # 5 % are to be expected
-        return low if many else np.zeros_like(low)
+        return ~sums.whole & (sums.highest < min(self._detected.low_highest, LARGEST_LOGARITHM))
+
+    @property
+    def _by_chance(self) -> bool:
+        """Whether cells are strange that hold what they should: here and there, 5 %."""
+        unlogged = self._detected.kind != "lognorm"
+        return unlogged and self._detected.look.evidence not in ("integers", "library")
 
     def _contradicts(self, look: Look) -> bool:
         if look.evidence == "nothing":
@@ -105,3 +111,16 @@ class Expectation:
         if self._detected.look.evidence == "integers":
             return look.scale is not VALUES
         return look.certain and look.scale is not VALUES
+
+
+def _crowded(rows: np.ndarray, strange: np.ndarray) -> np.ndarray:
+    """Those ``strange`` cells, bool [cells], that are a crowd: ``rows`` are their places."""
+    order = np.argsort(rows, kind="stable")
+    counts = np.concatenate([[0], np.cumsum(strange[order])])
+    if len(counts) <= STRETCH:
+        return np.zeros_like(strange)
+    starts = np.flatnonzero(counts[STRETCH:] - counts[:-STRETCH] >= CROWD)
+    crowded = np.zeros_like(strange)
+    for offset in range(STRETCH):
+        crowded[order[starts + offset]] = True
+    return crowded & strange

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,19 @@ def normalised(counts: sparse.csr_matrix) -> sparse.csr_matrix:
     return sparse.csr_matrix(counts.multiply(1e4 / library)).astype(np.float32)
 
 
+def corrected(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Counts with fractions, which no whole multiples show."""
+    counts = counts.copy()
+    counts.data *= np.random.default_rng(1).uniform(2, 3, len(counts.data)).astype(np.float32)
+    return counts
+
+
 FORMS = {
     "raw counts": lambda counts: counts,
     "normalised": normalised,
     "logged": lambda counts: normalised(counts).log1p(),
     "logged to base 2": lambda counts: normalised(counts).log1p() / np.float32(np.log(2)),
+    "corrected": corrected,
     "logged without normalising": lambda counts: counts.log1p(),
     "square roots": lambda counts: counts.sqrt(),
 }
@@ -118,7 +127,29 @@ def test_late_changes_are_found_while_reading(
     assert "in those looked at before. Choose the raw counts" in str(error.value)
 
 
-@pytest.mark.parametrize("form", ["raw counts", "normalised", "logged"])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("second", ["logged", "corrected"])
+def test_logarithms_among_corrected_counts_are_found_where_they_crowd(
+    make_cells: MakeCells, small_model: CellPatch, second: str, shuffle: bool
+) -> None:
+    """Most of these are larger than logarithms, but by far not all."""
+    adata = changing(make_cells, "corrected", second, 0)
+    corrected = changing(make_cells, "corrected", "corrected", 0)
+    # Between the last runs of cells that are looked at: 171 to 182 and 200 to 211.
+    adata = anndata.concat([corrected[:183], adata[84:101], corrected[182:]], index_unique="-")
+    assert adata.n_obs == 229
+    options = {"shuffle": True, "block_size": 41, "buffer_size": 205} if shuffle else {}
+    if second == "corrected":
+        assert load(adata, small_model, batch_size=29, **options)
+        return
+    with pytest.raises(InputError, match="natural logarithms of normalised counts") as error:
+        load(adata, small_model, batch_size=29, **options)
+    first, last = re.findall(r"in cells from (\d+) to (\d+)", str(error.value))[0]
+    assert 175 <= int(first) <= 183
+    assert 199 <= int(last) < 208
+
+
+@pytest.mark.parametrize("form", ["raw counts", "normalised", "logged", "corrected"])
 def test_cells_that_all_hold_the_same_are_not_suspected(
     make_cells: MakeCells, small_model: CellPatch, form: str
 ) -> None:
