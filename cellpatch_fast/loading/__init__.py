@@ -4,3 +4,7 @@ from .loader import CellLoader
 from .windows import CellBatch
 
 __all__ = ["CellBatch", "CellLoader"]
+
+
+def __dir__() -> list[str]:
+    return __all__

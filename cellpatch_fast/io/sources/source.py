@@ -256,6 +256,13 @@ def _open_container(path: Path) -> containers.Container:
 def _container_source(
     container: containers.Container, reading: Reading, memory_limit: int
 ) -> CellSource:
+    if "mod" in container and "X" not in container:  # MuData, of which each is an AnnData
+        names = sorted(container.element("mod"))
+        raise InputError(
+            f"{container.name} is a MuData file, which holds {', '.join(names) or 'nothing'}. "
+            "Write the one with genes to a file of its own: "
+            "mudata.read(FILE)['rna'].write_h5ad('rna.h5ad')."
+        )
     layers = containers.layer_names(container)
     raw = containers.raw_prefix(container)
     element = _chosen(container.name, reading, layers, "X" in container, raw is not None)
