@@ -20,7 +20,7 @@ from ..io.sources.transpose import CscMatrix
 from ..io.stores.obs import SOURCE_COLUMN
 from ..io.stores.tokens import TokenStore, is_token_store
 from ..preprocessing.changes import Expectation
-from ..preprocessing.detection import detect_input, warn_of_selection
+from ..preprocessing.detection import Detected, detect_input, warn_of_selection
 from ..preprocessing.selection import selection_of_genes
 from .columns import read_column
 from .rows import CsrRows, DenseRows, Rows, TokenRows
@@ -28,8 +28,9 @@ from .rows import CsrRows, DenseRows, Rows, TokenRows
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from ..config import CellPatchConfig
+    from ..config import CellPatchConfig, Expected
     from ..genes import GeneVocabulary
+    from ..genes.vocabulary import GeneMatch
     from ..io.sources.tables import Table
 
 # What the kind of a matrix is told from: cells, in runs all over it; and at most
@@ -82,21 +83,8 @@ class CellStream:
         self._vocabulary_size = vocabulary.size
         sample = sample_of(source)
         self._sampled_entries = len(sample.data) / len(sample)  # of a cell
-        self.detected = detect_input(
-            sample,
-            source.name,
-            reading.input,
-            target_sum=config.target_sum,
-            gene_names=source.var.index,
-            n_cells=source.n_cells,
-        )
-        if self.detected.sums_matter:
-            counts = self.detected.kind == "counts" and self.n_cells <= TOTALS_CELLS
-            shown = selection_of_genes(
-                source.var, self.match, vocabulary, sample, source.obs_table() if counts else None
-            )
-            if shown:
-                warn_of_selection(self.detected, self.name, self.n_genes, shown)
+        self.detected = detect_in(source, sample, reading.input, config.target_sum)
+        warn_if_selected(source, sample, self.detected, self.match, vocabulary)
         self.kind: str = self.detected.kind
         self._rows: Rows | None = None
 
@@ -268,6 +256,37 @@ def open_stream(
     except BaseException:
         source.close()
         raise
+
+
+def detect_in(
+    source: CellSource, sample: CellBlock, expected: Expected, target_sum: float
+) -> Detected:
+    """What a source holds, told from a sample of it; see `detect_input`."""
+    return detect_input(
+        sample,
+        source.name,
+        expected,
+        target_sum=target_sum,
+        gene_names=source.var.index,
+        n_cells=source.n_cells,
+    )
+
+
+def warn_if_selected(
+    source: CellSource,
+    sample: CellBlock,
+    detected: Detected,
+    match: GeneMatch,
+    vocabulary: GeneVocabulary,
+) -> None:
+    """Warn if the genes of a source are a selection and its values depend on that."""
+    if not detected.sums_matter:
+        return
+    counts = detected.kind == "counts" and source.n_cells <= TOTALS_CELLS
+    obs = source.obs_table() if counts else None
+    shown = selection_of_genes(source.var, match, vocabulary, sample, obs)
+    if shown:
+        warn_of_selection(detected, source.name, source.n_genes, shown)
 
 
 def sample_of(source: CellSource) -> CellBlock:

@@ -23,13 +23,12 @@ A *window* is what the loader reads, decodes and holds as one piece; it consists
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..errors import InputWarning
+from ..errors import warn
 
 Lengths = Callable[[np.ndarray], np.ndarray]  # positions [cells] to stored entries [cells]
 
@@ -345,12 +344,10 @@ def warn_of_unequal_batches(sampling: Sampling, cells: int) -> None:
             f"unequal numbers of batches: {most} of them {max(counts):,} per epoch, "
             f"{ranks - most} {min(counts):,}"
         )
-    warnings.warn(
+    warn(
         f"the {ranks} ranks get {numbers}. Training that synchronises every batch waits for ever "
         "at the end of the epoch: share_batches=True gives all ranks the same number, and so does "
-        "drop_last=True (with batches by cells)",
-        InputWarning,
-        stacklevel=4,  # at CellLoader(…)
+        "drop_last=True (with batches by cells)"
     )
 
 

@@ -5,12 +5,11 @@ Only ``indptr`` is read here, since every check and every block needs it.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 
-from ...errors import InputError, InputWarning
+from ...errors import InputError, warn
 from ..interfaces import COPY_AGAIN, StoredArray, reading
 from .containers import SPARSE_PARTS, Container, refuse_absent, text
 from .matrices import CsrMatrix, DenseMatrix, Matrix, check_dtype, check_offsets
@@ -104,10 +103,8 @@ def _dense(container: Container, element: Any, key: str, name: str) -> DenseMatr
     check_dtype(array.dtype, name)
     if absent:
         # a writer may leave out chunks of zeros, so this need not be damage
-        warnings.warn(
+        warn(
             f"{name}: {len(absent)} chunks (the first is {absent[0][0]!r}) are not stored, so "
-            f"they are read as zeros. If that is not meant, copy the store again.",
-            InputWarning,
-            stacklevel=4,
+            f"they are read as zeros. If that is not meant, copy the store again."
         )
     return DenseMatrix(name, element.shape, array)
