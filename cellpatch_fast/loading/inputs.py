@@ -13,14 +13,12 @@ import numpy as np
 
 from ..config import Preprocessing, Reading
 from ..errors import InputError
-from ..io.sources.matrices import MAX_ENTRIES, CsrMatrix, DenseMatrix
 from ..io.sources.source import CellSource, open_source
-from ..io.sources.transpose import CscMatrix
 from ..io.stores.obs import SOURCE_COLUMN
 from ..io.stores.tokens import TokenStore, is_token_store
 from ..preprocessing.detection import detect_input
 from .columns import read_column
-from .rows import CsrRows, DenseRows, Rows, TokenRows
+from .rows import MatrixRows, Rows, TokenRows
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -85,18 +83,15 @@ class CellStream:
     def rows(self) -> Rows:
         """How to read the cells. A matrix that is stored by genes is turned into rows here."""
         if self._rows is None:
-            matrix = self.source.matrix
-            if isinstance(matrix, CscMatrix):
-                matrix = matrix.rows()
-            settings = (
-                *(np.asarray(self.match.tokens), self.preprocessing, self.detected.kind),
-                *(self._vocabulary_size, self.name, self.source.var.index),
+            self._rows = MatrixRows(
+                self.source.matrix.reader(),
+                tokens=np.asarray(self.match.tokens),
+                preprocessing=self.preprocessing,
+                kind=self.detected.kind,
+                vocabulary_size=self._vocabulary_size,
+                name=self.name,
+                gene_names=self.source.var.index,
             )
-            if isinstance(matrix, CsrMatrix):
-                self._rows = CsrRows(matrix, *settings)
-            else:
-                assert isinstance(matrix, DenseMatrix)
-                self._rows = DenseRows(matrix, *settings)
         return self._rows
 
     def measured(self) -> np.ndarray:
@@ -251,7 +246,7 @@ def open_stream(
 
 def sample_of(source: CellSource) -> CellBlock:
     """The first cells of a source, enough to tell what its matrix holds."""
-    return next(source.blocks(0, min(SAMPLE_CELLS, source.n_cells), max_entries=MAX_ENTRIES))
+    return next(source.read_cells([(0, min(SAMPLE_CELLS, source.n_cells))]))
 
 
 def describe_input(path: Path | str, stream: Stream) -> str:

@@ -248,7 +248,6 @@ class CellLoader:
             self._sources,
             self._chosen,
             obs=self._obs,
-            in_order=not self.sampling.shuffle,
             mask=self._mask(number),
             device=self.device,
         )

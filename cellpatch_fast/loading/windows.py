@@ -21,8 +21,8 @@ import torch
 
 from ..cells import RaggedCells
 from ..errors import InputError
+from ..io.chunks.gathering import copy_rows
 from ..preprocessing.masking import MaskCounts, Masked
-from .gathering import copy_rows
 from .rows import Part, Rows
 from .sampling import Chosen, Window
 from .slots import ALIGNMENT, Slot, Slots, slot_bytes
@@ -99,8 +99,6 @@ class Assembly:
         The rows that take part.
     obs
         The columns that batches carry, each [rows of all sources].
-    in_order
-        Whether windows follow each other in file order.
     mask
         Hides genes for pretraining.
     device
@@ -113,12 +111,11 @@ class Assembly:
         chosen: Chosen,
         *,
         obs: Mapping[str, np.ndarray],
-        in_order: bool,
         mask: Mask | None,
         device: torch.device,
     ) -> None:
         self._sources, self._chosen, self._obs = sources, chosen, obs
-        self._in_order, self._mask, self._device = in_order, mask, device
+        self._mask, self._device = mask, device
         self._starts = np.cumsum([0, *(len(source.offsets) - 1 for source in sources)])
         self._types = sources[0].types
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -157,7 +154,7 @@ class Assembly:
             source, local = self._sources[which], rows[places] - self._starts[which]
             entries = int((source.offsets[local + 1] - source.offsets[local]).sum())
             size += entries * source.entry_bytes + self._slot_bytes(entries, len(local), batches)
-            parts.append((source.part(local, in_order=self._in_order), places, entries))
+            parts.append((source.part(local), places, entries))
         if len(parts) > 1:
             size *= 2  # each is made on its own
         if self._mask is not None:

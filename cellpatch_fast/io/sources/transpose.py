@@ -13,25 +13,28 @@ files have no name: they are gone when closed, even if the process is killed.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from ...cells import CellBlock
+from ...devices import usable_cores
 from ...errors import InputError, summary
+from ..chunks import chunks_of
+from ..chunks.gathering import EntryChunks
 from ..interfaces import StoredArray
-from .arrays import SequentialReader
-from .matrices import CsrMatrix, check_indices, plan_blocks, signed_indices
+from .matrices import CsrMatrix, RowReader, check_indices, plan_blocks, signed_indices
 
 MEMORY_LIMIT = 512 * 2**20
 BUCKET_CELLS = 65_536  # a cell's position in its bucket fits uint16
 
 
 class CscMatrix:
-    """A column-compressed matrix; the first call of `blocks` turns it into rows.
+    """A column-compressed matrix; its first reader turns it into rows.
 
     Parameters
     ----------
@@ -60,10 +63,8 @@ class CscMatrix:
     def dtype(self) -> np.dtype[Any]:
         return self.data.dtype
 
-    def blocks(
-        self, start: int, stop: int, max_cells: int, max_entries: int
-    ) -> Iterator[CellBlock]:
-        return self.rows().blocks(start, stop, max_cells, max_entries)
+    def reader(self) -> RowReader:
+        return self.rows().reader()
 
     def rows(self) -> CsrMatrix:
         """This matrix by rows; kept, because it is costly."""
@@ -83,15 +84,15 @@ class CscMatrix:
 
     @property
     def _memory_entries(self) -> int:
-        """Entries that can be sorted at once: the sort needs up to 64 bytes for each."""
-        return max(1, self._memory_limit // 64)
+        """Entries that can be sorted at once: the sort needs up to 96 bytes for each."""
+        return max(1, self._memory_limit // 96)
 
 
 def _sort_in_memory(columns: CscMatrix) -> CsrMatrix:
     from scipy import sparse
 
-    indices = _reader(columns, columns.indices).rows(0, columns.entries)
-    data = _reader(columns, columns.data).rows(0, columns.entries)
+    with _reading(columns, columns.indices, columns.data) as read:
+        indices, data = read(0, columns.entries)
     check_indices(indices, columns.shape[0], columns.name, "cell", columns.indptr, 0)
     # scipy moves the values only; seen as integers, every dtype is one that it knows
     bits = data.view(f"u{data.dtype.itemsize}")
@@ -105,7 +106,7 @@ def _sort_on_disk(columns: CscMatrix) -> CsrMatrix:
     dtypes = (np.dtype(np.uint16), np.dtype(np.int32), columns.dtype)
     _check_disk(columns.name, columns.entries * sum(dtype.itemsize for dtype in dtypes))
     indptr = _count_cells(columns)
-    buckets = list(plan_blocks(indptr, 0, columns.shape[0], BUCKET_CELLS, columns._memory_entries))
+    buckets = list(_bucket_bounds(indptr, columns._memory_entries))
     rows, genes, values = (TemporaryArray(columns.entries, dtype) for dtype in dtypes)
     try:
         _scatter(columns, indptr, buckets, rows, genes, values)
@@ -122,6 +123,13 @@ def _sort_on_disk(columns: CscMatrix) -> CsrMatrix:
     finally:
         rows.close()
     return CsrMatrix(columns.name, columns.shape, indptr, genes, values)
+
+
+def _bucket_bounds(indptr: np.ndarray, entries: int) -> Iterator[tuple[int, int]]:
+    """Runs of up to `BUCKET_CELLS` cells with so many entries."""
+    for start, stop in plan_blocks(indptr, 0, len(indptr) - 1, entries):
+        for first in range(start, stop, BUCKET_CELLS):
+            yield first, min(first + BUCKET_CELLS, stop)
 
 
 def _sort_buckets(
@@ -143,11 +151,11 @@ def _count_cells(columns: CscMatrix) -> np.ndarray:
     """int64 [cells + 1]: where the entries of each cell will start."""
     cells = columns.shape[0]
     counts = np.zeros(cells, np.int64)
-    indices = _reader(columns, columns.indices)
-    for first, last, offsets, gene in _pieces(columns):
-        piece = indices.rows(first, last)
-        check_indices(piece, cells, columns.name, "cell", offsets, gene)
-        counts += np.bincount(signed_indices(piece), minlength=cells)
+    with _reading(columns, columns.indices) as read:
+        for first, last, offsets, gene in _pieces(columns):
+            (piece,) = read(first, last)
+            check_indices(piece, cells, columns.name, "cell", offsets, gene)
+            counts += np.bincount(signed_indices(piece), minlength=cells)
     return np.concatenate([[0], np.cumsum(counts)])
 
 
@@ -166,23 +174,24 @@ def _scatter(
     kind = np.uint16 if len(buckets) <= 2**16 else np.uint32
     bucket_of_cell = np.repeat(np.arange(len(buckets), dtype=kind), sizes)
     cursors = indptr[starts]
-    indices, data = _reader(columns, columns.indices), _reader(columns, columns.data)
-    for first, last, offsets, gene in _pieces(columns):
-        cells = signed_indices(indices.rows(first, last))
-        bucket = bucket_of_cell[cells]
-        order = np.argsort(bucket, kind="stable")
-        piece_rows = (cells - starts[bucket])[order].astype(np.uint16)
-        piece_genes = np.arange(gene, gene + len(offsets) - 1, dtype=np.int32)
-        piece_genes = np.repeat(piece_genes, np.diff(offsets))[order]
-        piece_values = data.rows(first, last)[order]
-        counts = np.bincount(bucket, minlength=len(buckets))
-        ends = np.cumsum(counts)
-        for which in np.flatnonzero(counts):
-            part = slice(ends[which] - counts[which], ends[which])
-            rows.write(cursors[which], piece_rows[part])
-            genes.write(cursors[which], piece_genes[part])
-            values.write(cursors[which], piece_values[part])
-        cursors += counts
+    with _reading(columns, columns.indices, columns.data) as read:
+        for first, last, offsets, gene in _pieces(columns):
+            indices, data = read(first, last)
+            cells = signed_indices(indices)
+            bucket = bucket_of_cell[cells]
+            order = np.argsort(bucket, kind="stable")
+            piece_rows = (cells - starts[bucket])[order].astype(np.uint16)
+            piece_genes = np.arange(gene, gene + len(offsets) - 1, dtype=np.int32)
+            piece_genes = np.repeat(piece_genes, np.diff(offsets))[order]
+            piece_values = data[order]
+            counts = np.bincount(bucket, minlength=len(buckets))
+            ends = np.cumsum(counts)
+            for which in np.flatnonzero(counts):
+                part = slice(ends[which] - counts[which], ends[which])
+                rows.write(cursors[which], piece_rows[part])
+                genes.write(cursors[which], piece_genes[part])
+                values.write(cursors[which], piece_values[part])
+            cursors += counts
 
 
 def _pieces(columns: CscMatrix) -> Iterator[tuple[int, int, np.ndarray, int]]:
@@ -196,8 +205,20 @@ def _pieces(columns: CscMatrix) -> Iterator[tuple[int, int, np.ndarray, int]]:
         yield first, last, np.clip(columns.indptr[gene : end + 1], first, last), gene
 
 
-def _reader(columns: CscMatrix, array: StoredArray | np.ndarray) -> SequentialReader:
-    return SequentialReader(array, columns.name, columns.indptr, noun="genes")
+@contextlib.contextmanager
+def _reading(
+    columns: CscMatrix, *arrays: StoredArray | np.ndarray
+) -> Iterator[Callable[[int, int], list[np.ndarray]]]:
+    """Gives a function that reads the entries ``first : last`` of ``arrays`` with all cores."""
+    with contextlib.ExitStack() as stack:
+        entries = [
+            EntryChunks(columns.name, columns.indptr, chunks_of(array), owner="gene")
+            for array in arrays
+        ]
+        for array in entries:
+            stack.callback(array.close)
+        workers = stack.enter_context(ThreadPoolExecutor(usable_cores()))
+        yield lambda first, last: [array.read(first, last, workers) for array in entries]
 
 
 def _check_disk(name: str, needed: int) -> None:

@@ -27,7 +27,7 @@ Store = Callable[..., Path]
 def refusal(data: Any, **options: Any) -> str:
     """The message with which reading all of ``data`` is refused; it has a cause if it is a file."""
     with pytest.raises(InputError) as caught, open_source(data, **options) as source:
-        for _ in source.blocks(max_entries=50):
+        for _ in source.read_cells(max_entries=50):
             pass
     message = str(caught.value)
     assert "\n" not in message
@@ -181,7 +181,7 @@ def test_missing_dense_chunk_warns(stored: Store) -> None:
     path = stored("zarr-v3", "dense")
     (path / "X/c/2/1").unlink()
     with pytest.warns(UserWarning, match="1 chunks .* are not stored"), open_source(path) as source:
-        assert sum(len(block) for block in source.blocks()) == CELLS
+        assert sum(len(block) for block in source.read_cells()) == CELLS
 
 
 def test_chunks_of_zeros_may_be_left_out(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_chunks_of_zeros_may_be_left_out(tmp_path: Path) -> None:
     for matrix in (one_gene, sparse.csr_matrix((5, 3), dtype=np.float32)):
         path = write_plain(anndata.AnnData(matrix), tmp_path, "zarr-v3")
         with open_source(path) as source:
-            assert sum(len(block.data) for block in source.blocks()) == matrix.nnz
+            assert sum(len(block.data) for block in source.read_cells()) == matrix.nnz
         shutil.rmtree(path)
 
 

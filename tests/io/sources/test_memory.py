@@ -43,7 +43,7 @@ if how == "whole":
 else:
     cells = entries = total = 0
     with open_source(path, memory_limit=memory_limit) as source:
-        for block in source.blocks(max_entries=1_000_000):
+        for block in source.read_cells(max_entries=1_000_000):
             cells += len(block)
             entries += len(block.data)
             total += int(block.data.sum(dtype="float64"))
