@@ -46,7 +46,7 @@ def test_disk_too_small_for_reordering(tmp_path: Path) -> None:
         next(source.read_cells())
     message = str(caught.value)
     assert str(path) in message
-    assert "needs 100000.0 GB" in message
+    assert "needs 80000.0 GB" in message
     assert "TMPDIR" in message
 
 
