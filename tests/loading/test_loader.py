@@ -25,22 +25,16 @@ from cellpatch_fast.loading import CellLoader
 from cellpatch_fast.preprocessing.masking import Masking
 
 from ..conftest import GENES, MakeCells
-from .batches import assert_same, in_file_order, load, loading_threads, open_files, together
+from .batches import CELLS, assert_same, in_file_order, load, loading_threads, open_files, together
 
-CELLS = 211
 FORMATS = ["csr.h5ad", "gzip.h5ad", "csc.h5ad", "dense.h5ad", "v2.zarr", "v3.zarr", "sharded.zarr"]
 
 few = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")
-def adata(make_cells: MakeCells) -> anndata.AnnData:
-    return make_cells(CELLS)
-
-
-@pytest.fixture(scope="module")
-def expected(adata: anndata.AnnData, small_model: CellPatch) -> RaggedCells:
-    return pp.tokenize(adata, small_model.vocabulary, small_model.config)
+def expected(tokens: RaggedCells) -> RaggedCells:
+    return tokens
 
 
 @pytest.fixture(scope="module")
@@ -302,14 +296,14 @@ def test_consumers_that_stop_anywhere_leave_nothing(
 def test_nothing_is_read_far_ahead_of_a_slow_consumer(
     files: dict[str, Path], small_model: CellPatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = []
+    windows_made = []
     batches = "cellpatch_fast.loading.windows.Assembly.batches"
     from cellpatch_fast.loading.windows import Assembly
 
     original = Assembly.batches
 
     def counted(self: Assembly, plan: object, slots: object) -> object:
-        made.append(plan)
+        windows_made.append(plan)
         return original(self, plan, slots)  # type: ignore[arg-type]
 
     monkeypatch.setattr(batches, counted)
@@ -319,7 +313,7 @@ def test_nothing_is_read_far_ahead_of_a_slow_consumer(
     ) as loader:
         for used, _ in enumerate(loader, 1):
             time.sleep(0.002)
-            assert len(made) <= used + 2  # two workers, and one window that waits
+            assert len(windows_made) <= used + 2  # two workers, and one window that waits
 
 
 def test_an_error_in_a_worker_reaches_the_consumer_and_ends_all(

@@ -11,14 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from cellpatch_fast import CellPatch, RaggedCells, pp
+from cellpatch_fast import CellPatch, RaggedCells
 from cellpatch_fast.loading import CellLoader, Epoch, Sampler, Window
 from cellpatch_fast.preprocessing.masking import Masking
 
-from ..conftest import MakeCells
-from .batches import assert_same, assert_same_batches, load, loading_threads
-
-CELLS = 211
+from .batches import CELLS, assert_same, assert_same_batches, load, loading_threads
 
 
 class ByClass:
@@ -56,16 +53,6 @@ class Fixed:
 
 
 @pytest.fixture(scope="module")
-def adata(make_cells: MakeCells) -> anndata.AnnData:
-    return make_cells(CELLS)
-
-
-@pytest.fixture(scope="module")
-def expected(adata: anndata.AnnData, small_model: CellPatch) -> RaggedCells:
-    return pp.tokenize(adata, small_model.vocabulary, small_model.config)
-
-
-@pytest.fixture(scope="module")
 def path(adata: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sampled") / "cells.h5ad"
     adata.write_h5ad(path, compression="gzip")
@@ -73,7 +60,7 @@ def path(adata: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_classes_come_as_often_as_the_sampler_says(
-    path: Path, adata: anndata.AnnData, small_model: CellPatch, expected: RaggedCells
+    path: Path, adata: anndata.AnnData, small_model: CellPatch, tokens: RaggedCells
 ) -> None:
     classes = np.where(np.arange(CELLS) < 17, "rare", "common")
     sampler: Sampler = ByClass(classes, of_each=5, batches=7)
@@ -83,7 +70,7 @@ def test_classes_come_as_often_as_the_sampler_says(
     for batch in first:
         assert (classes[batch.rows] == "rare").sum() == 5
         assert (classes[batch.rows] == "common").sum() == 5
-        assert_same(batch.cells, expected.take(torch.from_numpy(batch.rows)))
+        assert_same(batch.cells, tokens.take(torch.from_numpy(batch.rows)))
     assert [len(batches) for batches in (first, second)] == [7, 7]
     assert any((a.rows != b.rows).any() for a, b in zip(first, second, strict=True))
 

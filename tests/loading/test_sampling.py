@@ -62,13 +62,13 @@ def test_every_cell_comes_once_per_epoch_over_all_ranks(
         assert all(size == sampling.batch_size for size in sizes[: None if drop_last else -1])
         seen += batches
         counts.append(sum(sizes))
-    found = np.sort(np.concatenate(seen)) if seen else np.empty(0, int)
+    cells_seen = np.sort(np.concatenate(seen)) if seen else np.empty(0, int)
     if drop_last:
         assert len(set(counts)) == 1
-        assert len(np.unique(found)) == len(found) == sum(counts)
-        assert cells - len(found) < world_size * options["batch_size"]
+        assert len(np.unique(cells_seen)) == len(cells_seen) == sum(counts)
+        assert cells - len(cells_seen) < world_size * options["batch_size"]
     else:
-        np.testing.assert_array_equal(found, np.arange(cells))
+        np.testing.assert_array_equal(cells_seen, np.arange(cells))
         assert max(counts) - min(counts) <= 1
 
 

@@ -173,7 +173,7 @@ def identity(path: Path, key: str) -> str:
         for name in ZARR_METADATA
     )
     chunks = (folder / inner for folder in folders for inner in ("", "c"))
-    return files_identity([found for found in (*metadata, *chunks) if found.exists()])
+    return files_identity([path for path in (*metadata, *chunks) if path.exists()])
 
 
 def files_identity(paths: list[Path]) -> str:

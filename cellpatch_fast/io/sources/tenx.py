@@ -75,8 +75,8 @@ def _genes_only(adata: AnnData, path: Path) -> AnnData:
     if kinds is None or (kinds == GENES).all():
         return adata
     others = ", ".join(f"{n} {kind}" for kind, n in kinds[kinds != GENES].value_counts().items())
-    found = f"{path}: features that are not genes are left out: {others}"
-    warnings.warn(found, InputWarning, stacklevel=4)
+    message = f"{path}: features that are not genes are left out: {others}"
+    warnings.warn(message, InputWarning, stacklevel=4)
     with _without_name_warnings():
         return adata[:, (kinds == GENES).to_numpy()].copy()
 

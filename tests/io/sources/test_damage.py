@@ -50,7 +50,7 @@ def test_other_files_are_no_anndata(tmp_path: Path) -> None:
     zarr.open_group(tmp_path / "other.zarr", mode="w")
     (tmp_path / "folder.zarr").mkdir()
     shutil.make_archive(str(tmp_path / "archive"), "zip", tmp_path / "folder.zarr")
-    for path, found in {
+    for path, fault in {
         text: "neither HDF5 nor zipped Zarr",
         empty: "is empty",
         tmp_path / "other.h5": "holds no obs and var",
@@ -59,7 +59,7 @@ def test_other_files_are_no_anndata(tmp_path: Path) -> None:
         tmp_path / "archive.zip": "cannot read the Zarr store",
     }.items():
         message = refusal(path)
-        assert found in message
+        assert fault in message
         assert ".h5ad" in message or "copy or download it again" in message
 
 
@@ -219,15 +219,15 @@ def test_layer_and_raw_exclude_each_other() -> None:
 
 @pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
 @pytest.mark.parametrize("container", ["h5ad", "zarr-v2", "zarr-v3", "memory"])
-@pytest.mark.parametrize(("cells", "genes", "found"), [(0, 7, "0 cells"), (7, 0, "0 genes")])
+@pytest.mark.parametrize(("cells", "genes", "fault"), [(0, 7, "0 cells"), (7, 0, "0 genes")])
 def test_nothing_to_read(
-    tmp_path: Path, container: str, layout: str, cells: int, genes: int, found: str
+    tmp_path: Path, container: str, layout: str, cells: int, genes: int, fault: str
 ) -> None:
     empty = sparse.csr_matrix((cells, genes), dtype=np.float32)
     matrix = {"csr": empty, "csc": empty.tocsc(), "dense": empty.toarray()}[layout]
     adata = anndata.AnnData(matrix)
     data = adata if container == "memory" else write_plain(adata, tmp_path, container)
-    assert f"X holds {found} (its shape is {cells} x {genes})" in refusal(data)
+    assert f"X holds {fault} (its shape is {cells} x {genes})" in refusal(data)
 
 
 def lengthen(values: np.ndarray) -> np.ndarray:
@@ -251,7 +251,7 @@ def negative(values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("key", "change", "found"),
+    ("key", "change", "fault"),
     [
         ("indptr", lengthen, f"indptr has {CELLS + 2} elements"),
         ("indptr", shift, "indptr starts at 1"),
@@ -274,11 +274,11 @@ def test_inconsistent_matrix(
     container: str,
     key: str,
     change: Callable[[np.ndarray], np.ndarray],
-    found: str,
+    fault: str,
 ) -> None:
     path = stored(container)
     replace(path, f"X/{key}", change)
-    assert found in refusal(path)
+    assert fault in refusal(path)
 
 
 def test_column_out_of_range_names_its_cell(stored: Store) -> None:

@@ -1,7 +1,8 @@
 """A file larger than the memory that the process may have is streamed whole.
 
 The limit is on data (heap and private mappings) and set after the imports and compilation, so it is
-what reading may add. That it bites is shown by anndata's own reader, which loads the file and must fail.
+what reading may add. That it bites is shown by anndata's own reader, which loads the file and must
+fail.
 """
 
 from __future__ import annotations

@@ -115,9 +115,9 @@ def published(stored: Store) -> Store:
     return publish
 
 
-def assert_same(found: str, expected: Path) -> None:
+def assert_same(address: str, expected: Path) -> None:
     """All that a source gives is the same."""
-    with open_source(found) as ours, open_source(expected) as theirs:
+    with open_source(address) as ours, open_source(expected) as theirs:
         facts = {"name": str(expected)}
         assert ours.describe() | facts == theirs.describe()
         pd.testing.assert_frame_equal(ours.var, theirs.var)

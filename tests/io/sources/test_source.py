@@ -61,13 +61,13 @@ def joined(blocks: Iterator[CellBlock], genes: int, start: int = 0) -> sparse.cs
     return sparse.csr_matrix(parts, shape=(len(parts[2]) - 1, genes))
 
 
-def assert_same(found: sparse.csr_matrix, expected: sparse.csr_matrix) -> None:
+def assert_same(matrix: sparse.csr_matrix, expected: sparse.csr_matrix) -> None:
     """Entry for entry, in the same order, with the same dtype."""
-    assert found.shape == expected.shape
-    assert found.dtype == expected.dtype
-    np.testing.assert_array_equal(found.indptr, expected.indptr)
-    np.testing.assert_array_equal(found.indices, expected.indices)
-    np.testing.assert_array_equal(found.data, expected.data)
+    assert matrix.shape == expected.shape
+    assert matrix.dtype == expected.dtype
+    np.testing.assert_array_equal(matrix.indptr, expected.indptr)
+    np.testing.assert_array_equal(matrix.indices, expected.indices)
+    np.testing.assert_array_equal(matrix.data, expected.data)
 
 
 def all_of(source: CellSource, **limits: int) -> sparse.csr_matrix:
@@ -102,9 +102,9 @@ def test_values_keep_their_dtype(tmp_path: Path, container: str, layout: str, dt
     limit = TOO_LITTLE_MEMORY if layout == "csc-on-disk" else 2**20
     with open_source(path, memory_limit=limit) as source:
         blocks = list(source.read_cells(max_entries=101))
-    found = np.concatenate([block.data for block in blocks])
-    assert found.dtype == ("uint8" if dtype == "bool" else dtype)
-    np.testing.assert_array_equal(found, expected.data.astype(dtype))
+    values = np.concatenate([block.data for block in blocks])
+    assert values.dtype == ("uint8" if dtype == "bool" else dtype)
+    np.testing.assert_array_equal(values, expected.data.astype(dtype))
 
 
 @pytest.mark.parametrize("dtype", INTEGERS[2:])
