@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cellpatch_fast.synthetic.frequencies import SPREAD, depths, detection, mean_counts
+from cellpatch_fast.synthetic.frequencies import depths, detection, mean_counts
+from cellpatch_fast.synthetic.settings import AtlasSettings
 
 GENES = 60_664  # of the human reference; tokens start at 1
 
@@ -25,7 +26,9 @@ def draw_cells(
     frequencies it is reached by depth, otherwise by drawing from all genes alike. Tokens are
     ascending within a cell.
     """
-    lengths = np.minimum(genes * np.exp(SPREAD * rng.standard_normal(cells)), 0.9 * GENES)
+    lengths = np.minimum(
+        genes * np.exp(AtlasSettings.spread * rng.standard_normal(cells)), 0.9 * GENES
+    )
     if uniform:
         rows = [np.sort(rng.choice(GENES, int(n), replace=False)) + 1 for n in lengths]
     else:

@@ -17,6 +17,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import torch
+from cellpatch_fast.kernels import Backend
 
 from cellpatch_fast import CellPatch, CellPatchConfig, GeneVocabulary
 from cellpatch_fast.model import MaskedGeneModel
@@ -69,10 +70,10 @@ def compare(
     pretraining = replace(pretraining, **common)
     finetuning = replace(finetuning, **common, test=0, patience=0, min_cells=1)
 
-    def pretrained(start: CellPatch, backend: str, run: Path) -> None:
+    def pretrained(start: CellPatch, backend: Backend, run: Path) -> None:
         pretrain(few, run, model=start, settings=replace(pretraining, backend=backend))
 
-    def finetuned(start: CellPatch, backend: str, run: Path) -> None:
+    def finetuned(start: CellPatch, backend: Backend, run: Path) -> None:
         settings = replace(finetuning, backend=backend)
         finetune(few, run, label=label, model=start, settings=settings)
 
@@ -83,9 +84,9 @@ def compare(
 
 
 def _compare(
-    train: Callable[[CellPatch, str, Path], None], start: MaskedGeneModel, folder: Path
+    train: Callable[[CellPatch, Backend, Path], None], start: MaskedGeneModel, folder: Path
 ) -> dict[str, float]:
-    def losses(name: str, model: CellPatch, backend: str) -> np.ndarray:
+    def losses(name: str, model: CellPatch, backend: Backend) -> np.ndarray:
         train(model, backend, folder / name)
         return pd.read_csv(folder / name / "steps.csv")["loss"].to_numpy(np.float64)
 

@@ -105,7 +105,8 @@ class Variant:
         config = CellPatchConfig(value_embedding="binned" if self.binned else "affine")
         terms = f"*{TYPES[self.type]}"
         in_terms = ("rows", "query", "bin_rows", "matrices")
-        tables = Tables(**{n: terms if n in in_terms else "*fp32" for n in Tables._fields})
+        kinds: Any = {name: terms if name in in_terms else "*fp32" for name in Tables._fields}
+        tables = Tables(**kinds)
         pointers = {
             "offsets": "*i64", "genes": f"*{self.genes}", "values": f"*{self.values}",
             "pads": "*i64", "faults": "*i32",
@@ -316,19 +317,19 @@ def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def measure_all(chosen: list[AnyVariant], again: bool) -> Iterator[dict[str, Any]]:
+def measure_all(chosen: list[AnyVariant], *, compiled_anew: bool) -> Iterator[dict[str, Any]]:
     """`measure` of each, in as many processes as there are processors.
 
-    ``again``: with an empty cache, so that the time is that of compiling; else with Triton's own.
-    There a kernel's key depends on which keys were asked for before: so all are, here, in order.
+    Kernels are taken from Triton's own cache, but for those ``compiled_anew``, whose cache is
+    empty: their seconds are those of compiling.
     """
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not compiled
     for variant in chosen:
-        variant.source().hash()
+        variant.source().hash()  # what Triton keeps by it depends on what was asked for before
     workers = len(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as cache:
-        if again:
-            os.environ["TRITON_CACHE_DIR"] = cache
+    with tempfile.TemporaryDirectory() as empty:
+        if compiled_anew:
+            os.environ["TRITON_CACHE_DIR"] = empty
         with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
             yield from pool.map(measure, chosen)
 
@@ -371,7 +372,7 @@ def main() -> None:
     parser.add_argument("--architecture", type=int, nargs="+", choices=ARCHITECTURES,
                         default=ARCHITECTURES, help="compute capability times 10")  # fmt: skip
     parser.add_argument("--once", action="store_true",
-                        help="each kernel once, and not what Triton has kept")  # fmt: skip
+                        help="each kernel once, out of the cache if it is there")  # fmt: skip
     parser.add_argument("--output", type=Path, help="folder for kernel-resources.md and .json")
     options = parser.parse_args()
     chosen: list[AnyVariant] = [
@@ -379,7 +380,7 @@ def main() -> None:
         *ragged_variants(options.architecture, options.once),
     ]
     rows = []
-    for row in measure_all(chosen, again=not options.once):
+    for row in measure_all(chosen, compiled_anew=not options.once):
         rows.append(row)
         print(f"{len(rows)} of {len(chosen)} kernels compiled", file=sys.stderr, end="\r")
     import triton

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import atlas, datasets, io, kernels, pl, pp, tl
     from .cells import RaggedCells
-    from .config import CellPatchConfig
+    from .config import CellPatchConfig, Masking
     from .errors import InputError
     from .genes import GeneVocabulary
     from .loading import CellLoader
     from .model import CellPatch, CellPatchAnnotator, MaskedGeneModel, accelerate
-    from .preprocessing.masking import Masking
 
 __all__ = [
     "CellLoader",
@@ -52,7 +51,7 @@ _DEFINED_IN = {
     "GeneVocabulary": "genes",
     "InputError": "errors",
     "MaskedGeneModel": "model",
-    "Masking": "preprocessing.masking",
+    "Masking": "config",
     "RaggedCells": "cells",
     "accelerate": "model",
 }

@@ -1,6 +1,6 @@
 """CellPatchConfig: every choice that makes a model what it is, with the paper's numbers;
 Preprocessing: those of them that turn counts into values. Reading: which matrix of an input is
-read, and as what.
+read, and as what; Masking: how much of a cell pretraining hides.
 
 The configuration holds the architecture *and* the preprocessing, because weights are only
 meaningful together with the way values were prepared for them. It is what ``config.json`` in a
@@ -21,6 +21,7 @@ FORMAT_VERSION = 1
 ValueEmbedding = Literal["affine", "binned"]
 ValueRounding = Literal["round", "truncate", "none"]
 Expected = Literal["auto", "counts", "lognorm"]
+Backend = Literal["reference", "numba", "triton"]
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ class CellPatchConfig:
         for name in ("attention_dropout", "decoder_dropout", "head_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1): {getattr(self, name)}")
-        if self.value_embedding not in ("affine", "binned"):
+        if self.value_embedding not in get_args(ValueEmbedding):
             raise ValueError(f"value_embedding must be affine or binned: {self.value_embedding!r}")
-        if self.value_rounding not in ("round", "truncate", "none"):
+        if self.value_rounding not in get_args(ValueRounding):
             raise ValueError(
                 f"value_rounding must be round, truncate or none: {self.value_rounding!r}"
             )
@@ -198,7 +199,7 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if not 0 < self.target_sum < math.inf:
             raise ValueError(f"target_sum must be positive, found {self.target_sum}")
-        if self.value_rounding not in ("round", "truncate", "none"):
+        if self.value_rounding not in get_args(ValueRounding):
             raise ValueError(
                 f"value_rounding must be round, truncate or none, found {self.value_rounding!r}"
             )
@@ -225,13 +226,14 @@ class Reading:
 
     Parameters
     ----------
-    layer, use_raw
-        Read this layer, or ``raw.X``, instead of X; not both.
+    layer
+        Read this layer instead of X.
+    use_raw
+        Read raw instead of X.
     gene_column
         Column of var with Ensembl IDs or symbols; None for the one that fits best.
     input
-        What the matrix holds: ``"counts"`` (raw), ``"lognorm"`` (log-normalised), or ``"auto"`` to
-        find out.
+        What the matrix holds: raw counts, log-normalised values, or (auto) what is found.
 
     Raises
     ------
@@ -265,3 +267,34 @@ class Reading:
             "use_raw": self.use_raw,
             "gene_column": self.gene_column or "",
         }
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How much is hidden, and how much the model is given at most. The paper's by default.
+
+    Parameters
+    ----------
+    hidden
+        Share of a cell's genes that the encoder does not see; between 0 and 1, both excluded.
+    zeros
+        Zeros that the decoder predicts for each hidden entry.
+    max_encoder
+        Most entries of a cell that the encoder sees.
+    max_decoder
+        Most entries of a cell that the decoder predicts, hidden ones and zeros together.
+    """
+
+    hidden: float = 0.3
+    zeros: float = 0.5
+    max_encoder: int = 3_000
+    max_decoder: int = 1_000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.hidden < 1:
+            raise ValueError(f"hidden must lie between 0 and 1, found {self.hidden}")
+        if not 0 <= self.zeros < math.inf:
+            raise ValueError(f"zeros must be a number that is not negative, found {self.zeros}")
+        for name in ("max_encoder", "max_decoder"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")

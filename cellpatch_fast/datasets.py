@@ -5,3 +5,7 @@ from __future__ import annotations
 from .synthetic.generate import synthetic_atlas
 
 __all__ = ["synthetic_atlas"]
+
+
+def __dir__() -> list[str]:
+    return __all__

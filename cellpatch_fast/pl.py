@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
     from .inference.evaluation import Evaluation
 
+__all__ = ["confusion_matrix", "embedding", "training_curves"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 def training_curves(
     run: str | Path,

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["normalize", "quality_control", "tokenize"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # Of a batch: large enough that what one costs does not show.
 BATCH_CELLS, BATCH_ENTRIES = 8_192, 1 << 20
 
@@ -69,7 +74,10 @@ def quality_control(
         scanpy.pp.filter_genes(adata, min_cells=min_cells)
     log.info(
         "quality control kept %s of %s cells and %s of %s genes",
-        *(f"{count:,}" for count in (adata.n_obs, cells, adata.n_vars, genes)),
+        f"{adata.n_obs:,}",
+        f"{cells:,}",
+        f"{adata.n_vars:,}",
+        f"{genes:,}",
     )
     return adata if copy else None
 
@@ -127,7 +135,10 @@ def normalize(
     target = "X" if layer is None else f"layers[{layer!r}]"
     log.info(
         "%s: found %s; normalised to %s and logged in %s",
-        *(place, detected.reason, f"{target_sum:,.7g}", target),
+        place,
+        detected.reason,
+        f"{target_sum:,.7g}",
+        target,
     )
     return adata if copy else None
 
@@ -184,7 +195,11 @@ def tokenize(
     unknown = sum(int(batch.unknown_entries.sum()) for batch in batches)
     log.info(
         "%s; %s cells (%s empty), %s entries (%s of unknown genes left out)",
-        *(stream, *(f"{count:,}" for count in (len(cells), empty, cells.entries, unknown))),
+        stream,
+        f"{len(cells):,}",
+        f"{empty:,}",
+        f"{cells.entries:,}",
+        f"{unknown:,}",
     )
     return cells
 

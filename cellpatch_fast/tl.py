@@ -14,6 +14,7 @@ import numpy as np
 
 from .config import Reading
 from .errors import InputError
+from .genes.names import first_names
 from .inference.embedder import Embedder
 from .inference.labels import label_column, most_likely, require_threshold
 from .model.storage import fingerprint
@@ -28,7 +29,13 @@ if TYPE_CHECKING:
     from .model import CellPatch, CellPatchAnnotator
     from .model.encoder import Pool
 
+__all__ = ["annotate", "embed"]
+
 logger = logging.getLogger("cellpatch_fast")
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def embed(
@@ -88,25 +95,30 @@ def embed(
     Raises
     ------
     InputError
-        If no gene matches, values are negative or not finite, or the matrix is not usable.
+        If ``adata`` is no AnnData object or a view of one in a file, no gene matches, values are
+        negative or not finite, or the matrix is not usable.
 
     Examples
     --------
     >>> cellpatch_fast.tl.embed(adata, "my-model")  # doctest: +SKIP
     >>> scanpy.pp.neighbors(adata, use_rep="X_cellpatch")  # doctest: +SKIP
     """
+    _require_anndata(adata, "embed", copy)
     if not key_added:
         raise InputError("key_added is empty: name the embedding in obsm")
     warn_of_unfinished(model)
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
     reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
-    found = _compute(embedder, adata, reading, "embedding", progress)
+    computed = _compute(embedder, adata, reading, "embedding", progress)
     if copy:
         adata = _copy(adata)
-    _add(adata, {key_added: found.features}, {}, key_added, found.params)
+    _add(adata, {key_added: computed.features}, {}, key_added, computed.params)
     logger.info(
         "added obsm[%r]: %s cells x %d (%s)",
-        *(key_added, f"{len(found.features):,}", found.features.shape[1], str(found)),
+        key_added,
+        f"{len(computed.features):,}",
+        computed.features.shape[1],
+        str(computed),
     )
     return adata if copy else None
 
@@ -161,6 +173,7 @@ def annotate(
     >>> cellpatch_fast.tl.annotate(adata, "my-annotator")  # doctest: +SKIP
     >>> adata.obs["cellpatch_label"].value_counts()  # doctest: +SKIP
     """
+    _require_anndata(adata, "annotate", copy)
     if not key_added:
         raise InputError("key_added is empty: name what is added")
     warn_of_unfinished(model)
@@ -176,23 +189,57 @@ def annotate(
     classes = embedder.annotator.classes
     require_threshold(threshold, classes)
     reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
-    found = _compute(embedder, adata, reading, "annotation", progress)
-    assert found.probabilities is not None
-    codes, highest = most_likely(found.probabilities, threshold)
+    computed = _compute(embedder, adata, reading, "annotation", progress)
+    assert computed.probabilities is not None
+    codes, highest = most_likely(computed.probabilities, threshold)
     if copy:
         adata = _copy(adata)
-    obsm = {f"X_{key_added}": found.features, f"{key_added}_probabilities": found.probabilities}
+    obsm = {
+        f"X_{key_added}": computed.features,
+        f"{key_added}_probabilities": computed.probabilities,
+    }
     obs = {
         f"{key_added}_label": label_column(codes, classes),
         f"{key_added}_probability": highest,
     }
-    params = found.params | {"threshold": threshold}
+    params = computed.params | {"threshold": threshold}
     _add(adata, obsm, obs, key_added, params, classes=list(classes))
     logger.info(
         "added obs[%r] and obs[%r]: %s cells of %d classes (%s)",
-        *(*obs, f"{len(highest):,}", len(np.unique(codes)), str(found)),
+        f"{key_added}_label",
+        f"{key_added}_probability",
+        f"{len(highest):,}",
+        len(np.unique(codes)),
+        str(computed),
     )
     return adata if copy else None
+
+
+def _require_anndata(adata: object, tool: str, copy: bool) -> None:
+    """Refuse what nothing can be added to, before anything is computed."""
+    from anndata import AnnData
+
+    if isinstance(adata, str | Path):
+        raise InputError(
+            f"tl.{tool} adds to an AnnData object, found the path {str(adata)!r}: read it first "
+            f"(anndata.read_h5ad), or have cellpatch_fast.atlas.{tool} make a store of the file"
+        )
+    if isinstance(modalities := getattr(adata, "mod", None), Mapping):  # MuData
+        raise InputError(
+            f"tl.{tool} adds to an AnnData object, found a {type(adata).__name__} that holds "
+            f"{first_names(list(modalities)) or 'none'}: pass the one with genes, as in "
+            "mdata['rna']"
+        )
+    if not isinstance(adata, AnnData):
+        raise InputError(
+            f"tl.{tool} adds to an AnnData object, found {type(adata).__module__}."
+            f"{type(adata).__qualname__}: anndata.AnnData(X, obs, var) makes one of cells x genes"
+        )
+    if adata.isbacked and adata.is_view and not copy:
+        raise InputError(
+            "adata is a view of an object that is backed by a file, and nothing can be added to "
+            "such a view: pass copy=True, or adata.to_memory()"
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,6 +111,16 @@ def triton_backend() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def nothing_is_left_to_pyplot() -> Iterator[None]:
+    """No plot may stay in pyplot's list of open figures."""
+    from matplotlib import pyplot
+
+    before = pyplot.get_fignums()
+    yield
+    assert pyplot.get_fignums() == before
+
+
 @pytest.fixture(scope="session")
 def small_vocabulary() -> GeneVocabulary:
     """Every 191st human gene."""

@@ -1,7 +1,8 @@
 """How many examples hypothesis tries: as many as a test says, or more where that is asked for.
 
-The profile ``ci`` is the default. ``pytest --hypothesis-profile thorough``, or HYPOTHESIS_PROFILE
-in the environment, tries ten times as many. No example has a deadline: a busy machine is no fault.
+The profile ``ci`` is the default. ``thorough`` tries ten times as many: CELLPATCH_TESTS=thorough in
+the environment, or ``pytest --hypothesis-profile thorough``. No example has a deadline: a busy
+machine is no fault.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def load_profile() -> None:
     """To be called before any test is imported, which says how many examples it wants."""
     settings.register_profile("ci", deadline=None, max_examples=CI)
     settings.register_profile("thorough", deadline=None, max_examples=10 * CI)
-    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+    settings.load_profile(os.environ.get("CELLPATCH_TESTS", "ci"))
 
 
 def examples(number: int) -> Callable[[Any], Any]:

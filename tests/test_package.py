@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -125,3 +126,12 @@ def test_every_public_name_can_be_had_and_is_listed() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", cellpatch_fast.__version__)
     with pytest.raises(AttributeError, match="no attribute 'embedd'"):
         cellpatch_fast.embedd  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "name", ["atlas", "datasets", "genes", "io", "loading", "model", "pl", "pp", "tl", "training"]
+)
+def test_completion_offers_public_names_only(name: str) -> None:
+    module = importlib.import_module(f"cellpatch_fast.{name}")
+    assert dir(module) == sorted(module.__all__)
+    assert all(hasattr(module, public) for public in module.__all__)

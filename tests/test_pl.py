@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import re
 import sys
 from collections.abc import Callable
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +13,16 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import image, pyplot
+from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from cellpatch_fast import InputError, pl
-from cellpatch_fast.inference.evaluation import evaluate
-from cellpatch_fast.plots.figures import GREY, OKABE_ITO, render
+from cellpatch_fast.plots.figures import GREY, OKABE_ITO
 
-LONG = "CD8+/CD45RA+ Naive Cytotoxic"
+from .plots.drawn import LONG, assert_nothing_is_cut_off, confusion, panels
 
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_to_pyplot() -> object:
-    """No plot may stay in pyplot's list of open figures."""
-    before = pyplot.get_fignums()
-    yield
-    assert pyplot.get_fignums() == before
-
-
-def texts(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
-
-
-def panels(figure: Figure) -> list[Any]:
-    """The figure's axes; matplotlib's own types promise less than they hold."""
-    return list(figure.axes)
-
-
-def pixels(figure: Figure) -> np.ndarray:
-    """Of the PNG that is saved, [height, width, 3]."""
-    return np.asarray(image.imread(io.BytesIO(render(figure, "png"))))[..., :3]
-
-
-def assert_nothing_is_cut_off(figure: Figure) -> None:
-    """There is something, and it does not reach the image's border."""
-    ink = np.any(pixels(figure) < 0.99, axis=2)
-    assert ink.mean() > 0.005
-    assert not ink[[0, -1]].any()
-    assert not ink[:, [0, -1]].any()
+pytestmark = pytest.mark.usefixtures("nothing_is_left_to_pyplot")
 
 
 # --- training curves -----------------------------------------------------------------------------
@@ -143,85 +112,6 @@ def test_training_curves_of_what_is_no_run(tmp_path: Path, write_run: WriteRun) 
     (run / "steps.csv").write_text("step,loss\n")
     with pytest.raises(InputError, match="no step to draw yet"):
         pl.training_curves(run)
-
-
-# --- confusion matrix ----------------------------------------------------------------------------
-
-
-def confusion(classes: int) -> pd.DataFrame:
-    """Counts with a full diagonal; the last class has no true cells."""
-    names = [f"{LONG} {i}" for i in range(classes)]
-    counts = np.diag(np.arange(classes)[::-1] * 97) + np.tri(classes, k=-1, dtype=int)
-    counts[-1] = 0
-    return pd.DataFrame(counts, index=names, columns=names)
-
-
-@pytest.mark.parametrize("classes", [2, 23])
-def test_confusion_matrix_of_any_size_is_complete(classes: int) -> None:
-    figure = pl.confusion_matrix(confusion(classes))
-    found = texts(figure)
-    assert {f"{LONG} {i}" for i in range(classes)} <= set(found)
-    assert f"{LONG} 0 ({97 * (classes - 1):,})" in found
-    assert_nothing_is_cut_off(figure)
-    axes = panels(figure)[0]
-    columns = [label.get_window_extent().intervalx for label in axes.get_xticklabels()]
-    rows = [label.get_window_extent().intervaly for label in axes.get_yticklabels()][::-1]
-    for names in (columns, rows):  # none overlaps the next
-        assert all(one.max() < other.min() for one, other in pairwise(names))
-
-
-def test_confusion_matrix_shares_are_of_the_true_class() -> None:
-    counts = pd.DataFrame([[3, 1], [0, 0], [20, 980]], index=list("abc"), columns=list("ab"))
-    (shown,) = panels(pl.confusion_matrix(counts))[0].images
-    shares = np.ma.filled(shown.get_array(), np.nan)
-    np.testing.assert_array_equal(shares, [[0.75, 0.25], [np.nan, np.nan], [0.02, 0.98]])
-
-
-def test_confusion_matrix_writes_percentages_or_counts() -> None:
-    counts = pd.DataFrame([[3, 1], [4, 1996]], index=list("ab"), columns=list("ab"))
-    numbers = [text.get_text() for text in panels(pl.confusion_matrix(counts))[0].texts]
-    assert numbers == ["75", "25", "100"]  # 0.2% is left blank
-    figure = pl.confusion_matrix(counts, normalize=False, title="mine")
-    assert [text.get_text() for text in panels(figure)[0].texts] == ["3", "1", "4", "1,996"]
-    assert "mine" in texts(figure)
-
-
-def test_numbers_that_do_not_fit_into_the_matrix_are_left_out() -> None:
-    counts = pd.DataFrame(np.eye(61, dtype=int) * 1_234_567)
-    counts.iloc[0, 1] = 89
-    written = [
-        text.get_text() for text in panels(pl.confusion_matrix(counts, normalize=False))[0].texts
-    ]
-    assert written == ["89"]
-
-
-def test_confusion_matrix_of_an_evaluation_says_how_good_it_is() -> None:
-    figure = pl.confusion_matrix(evaluate(["B", "T"], ["B", "unknown"], ["B", "T"]))
-    assert {"accuracy 0.500, macro F1 0.500", "unknown"} <= set(texts(figure))
-
-
-def test_labels_that_a_model_lacks_stand_below_a_line() -> None:
-    figure = pl.confusion_matrix(evaluate(["B", "T", "NK", "NK"], list("BTTB"), ["B", "T"]))
-    (axes, *_) = panels(figure)
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["B (1)", "T (1)", "NK (2)"]
-    assert list(axes.lines[0].get_ydata()) == [1.5, 1.5]
-    assert "on 2 of 4 labelled cells (50.0%)\noverall accuracy 0.500" in "".join(texts(figure))
-    assert_nothing_is_cut_off(figure)
-
-
-def test_a_great_many_labels_that_a_model_lacks_share_a_row() -> None:
-    labels = [f"cluster {i}" for i in range(1_000) for _ in range(1 + (i == 7))]
-    figure = pl.confusion_matrix(evaluate(labels, ["B"] * len(labels), ["B"]))
-    rows = [label.get_text() for label in panels(figure)[0].get_yticklabels()]
-    assert rows[:2] == ["B (0)", "cluster 7 (2)"]
-    assert rows[-1] == "960 further labels (960)"
-    assert len(rows) == 1 + 40 + 1
-
-
-@pytest.mark.parametrize("bad", [[[-1.0]], [[np.nan]], [["many"]], np.empty((0, 0))])
-def test_what_is_no_confusion_matrix_is_refused(bad: list[list[object]]) -> None:
-    with pytest.raises(InputError, match="a confusion matrix holds counts"):
-        pl.confusion_matrix(pd.DataFrame(bad))
 
 
 # --- embedding -----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +228,50 @@ def test_after_an_error_the_object_is_as_it_was(
         cp.tl.embed(adata, **{"model": small_model, **options})
     assert not adata.obsm.keys()
     assert not adata.uns.keys()
+
+
+@pytest.mark.parametrize("tool", [cp.tl.embed, cp.tl.annotate])
+@pytest.mark.parametrize(
+    ("thing", "message"),
+    [
+        (
+            "cells.h5ad",
+            r"adds to an AnnData object, found the path 'cells.h5ad': read it first "
+            r"\(anndata.read_h5ad\), or have cellpatch_fast.atlas.{tool} make a store",
+        ),
+        (Path("cells.h5ad"), "found the path 'cells.h5ad': read it first"),
+        (np.zeros((2, 3)), r"found numpy.ndarray: anndata.AnnData\(X, obs, var\) makes one"),
+    ],
+)
+def test_what_is_no_anndata_object(
+    small_model: CellPatch, tool: Callable[..., Any], thing: Any, message: str
+) -> None:
+    name = tool.__name__
+    with pytest.raises(InputError, match=f"tl.{name} .*" + message.format(tool=name)):
+        tool(thing, small_model)
+
+
+@pytest.mark.filterwarnings("ignore:::mudata")
+def test_several_modalities_are_refused_and_one_of_them_is_not(
+    adata: anndata.AnnData, small_model: CellPatch, expected: np.ndarray
+) -> None:
+    mudata = pytest.importorskip("mudata")
+    several = mudata.MuData({"rna": adata, "atac": adata.copy()})
+    with pytest.raises(InputError, match=r"a MuData that holds 'rna', 'atac': .*as in mdata\['rna"):
+        cp.tl.embed(several, small_model)
+    cp.tl.embed(several["rna"], small_model)
+    assert np.array_equal(several["rna"].obsm[KEY], expected)
+
+
+def test_views_of_an_object_in_a_file_are_copied_or_refused(
+    cells_file: Path, small_model: CellPatch, expected: np.ndarray
+) -> None:
+    backed = anndata.read_h5ad(cells_file, backed="r")
+    with pytest.raises(InputError, match=r"a view of .*: pass copy=True, or adata.to_memory\(\)"):
+        cp.tl.embed(backed[7:19], small_model)
+    assert np.array_equal(rows(backed[7:19], small_model), expected[7:19])
+    cp.tl.embed(backed, small_model)
+    assert np.array_equal(backed.obsm[KEY], expected)
 
 
 def test_device_that_the_machine_lacks(adata: anndata.AnnData, small_model: CellPatch) -> None:

@@ -9,3 +9,7 @@ from .making import Summary
 from .tokenize import tokenize
 
 __all__ = ["Annotated", "Summary", "annotate", "embed", "tokenize"]
+
+
+def __dir__() -> list[str]:
+    return __all__

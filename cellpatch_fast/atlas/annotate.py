@@ -21,12 +21,14 @@ from ..io.stores.embeddings import EmbeddingWriter
 from ..model.storage import fingerprint
 from ..training.folder import warn_of_unfinished
 from .making import KEY, PROBABILITIES, Summary, make_store
+from .selection import Selection
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import ArrayLike
 
     from ..config import Expected
-    from ..loading.inputs import Stream
+    from ..io.sources.tables import Table
     from ..model import CellPatchAnnotator
     from ..model.encoder import Pool
 
@@ -71,6 +73,8 @@ def annotate(
     use_raw: bool = False,
     gene_column: str | None = None,
     input: Expected = "auto",  # noqa: A002  (the name users know)
+    obs_query: str | None = None,
+    rows: ArrayLike | None = None,
     pool: Pool = "flatten",
     dtype: Literal["float32", "float16"] = "float32",
     batch_size: int | None = None,
@@ -83,9 +87,8 @@ def annotate(
 
     Parameters
     ----------
-    inputs, layer, use_raw, gene_column, input, pool, dtype, batch_size
-        As in `embed`.
-    backend, device, overwrite, progress
+    inputs, layer, use_raw, gene_column, input, obs_query, rows, pool, dtype, batch_size, backend, \
+device, overwrite, progress
         As in `embed`.
     model
         A `CellPatchAnnotator`, its directory, or its name on the Hugging Face hub.
@@ -118,6 +121,8 @@ def annotate(
         require_analysis()
     elif label_map is not None:
         raise InputError("a label map renames true labels: name their column with --label (label=)")
+    reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
+    selection = Selection(obs_query, rows)
     warn_of_unfinished(model)
     embedder = Embedder(
         model,
@@ -129,18 +134,16 @@ def annotate(
     )
     assert embedder.annotator is not None
     classes = embedder.annotator.classes
-    require_threshold(threshold, classes)
+    require_threshold(threshold, classes, compared=label is not None)
     truth: list[np.ndarray] = []
 
     def add_labels(writer: EmbeddingWriter) -> None:
         writer.add_columns(_labels(writer, classes, threshold))
 
-    def read_truth(streams: Sequence[Stream]) -> None:
+    def read_truth(tables: Sequence[Table], names: Sequence[str]) -> None:
         if label is not None:
-            tables, names = zip(*((s.obs_table(), s.name) for s in streams), strict=True)
             truth.append(true_labels(tables, names, label, label_map, classes))
 
-    reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
     widths = {PROBABILITIES: len(classes)} | ({KEY: embedder.width} if embedding else {})
     extras = {
         "head": fingerprint(embedder.annotator, whole=True),
@@ -153,6 +156,7 @@ def annotate(
         embedder,
         output,
         reading=reading,
+        selection=selection,
         widths=widths,
         dtype=dtype,
         overwrite=overwrite,

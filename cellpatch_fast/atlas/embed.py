@@ -15,9 +15,11 @@ from ..config import Reading
 from ..inference.embedder import Embedder
 from ..training.folder import warn_of_unfinished
 from .making import KEY, Summary, make_store
+from .selection import Selection
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import ArrayLike
 
     from ..config import Expected
     from ..model import CellPatch
@@ -33,6 +35,8 @@ def embed(
     use_raw: bool = False,
     gene_column: str | None = None,
     input: Expected = "auto",  # noqa: A002  (the name users know)
+    obs_query: str | None = None,
+    rows: ArrayLike | None = None,
     pool: Pool = "flatten",
     dtype: Literal["float32", "float16"] = "float32",
     batch_size: int | None = None,
@@ -56,6 +60,13 @@ def embed(
         Until it is complete it is called ``OUTPUT.partial``; running the same again finishes it.
     layer, use_raw, gene_column, input, pool, batch_size, backend, device, progress
         As in `tl.embed`.
+    obs_query
+        Embed only the cells whose row of obs it holds for, as `pandas.DataFrame.query` reads it:
+        ``"tissue == 'blood' and n_genes > 200"``; ``index`` are the names of the cells. Of several
+        inputs, each must have the columns.
+    rows
+        Embed only these cells: positions, counted from 0 through all inputs, ascending; or bool
+        for each cell.
     dtype
         Of the stored embedding.
     overwrite
@@ -70,8 +81,8 @@ def embed(
     Raises
     ------
     InputError
-        If an input or the model cannot be used, the output exists, or unfinished work there was
-        begun with other settings.
+        If an input or the model cannot be used, a column or a row does not exist, the output
+        exists, or unfinished work there was begun with other settings.
     OSError
         If the output cannot be written, a full disk for one. What is done is kept.
 
@@ -80,15 +91,17 @@ def embed(
     >>> cellpatch_fast.atlas.embed("atlas.h5ad", "my-model", "atlas.zarr")  # doctest: +SKIP
     >>> adata = anndata.read_zarr("atlas.zarr")  # doctest: +SKIP
     """
+    reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
+    selection = Selection(obs_query, rows)
     warn_of_unfinished(model)
     embedder = Embedder(model, pooling=pool, batch_size=batch_size, backend=backend, device=device)
-    reading = Reading(layer=layer, use_raw=use_raw, gene_column=gene_column, input=input)
     widths = {KEY: embedder.width}
     return make_store(
         inputs,
         embedder,
         output,
         reading=reading,
+        selection=selection,
         widths=widths,
         dtype=dtype,
         overwrite=overwrite,

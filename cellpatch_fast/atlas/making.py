@@ -27,10 +27,12 @@ from ..loading.inputs import describe_input
 from ..model.storage import fingerprint
 from ..progress import progress_bar
 from .paths import input_paths, output_path
+from .selection import Selection, selected
 
 if TYPE_CHECKING:
     from ..config import Reading
     from ..inference.embedder import EmbeddedCells
+    from ..io.sources.tables import Table
     from ..loading.inputs import Stream
 
 logger = logging.getLogger("cellpatch_fast")
@@ -86,12 +88,13 @@ def make_store(
     output: str | Path,
     *,
     reading: Reading,
+    selection: Selection,
     widths: dict[str, int],
     dtype: str,
     overwrite: bool,
     progress: bool | None,
     extras: Mapping[str, Any] = {},
-    begin: Callable[[Sequence[Stream]], None] = lambda streams: None,
+    begin: Callable[[Sequence[Table], Sequence[str]], None] = lambda tables, names: None,
     finish: Callable[[EmbeddingWriter], None] = lambda writer: None,
 ) -> Summary:
     """Make a store with the arrays of ``widths``, or the rest of one.
@@ -99,9 +102,10 @@ def make_store(
     Parameters
     ----------
     extras
-        What the content depends on besides the embedder and the reading.
+        What the content depends on besides the embedder, the reading and the selection.
     begin, finish
-        Called with the opened inputs, and with a store that has all its rows.
+        Called with obs of the chosen cells and the inputs' names, and with a store that has all
+        its rows.
     """
     paths = input_paths(inputs)
     output = output_path(output, paths, EmbeddingWriter.KIND, ATTRIBUTE)
@@ -113,7 +117,8 @@ def make_store(
             stream = opened.enter_context(contextlib.closing(embedder.open(path, reading)))
             logger.info("%s", stream)
             streams.append(stream)
-        begin(streams)
+        tables, chosen = _chosen_obs(streams, selection)
+        begin(tables, [stream.name for stream in streams])
         settings = {
             "model": fingerprint(embedder.model),
             "vocabulary": embedder.model.vocabulary.fingerprint,
@@ -121,28 +126,35 @@ def make_store(
                 describe_input(path, stream) for path, stream in zip(paths, streams, strict=True)
             ],
             **reading.record(),
+            **selection.record(chosen),
             "pool": embedder.pooling,
             "dtype": dtype,
             "backend": embedder.backend,
             "device": embedder.device.type,
             **extras,
         }
-        cells = sum(stream.n_cells for stream in streams)
-        matched = sum(stream.genes_matched for stream in streams)
-        unknown = sum(stream.genes_unknown for stream in streams)
-        summary = Summary(output, cells, 0, matched, unknown, 0, 0, 0.0)
+        cells = sum(map(len, tables))
+        summary = Summary(
+            output=output,
+            cells=cells,
+            embedded=0,
+            genes_matched=sum(stream.genes_matched for stream in streams),
+            genes_unknown=sum(stream.genes_unknown for stream in streams),
+            unknown_entries=0,
+            empty_cells=0,
+            seconds=0.0,
+        )
         if is_taken(output) and not overwrite:
             counts = finished_counts(output, ATTRIBUTE, settings)
             return _counted(summary, counts)
         with EmbeddingWriter(
             output, settings, cells, widths, np.dtype(dtype), overwrite=overwrite
         ) as writer:
-            tables = [stream.obs_table() for stream in streams]
             writer.prepare(lambda root: write_obs(root, tables, [str(path) for path in paths]))
             earlier, started = writer.rows_done, time.perf_counter()
             with (
                 progress_bar(cells, "embedding", progress, done=earlier) as bar,
-                contextlib.closing(_missing_shards(writer, embedder, streams)) as done,
+                contextlib.closing(_missing_shards(writer, embedder, streams, chosen)) as done,
             ):
                 for rows in done:
                     bar.update(rows)
@@ -153,6 +165,18 @@ def make_store(
     return _counted(summary, counts)
 
 
+def _chosen_obs(
+    streams: Sequence[Stream], selection: Selection
+) -> tuple[list[Table], np.ndarray | None]:
+    """Obs of the cells that are chosen, by inputs, and which these are; None if all are."""
+    tables: list[Table] = [stream.obs_table() for stream in streams]
+    chosen = selection.of(tables, [stream.name for stream in streams])
+    if chosen is None:
+        return tables, None
+    logger.info("%s of %s cells are chosen", f"{len(chosen):,}", f"{sum(map(len, tables)):,}")
+    return selected(tables, chosen), chosen
+
+
 def _counted(summary: Summary, counts: dict[str, int]) -> Summary:
     return replace(
         summary, unknown_entries=counts["unknown_entries"], empty_cells=counts["empty_cells"]
@@ -160,13 +184,20 @@ def _counted(summary: Summary, counts: dict[str, int]) -> Summary:
 
 
 def _missing_shards(
-    writer: EmbeddingWriter, embedder: Embedder, streams: list[Stream]
+    writer: EmbeddingWriter,
+    embedder: Embedder,
+    streams: list[Stream],
+    chosen: np.ndarray | None,
 ) -> Generator[int]:
     """Compute all missing shards, writing each behind the next; yields numbers of cells done."""
     bounds = {shard: writer.bounds(shard) for shard in writer.missing}
+    wanted: list[tuple[int, int]] | np.ndarray = list(bounds.values())  # of the inputs' cells
+    if chosen is not None:
+        parts_of_chosen = [chosen[start:stop] for start, stop in bounds.values()]
+        wanted = np.concatenate([chosen[:0], *parts_of_chosen])
     with (
         ThreadPoolExecutor(1, thread_name_prefix="cellpatch-write") as thread,
-        contextlib.closing(embedder.run(streams, list(bounds.values()))) as batches,
+        contextlib.closing(embedder.run(streams, wanted)) as batches,
     ):
         writing: Future[None] | None = None
         parts = _cut(batches, [stop - start for start, stop in bounds.values()])
@@ -179,9 +210,9 @@ def _missing_shards(
             filled = 0
             while filled < stop - start:
                 cells = next(parts)
-                found = {KEY: cells.features, PROBABILITIES: cells.probabilities}
+                computed = {KEY: cells.features, PROBABILITIES: cells.probabilities}
                 for key, block in blocks.items():
-                    rows = found[key]
+                    rows = computed[key]
                     assert rows is not None
                     block[filled : filled + len(cells)] = _fitting(rows, writer.dtype)
                 filled += len(cells)

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..io.interfaces import is_address
+from ..io.stores.embeddings import EmbeddingWriter
 from ..io.stores.partial import finished_facts, is_taken
+
+FILES = {".csv", ".h5", ".h5ad", ".h5mu", ".hdf5", ".loom", ".npy", ".npz", ".parquet", ".tsv"}
 
 
 def input_paths(inputs: str | Path | Sequence[str | Path]) -> list[Path | str]:
@@ -57,7 +60,8 @@ def output_path(
     Raises
     ------
     InputError
-        If there is something else, or it lies within an input.
+        If there is something else, it lies within an input, or is named like a file: a folder
+        called cells.h5ad could not be opened by what opens .h5ad files.
     """
     if is_address(output):
         raise InputError(f"{output} is an address: stores are written to folders of this machine")
@@ -71,6 +75,17 @@ def output_path(
             f"{path} exists and is not {article} {kind}, so it is not replaced: choose another "
             "output, or move it away"
         )
+    if path.suffix.lower() in FILES:
+        store = path.with_suffix(".zarr").name
+        message = (
+            f"the output {path} is named like a file, but a store is a folder: call it {store}"
+        )
+        if kind == EmbeddingWriter.KIND:
+            message += (
+                f". Where it fits in memory, anndata.read_zarr({store!r}).write_h5ad("
+                f"{path.name!r}) makes a file of it"
+            )
+        raise InputError(message)
     for taken in (taken for taken in inputs if isinstance(taken, Path)):
         if taken.resolve() in (path.resolve(), *path.resolve().parents):
             raise InputError(f"the output {path} lies within the input {taken}: choose another")

@@ -11,35 +11,40 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
+import itertools
 import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import Any
 
 from ..devices import keep_to_quota, wait_passively
 from ..errors import InputError, InputWarning
-from . import annotation, inference, models, synthetic, training
 
-ADD_COMMANDS = (  # in the order of --help
-    inference.add_embed,
-    inference.add_tokenize,
-    training.add_pretrain,
-    training.add_finetune,
-    annotation.add_annotate,
-    models.add_new_model,
-    models.add_import,
-    inference.add_inspect,
-    inference.add_demo,
-    inference.add_tune,
-    synthetic.add_synthetic_atlas,
-)
+# In the order of --help: the module of each command's options, and what it does. Only the command
+# that is asked for is imported.
+COMMANDS = {
+    "embed": ("inference", "embed the cells of AnnData files"),
+    "tokenize": ("inference", "make a token store, which loads as fast as the disk reads"),
+    "pretrain": ("training", "pretrain a model by masked gene modelling"),
+    "finetune": ("training", "train an annotator of cell types"),
+    "annotate": ("annotation", "tell the types of cells"),
+    "new-model": ("models", "make an untrained model"),
+    "import-checkpoint": ("models", "make a model directory of a checkpoint of the original code"),
+    "inspect": ("inference", "say what a path holds"),
+    "demo": ("inference", "the whole path on a small data set, offline"),
+    "tune": ("inference", "measure the GPU kernels' configurations on this machine's GPU"),
+    "synthetic-atlas": ("synthetic", "generate an AnnData file of any size"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parsed = _parser().parse_args(arguments)
+    parsed = _parser(arguments).parse_args(arguments)
     parsed.arguments = arguments  # for processes that do the same
     wait_passively()
     with _on_stderr():
@@ -74,7 +79,8 @@ def _on_stderr() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of all commands, with the options of those that ``arguments`` name."""
     parser = argparse.ArgumentParser(
         prog="cellpatch",
         description="CellPatch for single cells: embed, pretrain, fine-tune, annotate.",
@@ -84,10 +90,35 @@ def _parser() -> argparse.ArgumentParser:
 
     parser.add_argument("--version", action="version", version=version("cellpatch-fast"))
     parser.set_defaults(after_interruption="Nothing was written.")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in ADD_COMMANDS:
-        add(subparsers)
+    subparsers = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=_CommandParser
+    )
+    for name, (module, text) in COMMANDS.items():
+        command = subparsers.add_parser(name, help=text)
+        if name in arguments:
+            functions = import_module(f".{module}", __name__)
+            getattr(functions, f"add_{name.replace('-', '_')}")(command)
     return parser
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """Says which options there are not, before it says which are missing: a slip causes both."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        before_paths = itertools.takewhile(lambda text: text != "--", args)
+        options = [text.partition("=")[0] for text in before_paths if text.startswith("--")]
+        unknown = [
+            option
+            for option in dict.fromkeys(options)
+            if not any(name.startswith(option) for name in self._option_string_actions)
+        ]
+        if unknown:
+            self.error(f"there is no option {', no '.join(map(self._suggested, unknown))}")
+        return super().parse_known_args(args, namespace)
+
+    def _suggested(self, option: str) -> str:
+        close = difflib.get_close_matches(option, self._option_string_actions, n=1)
+        return f"{option} (did you mean {close[0]}?)" if close else option
 
 
 def _explain(error: InputError | OSError | MemoryError, parsed: argparse.Namespace) -> str:

@@ -5,26 +5,35 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..config import Reading
 from ..errors import InputError
-from .options import MODEL_HELP, RESUMABLE, Commands, add_inputs, add_reading, positive
+from .fields import add_fields, given_fields
+from .options import (
+    MODEL_HELP,
+    RESUMABLE,
+    add_computing,
+    add_inputs,
+    add_selection,
+    given_computing,
+    given_selection,
+)
 
 
-def add_annotate(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "annotate",
-        help="tell the types of cells",
-        description="Annotate every cell of the inputs, in file order and bounded memory. The "
+def add_annotate(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Annotate every cell of the inputs, in file order and bounded memory. The "
         "result is an AnnData Zarr store with obs['cellpatch_label'], "
         "obs['cellpatch_probability'], obsm['cellpatch_probabilities'] and obsm['X_cellpatch']. "
-        "Until it is complete it is called OUT.zarr.partial; the same command finishes it.",
-        epilog="example: cellpatch annotate new.h5ad --model annotator --output annotated.zarr",
+        "Until it is complete it is called OUT.zarr.partial; the same command finishes it."
     )
+    parser.epilog = "example: cellpatch annotate new.h5ad --model annotator --output annotated.zarr"
     add_inputs(parser, " or token stores")
     parser.add_argument("--model", required=True, metavar="DIR", help=f"annotator: {MODEL_HELP}")
     parser.add_argument(
         "--output", required=True, type=Path, metavar="OUT.zarr", help="the store to make"
     )
-    add_reading(parser)
+    add_fields(parser, Reading)
+    add_selection(parser)
     parser.add_argument(
         "--threshold",
         type=float,
@@ -56,22 +65,7 @@ def add_annotate(commands: Commands) -> None:
         action="store_false",
         help="do not store the embedding, which takes 8 KB per cell",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16"),
-        default="float32",
-        help="of what is stored in obsm (default: float32)",
-    )
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="cells per batch at most")
-    parser.add_argument("--backend", choices=("reference", "numba", "triton"))
-    parser.add_argument(
-        "--device", metavar="D", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)"
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an existing store, once the new one is complete",
-    )
+    add_computing(parser, "what is stored in obsm")
     parser.set_defaults(run=_annotate, after_interruption=RESUMABLE)
 
 
@@ -90,15 +84,9 @@ def _annotate(parsed: argparse.Namespace) -> None:
         embedding=parsed.embedding,
         label=parsed.label,
         label_map=None if parsed.label_map is None else read_label_map(parsed.label_map),
-        layer=parsed.layer,
-        use_raw=parsed.use_raw,
-        gene_column=parsed.gene_column,
-        input=parsed.values,
-        dtype=parsed.dtype,
-        batch_size=parsed.batch_size,
-        backend=parsed.backend,
-        device=parsed.device,
-        overwrite=parsed.overwrite,
+        **given_fields(parsed, Reading),
+        **given_selection(parsed),
+        **given_computing(parsed),
     )
     print(done)
     if parsed.report is not None and done.evaluation is not None:

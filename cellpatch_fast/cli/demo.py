@@ -123,7 +123,7 @@ def _results(output: Path, data: AnnData, clock: _Clock) -> Results:
     assert done.test is not None  # the split has test cells
     assert done.linear is not None
     print("\nAnnotating all cells, and comparing:", flush=True)
-    made: Annotated = clock.time(
+    annotation: Annotated = clock.time(
         "annotate all cells",
         lambda: atlas.annotate(output / DATA, run, output / STORE, device="cpu", overwrite=True),
     )
@@ -143,7 +143,7 @@ def _results(output: Path, data: AnnData, clock: _Clock) -> Results:
         _vote(annotated.obsm["X_cellpatch"], data),
         _vote(_principal_components(data), data),
         clock.seconds,
-        made.summary.embedded / made.summary.seconds,
+        annotation.summary.embedded / annotation.summary.seconds,
     )
 
 
@@ -151,9 +151,9 @@ def _require_own(output: Path) -> None:
     """Refuse a folder that holds anything but an earlier demo, whose parts are written anew."""
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file: choose another --output")
-    found = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    known = PARTS | {partial_of(Path(STORE)).name, LOCK}
-    if found and (DATA not in found or found - known):
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    ours = PARTS | {partial_of(Path(STORE)).name, LOCK}
+    if names and (DATA not in names or names - ours):
         raise InputError(f"{output} holds other files than a demo's: choose another --output")
 
 
@@ -238,8 +238,8 @@ def _principal_components(data: AnnData) -> np.ndarray:
     from sklearn.decomposition import PCA
 
     expression = data.X.toarray()
-    found = PCA(50, random_state=SEED).fit(expression[_parts(data)[0]])
-    scores: np.ndarray = found.transform(expression)
+    principal = PCA(50, random_state=SEED).fit(expression[_parts(data)[0]])
+    scores: np.ndarray = principal.transform(expression)
     return scores
 
 

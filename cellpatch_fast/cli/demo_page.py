@@ -87,10 +87,7 @@ def summary(results: Results) -> pd.DataFrame:
     """Scores on the test cells, a row for each that annotates."""
     rows = results.evaluations
     return pd.DataFrame(
-        {
-            title: [getattr(found, name) for found in rows.values()]
-            for name, title in COLUMNS.items()
-        },
+        {title: [getattr(row, name) for row in rows.values()] for name, title in COLUMNS.items()},
         index=pd.Index(list(rows)),
     )
 

@@ -8,71 +8,47 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
+from ..config import Reading, ValueRounding
 from ..errors import InputError
+from .fields import add_fields, given_fields
 from .options import (
     MODEL_HELP,
     RESUMABLE,
-    Commands,
+    add_computing,
     add_inputs,
-    add_reading,
+    add_selection,
+    given_computing,
+    given_selection,
     natural,
     place,
-    positive,
 )
 
 
-def add_embed(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "embed",
-        help="embed the cells of AnnData files",
-        description="Embed every cell of the inputs, in file order and bounded memory. The "
+def add_embed(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Embed every cell of the inputs, in file order and bounded memory. The "
         "result is an AnnData Zarr store with obs and obsm['X_cellpatch']. Until it is complete "
         "it is called OUT.zarr.partial; the same command finishes it after an interruption, and "
-        "does nothing when it is finished.",
-        epilog="example: cellpatch embed atlas.h5ad --model my-model --output atlas.zarr",
+        "does nothing when it is finished."
     )
+    parser.epilog = "example: cellpatch embed atlas.h5ad --model my-model --output atlas.zarr"
     add_inputs(parser, " or token stores")
     parser.add_argument("--model", required=True, metavar="DIR", help=MODEL_HELP)
     parser.add_argument(
         "--output", required=True, type=Path, metavar="OUT.zarr", help="the store to make"
     )
-    add_reading(parser)
+    add_fields(parser, Reading)
+    add_selection(parser)
     parser.add_argument(
         "--pool",
         choices=("flatten", "mean"),
         default="flatten",
         help="all patch features side by side, or their mean (default: flatten)",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16"),
-        default="float32",
-        help="of the stored embedding (default: float32)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=positive,
-        metavar="N",
-        help="cells per batch at most; changes memory, never the result",
-    )
-    parser.add_argument(
-        "--backend",
-        choices=("reference", "numba", "triton"),
-        help="default: the fastest for the device; CELLPATCH_BACKEND sets another default",
-    )
-    parser.add_argument(
-        "--device", metavar="D", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)"
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an existing embedding store, once the new one is complete",
-    )
-    parser.set_defaults(
-        run=_embed,
-        after_interruption=RESUMABLE,
-    )
+    add_computing(parser, "the stored embedding")
+    parser.set_defaults(run=_embed, after_interruption=RESUMABLE)
 
 
 def _embed(parsed: argparse.Namespace) -> None:
@@ -82,32 +58,24 @@ def _embed(parsed: argparse.Namespace) -> None:
         parsed.inputs,
         parsed.model,
         parsed.output,
-        layer=parsed.layer,
-        use_raw=parsed.use_raw,
-        gene_column=parsed.gene_column,
-        input=parsed.values,
+        **given_fields(parsed, Reading),
+        **given_selection(parsed),
         pool=parsed.pool,
-        dtype=parsed.dtype,
-        batch_size=parsed.batch_size,
-        backend=parsed.backend,
-        device=parsed.device,
-        overwrite=parsed.overwrite,
+        **given_computing(parsed),
     )
     print(summary)
 
 
-def add_tokenize(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "tokenize",
-        help="make a token store, which loads as fast as the disk reads",
-        description="Prepare every cell of the inputs for a model, in bounded memory: genes "
+def add_tokenize(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Prepare every cell of the inputs for a model, in bounded memory: genes "
         "become tokens, counts become values. Inputs may have different genes; obs is kept. "
         "The result is a Zarr store that can be streamed as often as one likes, for embedding or "
         "(with --shuffle) for training. Until it is complete it is called TOKENS.zarr.partial; "
         "the same command finishes it after an interruption, and does nothing when it is "
-        "finished.",
-        epilog="example: cellpatch tokenize a.h5ad b.h5ad --shuffle --output tokens.zarr",
+        "finished."
     )
+    parser.epilog = "example: cellpatch tokenize a.h5ad b.h5ad --shuffle --output tokens.zarr"
     add_inputs(parser)
     values = parser.add_mutually_exclusive_group()
     values.add_argument(
@@ -124,7 +92,7 @@ def add_tokenize(commands: Commands) -> None:
     )
     values.add_argument(
         "--value-rounding",
-        choices=("round", "truncate", "none"),
+        choices=get_args(ValueRounding),
         help="for a new model of another kind: how values become integers, or that they stay "
         "continuous (float16) (default: round)",
     )
@@ -136,7 +104,7 @@ def add_tokenize(commands: Commands) -> None:
     parser.add_argument(
         "--output", required=True, type=Path, metavar="TOKENS.zarr", help="the store to make"
     )
-    add_reading(parser)
+    add_fields(parser, Reading)
     parser.add_argument(
         "--shuffle",
         action="store_true",
@@ -167,10 +135,7 @@ def _tokenize(parsed: argparse.Namespace) -> None:
         model=parsed.model,
         vocabulary=parsed.vocabulary,
         config=config,
-        layer=parsed.layer,
-        use_raw=parsed.use_raw,
-        gene_column=parsed.gene_column,
-        input=parsed.values,
+        **given_fields(parsed, Reading),
         shuffle=parsed.shuffle,
         seed=parsed.seed,
         overwrite=parsed.overwrite,
@@ -178,13 +143,11 @@ def _tokenize(parsed: argparse.Namespace) -> None:
     print(summary)
 
 
-def add_demo(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "demo",
-        help="the whole path on a small data set, offline",
-        description="Train an annotator on 525 of the 700 blood cells that scanpy bundles, "
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train an annotator on 525 of the 700 blood cells that scanpy bundles, "
         "annotate all, and write a page that compares the result on the other 175 with logistic "
-        "regression. Takes a minute or two. Needs the extra 'analysis' and no network.",
+        "regression. Takes a minute or two. Needs the extra 'analysis' and no network."
     )
     parser.add_argument(
         "--output", type=Path, default=Path("cellpatch-demo"), metavar="DIR",
@@ -199,13 +162,11 @@ def _demo(parsed: argparse.Namespace) -> None:
     run_demo(parsed.output)
 
 
-def add_tune(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "tune",
-        help="measure the GPU kernels' configurations on this machine's GPU",
-        description="Measure launch configurations on this machine's GPU and keep the fastest, "
+def add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Measure launch configurations on this machine's GPU and keep the fastest, "
         "which are then used instead of those that are shipped. Takes some minutes, most of them "
-        "for compiling. Embeddings change by rounding.",
+        "for compiling. Embeddings change by rounding."
     )
     parser.add_argument("--device", default="cuda", metavar="D", help="default: cuda")
     parser.add_argument(
@@ -234,12 +195,9 @@ def _tune(parsed: argparse.Namespace) -> None:
     print(tune(torch.device(device), output=parsed.output))
 
 
-def add_inspect(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "inspect",
-        help="say what a path holds",
-        description="Say what a model directory, an AnnData file, a token store or an embedding "
-        "store holds.",
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Say what a model directory, an AnnData file, a token store or an embedding store holds."
     )
     parser.add_argument("path", type=place, metavar="PATH", help="a file, folder or address")
     parser.set_defaults(run=_inspect)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
+from ..config import ValueRounding
 from ..errors import InputError
-from .options import Commands, positive
+from .options import positive
 
 
-def add_import(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "import-checkpoint",
-        help="make a model directory of a checkpoint of the original code",
-        description="Convert a checkpoint of the original CellPatch code into a model "
+def add_import_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Convert a checkpoint of the original CellPatch code into a model "
         "directory: of pretraining with its decoder, of annotation with its head if --classes "
-        "names the cell types, else the encoder alone. Code inside the file is never run.",
+        "names the cell types, else the encoder alone. Code inside the file is never run."
     )
     parser.add_argument(
         "checkpoint", type=Path, metavar="FILE.pth", help="of a PathFormer or PathFormer_lp"
@@ -33,7 +33,7 @@ def add_import(commands: Commands) -> None:
     _add_model_output(parser)
     parser.add_argument(
         "--value-rounding",
-        choices=("round", "truncate", "none"),
+        choices=get_args(ValueRounding),
         default="truncate",
         help="how values become integers; the released code truncates (default: truncate)",
     )
@@ -81,12 +81,10 @@ def _import_checkpoint(parsed: argparse.Namespace) -> None:
     )
 
 
-def add_new_model(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "new-model",
-        help="make an untrained model",
-        description="Write a model directory with the paper's configuration, the human gene "
-        "vocabulary and random weights.",
+def add_new_model(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write a model directory with the paper's configuration, the human gene "
+        "vocabulary and random weights."
     )
     _add_model_output(parser)
     parser.add_argument(

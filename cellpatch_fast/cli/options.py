@@ -1,7 +1,7 @@
 """Options that several commands share, and what was given of them.
 
-Options that stand for a training setting are those of the settings' dataclass, so that defaults and
-checks are in one place; what is not given on the command line comes from ``--config``, else from
+Options that stand for a training setting, or for how inputs are read, are made from the dataclass
+(see `fields`); a setting that is not given on the command line comes from ``--config``, else from
 the defaults for so many cells.
 """
 
@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, get_args
 
+from ..config import Backend, Reading
 from ..errors import InputError
+from .fields import add_fields, given_fields
 
 if TYPE_CHECKING:
     from ..genes import GeneVocabulary
-    from ..training import FinetuningSettings, PretrainingSettings
-
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-SettingsT = TypeVar("SettingsT", "PretrainingSettings", "FinetuningSettings")
+    from ..training.settings import TrainingSettings
 
 RESUMABLE = "What is done is kept: the same command goes on from there."
 MODEL_HELP = "model directory, or a name on the hub"
@@ -34,23 +32,6 @@ def add_inputs(parser: argparse.ArgumentParser, others: str = "") -> None:
         metavar="INPUT",
         help="AnnData (.h5ad, .zarr, or the address of a .zarr store), 10x (.h5, folder with "
         f"matrix.mtx){others}; the cells of several inputs follow each other",
-    )
-
-
-def add_reading(parser: argparse.ArgumentParser) -> None:
-    """How the inputs are read."""
-    parser.add_argument("--layer", metavar="L", help="read this layer instead of X")
-    parser.add_argument("--use-raw", action="store_true", help="read raw instead of X")
-    parser.add_argument(
-        "--gene-column",
-        metavar="C",
-        help="column of var with Ensembl IDs or symbols (default: the one that fits best)",
-    )
-    parser.add_argument(
-        "--values",
-        choices=("auto", "counts", "lognorm"),
-        default="auto",
-        help="what the matrix holds: raw counts, or log-normalised values (default: find out)",
     )
 
 
@@ -71,6 +52,65 @@ def natural(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, found {number}")
     return number
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """Some of the cells instead of all."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--obs-query",
+        metavar="QUERY",
+        help="only the cells whose row of obs this holds for, as pandas.DataFrame.query reads it: "
+        "\"tissue == 'blood' and n_genes > 200\"; 'index' are the names of the cells",
+    )
+    group.add_argument(
+        "--rows-from",
+        type=Path,
+        metavar="FILE",
+        help="only the cells whose positions are in this text file, one in each line, ascending, "
+        "counted from 0 through all inputs",
+    )
+
+
+def given_selection(parsed: argparse.Namespace) -> dict[str, Any]:
+    from ..atlas.selection import read_rows
+
+    rows = None if parsed.rows_from is None else read_rows(parsed.rows_from)
+    return {"obs_query": parsed.obs_query, "rows": rows}
+
+
+def add_computing(parser: argparse.ArgumentParser, stored: str) -> None:
+    """How what is ``stored`` is computed and written."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help=f"of {stored} (default: float32)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="cells per batch at most; changes memory, never the result",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=get_args(Backend),
+        help="default: the fastest for the device; CELLPATCH_BACKEND sets another default",
+    )
+    parser.add_argument(
+        "--device", metavar="D", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing embedding store, once the new one is complete",
+    )
+
+
+def given_computing(parsed: argparse.Namespace) -> dict[str, Any]:
+    names = ("dtype", "batch_size", "backend", "device", "overwrite")
+    return {name: getattr(parsed, name) for name in names}
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +139,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         help='JSON: {"model": {…}, "training": {…}}, fields of CellPatchConfig (of a new model) '
         "and of the training settings; options given here come first",
     )
-    add_reading(parser)
+    add_fields(parser, Reading)
     parser.add_argument(
         "--device", metavar="D", help="cpu, cuda … (default: a GPU if there is one)"
     )
@@ -125,120 +165,40 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def add_settings(
-    parser: argparse.ArgumentParser,
-    *,
-    epochs: str,
-    batch_size: str,
-    rate: str,
-    decay: str,
-    warmup: str,
-    gene_rate: str,
-    encoder_rate: str,
-    validation: str,
-    patience: str,
+    parser: argparse.ArgumentParser, kind: type[TrainingSettings], few_cells: TrainingSettings
 ) -> argparse._ArgumentGroup:
-    """The settings that pretraining and fine-tuning have in common; not given means None.
-
-    What is given here are their defaults, the paper's and those for few cells, in words.
-    """
+    """The settings of training, whose defaults are the paper's or those for few cells."""
     group = parser.add_argument_group("training")
-    add = group.add_argument
-    switch = argparse.BooleanOptionalAction
-    add(
+    group.add_argument(
         "--few-cells",
-        action=switch,
+        action=argparse.BooleanOptionalAction,
         help="the defaults for few cells (a new model starts from its data, small batches, AdamW, "
         "values not rounded), or the paper's (default: for fewer than 20,000 cells)",
     )
-    add("--epochs", type=positive, metavar="N", help=f"default: {epochs}")
-    add(
-        "--batch-size",
-        type=positive,
-        metavar="N",
-        help=f"cells per step, on all devices together (default: {batch_size})",
-    )
-    add(
-        "--accumulate",
-        type=positive,
-        metavar="N",
-        help="compute a batch in N parts, for less memory (default: 1)",
-    )
-    add("--optimizer", choices=("adam", "adamw"), help="default: adam; few cells: adamw")
-    add("--learning-rate", type=float, metavar="X", help=f"default: {rate}")
-    add("--weight-decay", type=float, metavar="X", help=f"default: {decay}")
-    add("--gradient-clip", type=float, metavar="X", help="largest norm, 0 for any (default: 5)")
-    add("--schedule", choices=("constant", "cosine"), help="default: constant; few cells: cosine")
-    add("--warmup-steps", type=natural, metavar="N", help=f"default: {warmup}")
-    add("--precision", choices=("float32", "bfloat16"), help="on a GPU (default: float32)")
-    add("--compile", action="store_true", default=None, help="use torch.compile")
-    add(
-        "--validation",
-        type=float,
-        metavar="X",
-        help=f"share of cells to validate with (default: {validation})",
-    )
-    add(
-        "--patience",
-        type=natural,
-        metavar="N",
-        help=f"stop after N epochs without improvement; 0 for never (default: {patience})",
-    )
-    rate_help = f"of genes, times the learning rate (default: {gene_rate})"
-    add("--gene-rate", type=float, metavar="X", help=rate_help)
-    rate_help = f"the same, of the encoder's rest (default: {encoder_rate})"
-    add("--encoder-rate", type=float, metavar="X", help=rate_help)
-    add(
-        "--spectral",
-        action=switch,
-        help="start a new model's genes from components of the data (default: for few cells)",
-    )
-    add(
-        "--whitened",
-        action=switch,
-        help="start a new model's attention where it tells cells apart (default: for few cells)",
-    )
-    add(
-        "--keep-best",
-        action=switch,
-        help="keep the model of the best epoch on validation cells, else of the last (default: "
-        "yes; few cells: no)",
-    )
-    add("--seed", type=natural, metavar="N", help="default: 0")
-    add(
-        "--deterministic",
-        action="store_true",
-        default=None,
-        help="equal bits on every run, on a GPU too",
-    )
-    add("--backend", choices=("reference", "numba", "triton"), help="default: the fastest")
+    add_fields(group, kind, few_cells)
     return group
 
 
 def configured(
-    parsed: argparse.Namespace, kind: type[SettingsT]
+    parsed: argparse.Namespace, kind: type[TrainingSettings]
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """What was given of a new model's configuration, and of the settings; options come first."""
-    found = _read_config(parsed.config) if parsed.config else {}
-    training = dict(found.get("training", {}))
-    for field in fields(kind):
-        if getattr(parsed, field.name, None) is not None:
-            training[field.name] = getattr(parsed, field.name)
-    return found.get("model"), training
+    config = _read_config(parsed.config) if parsed.config else {}
+    return config.get("model"), config.get("training", {}) | given_fields(parsed, kind)
 
 
 def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        found = json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
-    known = {"model", "training"}
     if (
-        not isinstance(found, dict)
-        or not found.keys() <= known
-        or not all(isinstance(part, dict) for part in found.values())
+        not isinstance(config, dict)
+        or not config.keys() <= {"model", "training"}
+        or not all(isinstance(part, dict) for part in config.values())
     ):
         raise InputError(f'{path} must hold {{"model": {{…}}, "training": {{…}}}}, or one of them')
-    return found
+    return config
 
 
 def given_vocabulary(parsed: argparse.Namespace) -> GeneVocabulary | None:
@@ -250,10 +210,7 @@ def given_vocabulary(parsed: argparse.Namespace) -> GeneVocabulary | None:
 def run_options(parsed: argparse.Namespace) -> dict[str, Any]:
     return {
         "add_genes": parsed.add_genes,
-        "layer": parsed.layer,
-        "use_raw": parsed.use_raw,
-        "gene_column": parsed.gene_column,
-        "input": parsed.values,
+        **given_fields(parsed, Reading),
         "device": parsed.device,
         "devices": parsed.devices,
         "threads": parsed.threads,

@@ -5,59 +5,33 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ..training.settings import FinetuningSettings, PretrainingSettings
 from .options import (
     RESUMABLE,
-    Commands,
     add_inputs,
     add_run,
     add_settings,
     configured,
     given_vocabulary,
-    positive,
     run_options,
 )
 
 
-def add_pretrain(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "pretrain",
-        help="pretrain a model by masked gene modelling",
-        description="Hide genes of every cell and learn to tell their values from the others. The "
+def add_pretrain(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Hide genes of every cell and learn to tell their values from the others. The "
         "output is a model directory with the run's tables beside it. After an interruption the "
-        "same command goes on, and ends with the same bits.",
-        epilog="example: cellpatch pretrain tokens.zarr --output pretrained --epochs 10",
+        "same command goes on, and ends with the same bits."
     )
+    parser.epilog = "example: cellpatch pretrain tokens.zarr --output pretrained --epochs 10"
     add_inputs(parser, " or token stores")
     add_run(parser)
-    group = add_settings(
-        parser,
-        epochs="50; few cells: 20",
-        batch_size="512; few cells: 16",
-        rate="1e-4; few cells: 2e-3",
-        decay="5e-5; few cells: 0.01",
-        warmup="0; few cells: 50",
-        gene_rate="1; few cells: 10",
-        encoder_rate="1; few cells: 0.3",
-        validation="0.05",
-        patience="0",
-    )
-    group.add_argument(
-        "--hidden", type=float, metavar="X", help="share of a cell's genes to hide (default: 0.3)"
-    )
-    group.add_argument(
-        "--zeros", type=float, metavar="X", help="zeros to predict per hidden gene (default: 0.5)"
-    )
-    group.add_argument(
-        "--max-encoder", type=positive, metavar="N", help="most genes seen (default: 3000)"
-    )
-    group.add_argument(
-        "--max-decoder", type=positive, metavar="N", help="most genes predicted (default: 1000)"
-    )
+    add_settings(parser, PretrainingSettings, PretrainingSettings.for_few_cells())
     parser.set_defaults(run=_pretrain, after_interruption=RESUMABLE)
 
 
 def _pretrain(parsed: argparse.Namespace) -> None:
-    from ..training import PretrainingSettings, pretrain
+    from ..training import pretrain
 
     if _starts_processes(parsed):
         return
@@ -81,77 +55,33 @@ def _pretrain(parsed: argparse.Namespace) -> None:
         print(f"{parsed.output}: {history.epochs} epochs, {history.steps:,} steps; {best}")
 
 
-def add_finetune(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "finetune",
-        help="train an annotator of cell types",
-        description="Train an encoder and a head to tell cell types, on cells that have a label. "
+def add_finetune(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train an encoder and a head to tell cell types, on cells that have a label. "
         "Cells are split into training, validation (when to stop) and test (how good it is). "
         "The output is a model directory with the test result, its tables and figures beside it. "
-        "After an interruption the same command goes on.",
-        epilog="example: cellpatch finetune cells.h5ad --label cell_type --model pretrained "
-        "--output annotator",
+        "After an interruption the same command goes on."
+    )
+    parser.epilog = (
+        "example: cellpatch finetune cells.h5ad --label cell_type --model pretrained "
+        "--output annotator"
     )
     add_inputs(parser, " or token stores")
     parser.add_argument(
         "--label", required=True, metavar="COLUMN", help="column of obs with the cell types"
     )
     add_run(parser)
-    group = add_settings(
-        parser,
-        epochs="50; few cells: of 700 steps together, 3 to 20",
-        batch_size="256; few cells: 32",
-        rate="1e-3",
-        decay="5e-4; few cells: 0.3",
-        warmup="0; few cells: 20",
-        gene_rate="1",
-        encoder_rate="1; few cells: 0.1",
-        validation="0.1",
-        patience="10; few cells: 0",
-    )
-    group.add_argument(
-        "--test", type=float, metavar="X", help="share of cells to test with (default: 0.1)"
-    )
+    group = add_settings(parser, FinetuningSettings, FinetuningSettings.for_few_cells())
     group.add_argument(
         "--split-column",
         metavar="C",
         help="column of obs that says train, validation or test, instead of shares",
     )
-    group.add_argument(
-        "--hidden",
-        type=float,
-        metavar="X",
-        help="share of a cell's genes to hide in training, others in every epoch (default: 0; few "
-        "cells: 0.5)",
-    )
-    group.add_argument(
-        "--guided",
-        action=argparse.BooleanOptionalAction,
-        help="take part of a spectral start from a linear model of the labels (default: for few "
-        "cells)",
-    )
-    group.add_argument(
-        "--linear",
-        action=argparse.BooleanOptionalAction,
-        help="linear models beside the network, mixed by validation cells (default: for few cells)",
-    )
-    group.add_argument(
-        "--freeze-encoder", action="store_true", default=None, help="train the head alone"
-    )
-    group.add_argument(
-        "--balance", action="store_true", default=None, help="show all types equally often"
-    )
-    group.add_argument(
-        "--min-cells",
-        type=positive,
-        metavar="N",
-        help="leave out types with fewer cells (default: 5)",
-    )
     parser.set_defaults(run=_finetune, after_interruption=RESUMABLE)
 
 
 def _finetune(parsed: argparse.Namespace) -> None:
-    from ..training import FinetuningSettings, finetune
+    from ..training import finetune
 
     if _starts_processes(parsed):
         return

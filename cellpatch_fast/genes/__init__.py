@@ -3,3 +3,7 @@
 from .vocabulary import GeneVocabulary
 
 __all__ = ["GeneVocabulary"]
+
+
+def __dir__() -> list[str]:
+    return __all__

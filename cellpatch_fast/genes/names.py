@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 #: Columns of ``var`` that usually hold gene names, tried after its index.
 GENE_COLUMNS = (
-    *("gene_ids", "gene_id", "feature_id", "ensembl_id", "ensembl_ids", "ensembl_gene_id"),
-    *("ensembl", "feature_name", "gene_symbols", "gene_symbol", "symbol", "symbols"),
-    *("gene_names", "gene_name", "gene_short_name"),
-)
+    "gene_ids", "gene_id", "feature_id", "ensembl_id", "ensembl_ids", "ensembl_gene_id",
+    "ensembl", "feature_name", "gene_symbols", "gene_symbol", "symbol", "symbols",
+    "gene_names", "gene_name", "gene_short_name",
+)  # fmt: skip
 
 # an Ensembl gene ID of any species at the end of a name, with its version
 ENSEMBL_NAME = re.compile(r"(?<![^_])(ENS[A-Z]*G\d{11})(?:\.\d+)?(?:_PAR_Y)?\Z", re.ASCII)
@@ -38,8 +38,8 @@ def split_name(name: str) -> tuple[str, str]:
     >>> split_name("CD3D_ENSG00000167286.10")
     ('ENSG00000167286', 'CD3D')
     """
-    found = ENSEMBL_NAME.search(name)
-    return (found[1], name[: found.start()].removesuffix("_")) if found else ("", name)
+    match = ENSEMBL_NAME.search(name)
+    return (match[1], name[: match.start()].removesuffix("_")) if match else ("", name)
 
 
 class HumanGenes(NamedTuple):

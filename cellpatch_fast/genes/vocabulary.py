@@ -284,13 +284,13 @@ class GeneVocabulary:
             np.int32,
             len(names),
         )
-        known = tokens != UNKNOWN
+        matched = tokens != UNKNOWN
         _, inverse, counts = np.unique(tokens, return_inverse=True, return_counts=True)
-        repeated = known & (counts[inverse] > 1)
+        repeated = matched & (counts[inverse] > 1)
         return GeneMatch(
             tokens=tokens,
-            matched=int(known.sum()),
-            unknown=[names[gene] for gene in np.flatnonzero(~known)],
+            matched=int(matched.sum()),
+            unknown=[names[gene] for gene in np.flatnonzero(~matched)],
             duplicated=[names[gene] for gene in np.flatnonzero(repeated)],
             ambiguous=[name for name in names if name in self._shared_symbols],
         )
@@ -324,12 +324,12 @@ class GeneVocabulary:
         matches = [replace(self.match(names), source=place) for place, names in offered.items()]
         best = max(matches, key=lambda m: (m.matched, -len(m.ambiguous), -len(m.duplicated)))
         if not best.matched:
-            found = "; ".join(
+            listed = "; ".join(
                 f"by {place}: {first_names(names)}" for place, names in offered.items()
             )
             raise InputError(
                 f"{path}: none of its {len(var):,} genes is in the vocabulary. The file has "
-                f"{found}; the vocabulary has {self._examples()}. Choose where the "
+                f"{listed}; the vocabulary has {self._examples()}. Choose where the "
                 f"Ensembl IDs or symbols are (gene_column, --gene-column): {var_columns(var)}"
             )
         if 2 * best.matched < len(best.tokens):

@@ -60,9 +60,11 @@ class EmbeddedCells:
         """The cells ``start : stop``."""
         part = slice(start, stop)
         return EmbeddedCells(
-            *(self.features[part], self.rows[part], self.entries[part]),
-            self.unknown_entries[part],
-            None if self.probabilities is None else self.probabilities[part],
+            features=self.features[part],
+            rows=self.rows[part],
+            entries=self.entries[part],
+            unknown_entries=self.unknown_entries[part],
+            probabilities=None if self.probabilities is None else self.probabilities[part],
         )
 
 
@@ -143,11 +145,18 @@ class Embedder:
         return open_stream(data, self.model.vocabulary, self.model.config, reading)
 
     def run(
-        self, streams: Sequence[Stream], ranges: Sequence[tuple[int, int]] | None = None
+        self,
+        streams: Sequence[Stream],
+        rows: Sequence[tuple[int, int]] | np.ndarray | None = None,
     ) -> Generator[EmbeddedCells]:
-        """Embed the cells of ``streams``, or ``ranges`` of them ``(start, stop)``, in order.
+        """Embed the cells of ``streams``, in order.
 
         Close the iterator to stop before the end.
+
+        Parameters
+        ----------
+        rows
+            Which of them, see `CellLoader`: positions, or ranges ``(start, stop)``; None for all.
 
         Raises
         ------
@@ -158,18 +167,22 @@ class Embedder:
             streams,
             batch_size=self._max_cells,
             max_entries=self._max_entries,
-            rows=ranges,
+            rows=rows,
             device=self.device,
         )
         with contextlib.closing(iter(loader)) as batches, _evaluating(self.model):
             for batch in batches:
                 with torch.inference_mode(), memory_errors():
                     features, probabilities = self._compute(batch.cells)
-                    rows = features.flatten(1).float().cpu().numpy()
+                    pooled = features.flatten(1).float().cpu().numpy()
                     if self.device.type == "cuda" and self.backend == "triton":
                         synchronize(self.device)
                 yield EmbeddedCells(
-                    rows, batch.rows, batch.entries, batch.unknown_entries, probabilities
+                    features=pooled,
+                    rows=batch.rows,
+                    entries=batch.entries,
+                    unknown_entries=batch.unknown_entries,
+                    probabilities=probabilities,
                 )
 
     def _compute(self, cells: RaggedCells) -> tuple[Tensor, np.ndarray | None]:

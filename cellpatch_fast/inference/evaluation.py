@@ -219,36 +219,40 @@ def evaluate(
     labels, guesses = _labels(truth), _labels(predicted)
     if len(labels) != len(guesses):
         raise InputError(f"there are {len(labels):,} true labels, {len(guesses):,} predicted")
-    known = labels.isin(names).to_numpy()  # [c]
-    counts = labels[~known].value_counts(sort=False).sort_values(ascending=False, kind="stable")
+    in_model = labels.isin(names).to_numpy()  # [c]
+    counts = labels[~in_model].value_counts(sort=False).sort_values(ascending=False, kind="stable")
     others = tuple(counts.index)
     loss = None
     if probabilities is not None:
-        rows = _checked_probabilities(probabilities, (len(known), len(names)))[known]
-        codes = pd.Index(names).get_indexer(labels[known])
+        rows = _checked_probabilities(probabilities, (len(in_model), len(names)))[in_model]
+        codes = pd.Index(names).get_indexer(labels[in_model])
         loss = float(metrics.log_loss(codes, rows, labels=range(len(names)))) if len(rows) else None
     labelled = labels.notna().to_numpy()
     true_codes = pd.Index([*names, *others]).get_indexer(labels[labelled])  # [labelled]
     guess_codes = _guess_codes(guesses, names)[labelled]
-    known = known[labelled]
-    own = true_codes[known], guess_codes[known]
-    present = np.union1d(own[0], guess_codes[guess_codes >= 0])
-    found = tuple(names[code] for code in present)
-    macro: dict[str, Any] = {"zero_division": 0, "labels": np.unique(own[0]), "average": "macro"}
+    in_model = in_model[labelled]
+    compared = true_codes[in_model], guess_codes[in_model]
+    present = np.union1d(compared[0], guess_codes[guess_codes >= 0])
+    names_present = tuple(names[code] for code in present)
+    macro: dict[str, Any] = {
+        "zero_division": 0,
+        "labels": np.unique(compared[0]),
+        "average": "macro",
+    }
     return Evaluation(
-        classes=found,
+        classes=names_present,
         other_labels=others,
-        labelled_cells=len(known),
-        cells=int(known.sum()),
+        labelled_cells=len(in_model),
+        cells=int(in_model.sum()),
         unlabelled_cells=int((~labelled).sum()),
-        accuracy=_of_some(metrics.accuracy_score, *own),
-        macro_f1=_of_some(metrics.f1_score, *own, **macro),
-        unknown_share=float((own[1] < 0).mean()) if known.any() else math.nan,
+        accuracy=_of_some(metrics.accuracy_score, *compared),
+        macro_f1=_of_some(metrics.f1_score, *compared, **macro),
+        unknown_share=float((compared[1] < 0).mean()) if in_model.any() else math.nan,
         log_loss=loss,
         overall_accuracy=_of_some(metrics.accuracy_score, true_codes, guess_codes),
         adjusted_rand_index=_of_some(metrics.adjusted_rand_score, true_codes, guess_codes),
-        per_class=_per_class(own, (true_codes, guess_codes), present, found),
-        confusion=_confusion(labels[labelled], guesses[labelled], found, others),
+        per_class=_per_class(compared, (true_codes, guess_codes), present, names_present),
+        confusion=_confusion(labels[labelled], guesses[labelled], names_present, others),
     )
 
 
@@ -292,7 +296,7 @@ def _of_some(score: Callable[..., Any], truth: np.ndarray, *others: Any, **optio
 
 
 def _per_class(
-    own: tuple[np.ndarray, np.ndarray],
+    compared: tuple[np.ndarray, np.ndarray],
     all_labelled: tuple[np.ndarray, np.ndarray],
     present: np.ndarray,
     classes: tuple[str, ...],
@@ -304,7 +308,7 @@ def _per_class(
     zeros = np.zeros(len(present))
     columns = [
         scores(*codes, labels=present, zero_division=0) if len(codes[0]) else [zeros] * 4
-        for codes in (own, all_labelled)
+        for codes in (compared, all_labelled)
     ]
     table = dict(zip(("precision", "recall", "f1", "cells"), columns[0], strict=True))
     table["overall_precision"] = columns[1][0]

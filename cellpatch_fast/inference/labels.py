@@ -25,14 +25,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger("cellpatch_fast")
 
 
-def require_threshold(threshold: float, classes: Sequence[str]) -> None:
-    """Refuse what is no probability, and a class that is called as what is below it."""
+def require_threshold(threshold: float, classes: Sequence[str], *, compared: bool = False) -> None:
+    """Refuse what is no probability, and a class that is called as what is below it.
+
+    ``compared``: with true labels, where the class would stand for cells below a threshold too.
+    """
     if not 0 <= threshold <= 1:
         raise InputError(f"the threshold is a probability, from 0 to 1; found {threshold}")
-    if threshold and UNKNOWN in classes:
+    if UNKNOWN in classes and (threshold or compared):
         raise InputError(
             f"the model has a class {UNKNOWN!r}, so cells below a threshold could not be told from "
-            "its cells: use no threshold"
+            "its cells: annotate without --threshold and --label (threshold=, label=), or train a "
+            "model whose classes do not have that name"
         )
 
 
@@ -47,7 +51,7 @@ def read_label_map(path: str | Path) -> dict[str, str]:
         If the file cannot be read, has another number of columns somewhere, or gives one name two
         meanings.
     """
-    found: dict[str, str] = {}
+    targets: dict[str, str] = {}
     try:
         # utf-8-sig: spreadsheets write a mark at the beginning, which is part of no name
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
@@ -62,14 +66,14 @@ def read_label_map(path: str | Path) -> dict[str, str]:
                 f"the model, with a comma between them; found {','.join(row)!r}"
             )
         name, target = row
-        if found.setdefault(name, target) != target:
+        if targets.setdefault(name, target) != target:
             raise InputError(
-                f"{path}, line {number}: {name!r} is {target!r} here and {found[name]!r} further "
+                f"{path}, line {number}: {name!r} is {target!r} here and {targets[name]!r} further "
                 "up: keep one of the two"
             )
-    if not found:
+    if not targets:
         raise InputError(f"the label map {path} is empty: write lines such as 'B cells,B'")
-    return found
+    return targets
 
 
 def true_labels(
@@ -112,12 +116,12 @@ def true_labels(
 
 
 def _warn_of_no_effect(
-    label_map: Mapping[str, str], found: Collection[str], classes: Collection[str]
+    label_map: Mapping[str, str], labels: Collection[str], classes: Collection[str]
 ) -> None:
     pairs = list(label_map.items())
-    if pairs[0][0] not in found and pairs[0][1] not in classes:
+    if pairs[0][0] not in labels and pairs[0][1] not in classes:
         logger.info("label map: %r, %r is taken for a header", *pairs.pop(0))
-    if absent := [name for name, _ in pairs if name not in found]:
+    if absent := [name for name, _ in pairs if name not in labels]:
         _warn(f"label map: no cell has the label {_listed(absent)}")
     if strange := [target for _, target in pairs if target not in classes]:
         _warn(

@@ -9,3 +9,7 @@ from .sampling import Sampling
 from .windows import CellBatch
 
 __all__ = ["CellBatch", "CellLoader", "Epoch", "Sampler", "Sampling", "Window"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,34 +1,45 @@
 """What the loader reads from: AnnData sources prepared for a model, and token stores.
 
 Both know how many cells there are, how their genes match the vocabulary and how to read rows of
-them (`fetching.Rows`); the loader needs nothing else.
+them (`rows.Rows`); the loader needs nothing else.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..cells import CellBlock
 from ..config import Preprocessing, Reading
 from ..errors import InputError
+from ..io.sources.matrices import CsrMatrix, DenseMatrix
 from ..io.sources.source import CellSource, open_source
 from ..io.stores.obs import SOURCE_COLUMN
 from ..io.stores.tokens import TokenStore, is_token_store
-from ..preprocessing.detection import detect_input
+from ..preprocessing.changes import Expectation
+from ..preprocessing.detection import detect_input, warn_of_selection
+from ..preprocessing.selection import selection_of_genes
+from ..preprocessing.tokens import token_types, tokenize
 from .columns import read_column
 from .rows import MatrixRows, Rows, TokenRows
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from ..cells import CellBlock
     from ..config import CellPatchConfig
     from ..genes import GeneVocabulary
     from ..io.sources.tables import Table
 
-SAMPLE_CELLS = 2_000  # cells that the kind of a matrix is told from
+# What the kind of a matrix is told from: cells, in runs all over it; and at most
+SAMPLE_CELLS, SAMPLE_RUNS = 2_000, 8
+SAMPLE_ENTRIES = 8_000_000
+SAMPLE_VALUES = 4_000_000  # of a run in a dense matrix, zeros included
+SAMPLE_BYTES = 1 << 28  # of chunks, unless a single one has more
+TOTALS_CELLS = 5_000_000  # whose total counts are read, a whole column, to be compared
 
 
 class CellStream:
@@ -67,31 +78,48 @@ class CellStream:
         self.name, self.n_cells, self.n_genes = source.name, source.n_cells, source.n_genes
         self.match = vocabulary.match_var(source.var, reading.gene_column, source.name)
         self.genes_matched, self.genes_unknown = self.match.matched, len(self.match.unknown)
+        self.genes_duplicated = len(self.match.duplicated)
+        self.genes_ambiguous = len(self.match.ambiguous)
         self.preprocessing = Preprocessing.from_config(config)
         self.vocabulary_fingerprint = vocabulary.fingerprint
         self._vocabulary_size = vocabulary.size
+        sample = sample_of(source)
+        self._sampled_entries = len(sample.data) / len(sample)  # of a cell
         self.detected = detect_input(
-            sample_of(source),
+            sample,
             source.name,
             reading.input,
             target_sum=config.target_sum,
             gene_names=source.var.index,
+            n_cells=source.n_cells,
         )
+        if self.detected.sums_matter:
+            counts = self.detected.kind == "counts" and self.n_cells <= TOTALS_CELLS
+            shown = selection_of_genes(
+                source.var, self.match, vocabulary, sample, source.obs_table() if counts else None
+            )
+            if shown:
+                warn_of_selection(self.detected, self.name, self.n_genes, shown)
         self.kind: str = self.detected.kind
         self._rows: Rows | None = None
 
     def rows(self) -> Rows:
         """How to read the cells. A matrix that is stored by genes is turned into rows here."""
         if self._rows is None:
-            self._rows = MatrixRows(
-                self.source.matrix.reader(),
+            # where the user has said what all cells hold, nothing is expected of them
+            requested = self.detected.requested
+            tokenizing = partial(
+                tokenize,
                 tokens=np.asarray(self.match.tokens),
                 preprocessing=self.preprocessing,
                 kind=self.detected.kind,
                 vocabulary_size=self._vocabulary_size,
                 name=self.name,
                 gene_names=self.source.var.index,
+                expectation=None if requested else Expectation(self.detected, self.name),
             )
+            types = token_types(self.preprocessing, self._vocabulary_size)
+            self._rows = MatrixRows(self.source.matrix.reader(), types, tokenizing)
         return self._rows
 
     def measured(self) -> np.ndarray:
@@ -109,8 +137,7 @@ class CellStream:
         """The entries of all cells, about: a dense matrix does not say how many there are."""
         entries = self.source.matrix.entries
         if entries is None:
-            sample = sample_of(self.source)
-            entries = len(sample.data) * self.n_cells // len(sample)
+            entries = int(self._sampled_entries * self.n_cells)
         return entries
 
     def obs_table(self) -> Table:
@@ -170,7 +197,8 @@ class TokenStream:
                 "cellpatch tokenize --few-cells; for a new one without, neither option."
             )
         self.genes_matched = self.n_genes = int(store.measured().any(axis=0).sum())
-        self.genes_unknown = 0  # they were counted when the store was made
+        # The others were counted when the store was made.
+        self.genes_unknown = self.genes_duplicated = self.genes_ambiguous = 0
         self._rows = TokenRows(store.name, store.offsets, store.genes, store.values)
 
     def rows(self) -> Rows:
@@ -245,8 +273,53 @@ def open_stream(
 
 
 def sample_of(source: CellSource) -> CellBlock:
-    """The first cells of a source, enough to tell what its matrix holds."""
-    return next(source.read_cells([(0, min(SAMPLE_CELLS, source.n_cells))]))
+    """Runs of cells from all over a source, enough to tell what its matrix holds.
+
+    A run costs the chunks that it lies in, so there are fewer runs where chunks are large.
+    """
+    matrix = source.matrix
+    runs = 1 if source.n_cells <= SAMPLE_CELLS else SAMPLE_RUNS
+    if isinstance(matrix, CsrMatrix | DenseMatrix):
+        runs = max(1, min(runs, SAMPLE_BYTES // _run_bytes(matrix)))
+    length = -(-min(SAMPLE_CELLS, source.n_cells) // runs)
+    starts = [run * source.n_cells // runs for run in range(runs)]
+    read = source.read_cells(
+        [(start, start + length) for start in starts],
+        max_entries=SAMPLE_VALUES if isinstance(matrix, DenseMatrix) else SAMPLE_ENTRIES // runs,
+        whole=False,
+    )
+    blocks = [_shortened(block, SAMPLE_ENTRIES // runs) for block in read]
+    ends = np.cumsum([0, *(len(block.data) for block in blocks)])
+    return CellBlock(
+        start=0,
+        indptr=np.concatenate(
+            [[0], *(block.indptr[1:] + end for block, end in zip(blocks, ends, strict=False))]
+        ),
+        indices=np.concatenate([block.indices for block in blocks]),
+        data=np.concatenate([block.data for block in blocks]),
+        positions=np.concatenate([np.arange(block.start, block.stop) for block in blocks]),
+    )
+
+
+def _shortened(block: CellBlock, entries: int) -> CellBlock:
+    """The block's first cells, with up to so many entries, one cell at least."""
+    cells = max(1, int(np.searchsorted(block.indptr, entries, side="right")) - 1)
+    indptr = block.indptr[: cells + 1]
+    return replace(
+        block, indptr=indptr, indices=block.indices[: indptr[-1]], data=block.data[: indptr[-1]]
+    )
+
+
+def _run_bytes(matrix: CsrMatrix | DenseMatrix) -> int:
+    """What a short run of cells costs, about: a chunk of every array."""
+    if isinstance(matrix, DenseMatrix):
+        chunk = 1 if isinstance(matrix.array, np.ndarray) else matrix.array.chunk
+        return chunk * matrix.shape[1] * matrix.dtype.itemsize
+    arrays = (matrix.indices, matrix.data)
+    return sum(
+        (1 if isinstance(array, np.ndarray) else array.chunk) * array.dtype.itemsize
+        for array in arrays
+    )
 
 
 def describe_input(path: Path | str, stream: Stream) -> str:

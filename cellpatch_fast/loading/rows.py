@@ -12,17 +12,14 @@ loader asks it for a *part*, the rows that a window takes from it, and a worker 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
-from ..config import Preprocessing
 from ..io.chunks.gathering import EntryChunks, Shared, buffer
 from ..io.interfaces import Chunks
 from ..io.sources.matrices import RowReader
-from ..preprocessing.detection import InputKind
-from ..preprocessing.tokens import Tokenized, token_types, tokenize
+from ..preprocessing.tokens import Tokenized
 
 
 class Part(Protocol):
@@ -118,36 +115,24 @@ class MatrixRows:
     ----------
     reader
         Reads them; closed with this.
-    tokens, preprocessing, kind, vocabulary_size, name, gene_names
-        See `tokens.tokenize`.
+    types
+        Of the genes and values that are made.
+    tokenizing
+        `tokens.tokenize`, with all that it needs to know besides the cells.
     """
 
     def __init__(
         self,
         reader: RowReader,
-        tokens: np.ndarray,
-        preprocessing: Preprocessing,
-        kind: InputKind,
-        vocabulary_size: int,
-        name: str,
-        gene_names: Sequence[str],
+        types: tuple[np.dtype[Any], np.dtype[Any]],
+        tokenizing: Callable[..., Tokenized],
     ) -> None:
-        self.offsets = reader.offsets
-        self.types = token_types(preprocessing, vocabulary_size)
+        self.offsets, self.types = reader.offsets, types
         self.entry_bytes, self.fixed_bytes = reader.entry_bytes, reader.fixed_bytes
-        self._reader = reader
-        self._tokenize = partial(
-            tokenize,
-            tokens=tokens,
-            preprocessing=preprocessing,
-            kind=kind,
-            vocabulary_size=vocabulary_size,
-            name=name,
-            gene_names=gene_names,
-        )
+        self._reader, self._tokenizing = reader, tokenizing
 
     def part(self, rows: np.ndarray) -> Part:
-        return _MatrixPart(self._reader, self._tokenize, rows)
+        return _MatrixPart(self._reader, self._tokenizing, rows)
 
     def close(self) -> None:
         self._reader.close()
@@ -155,13 +140,13 @@ class MatrixRows:
 
 class _MatrixPart:
     def __init__(
-        self, reader: RowReader, tokenize: Callable[..., Tokenized], rows: np.ndarray
+        self, reader: RowReader, tokenizing: Callable[..., Tokenized], rows: np.ndarray
     ) -> None:
-        self._reader, self._tokenize, self._rows = reader, tokenize, rows
+        self._reader, self._tokenizing, self._rows = reader, tokenizing, rows
         self._shared = reader.share(rows)
 
     def write(self, genes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows, order = np.unique(self._rows, return_inverse=True)
         block = self._reader.read(rows, self._shared, buffer)
-        tokenized = self._tokenize(block, order=order, into=(genes, values))
+        tokenized = self._tokenizing(block, order=order, into=(genes, values))
         return np.diff(tokenized.offsets), tokenized.unknown

@@ -185,13 +185,13 @@ class CellPatchAnnotator(CellPatch):
         features
             Their patch features [cells, patches, output_dim], from `encode`.
         """
-        found = [features.new_empty((0, len(self.classes)), dtype=torch.float32)]
+        blocks = [features.new_empty((0, len(self.classes)), dtype=torch.float32)]
         for block in features.split(BLOCK_CELLS):
             missing = BLOCK_CELLS - len(block)
             filled = F.pad(block, (0, 0, 0, 0, 0, missing)) if missing else block
             logits = self.head(filled)[: len(block)]
-            found.append(torch.softmax(logits.float() / self.config.temperature, 1))
-        network = torch.cat(found)
+            blocks.append(torch.softmax(logits.float() / self.config.temperature, 1))
+        network = torch.cat(blocks)
         return network if self.linear is None else self.linear.mixture(cells, network)
 
     forward = logits  # type: ignore[assignment]

@@ -340,10 +340,10 @@ def run_encoder(
     if backend is None and dtype == torch.float64:
         backend = "reference"  # the others compute in float32
     _check_cells(weights, cells, kernels.resolve_backend(backend, cells.device))
-    found = kernels.encode(
+    encoded = kernels.encode(
         *arguments, pads=pads, attention=attention, mean=mean, dropout=dropout, backend=backend
     )
-    return _cast(found, dtype)
+    return _cast(encoded, dtype)
 
 
 def _cast(encoded: Encoded, dtype: torch.dtype) -> Encoded:

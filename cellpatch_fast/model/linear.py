@@ -66,7 +66,9 @@ class LinearPath(nn.Module):
         def summed(table: Tensor, weights: Tensor) -> Tensor:
             rows = genes if len(table) > 1 else torch.zeros_like(genes)
             return F.embedding_bag(
-                *(rows, table.float(), offsets),
+                rows,
+                table.float(),
+                offsets,
                 mode="sum",
                 per_sample_weights=weights,
                 include_last_offset=True,

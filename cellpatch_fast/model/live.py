@@ -229,8 +229,8 @@ def _live_weights(model: Any, project_out: bool) -> EncoderWeights:
     """The object's own parameters, as the kernels take them."""
 
     def tensor(name: str) -> Tensor:
-        found: Tensor = attrgetter(original_name(name))(model)
-        return found[0] if name == "patches" else found  # theirs are [1, p, D]
+        parameter: Tensor = attrgetter(original_name(name))(model)
+        return parameter[0] if name == "patches" else parameter  # theirs are [1, p, D]
 
     return gather_weights(
         tensor,

@@ -65,29 +65,30 @@ def import_checkpoint(
         vocabulary = GeneVocabulary.from_original(Path(vocabulary))
     model = empty(model_class, config, vocabulary, checkpoint, **extras)
 
-    own = {name: original_name(name) for name in model.state_dict()}
+    originals = {name: original_name(name) for name in model.state_dict()}
     left_out = {
         part: [name for name in state if name.startswith(theirs)]
         for part, (theirs, ours) in OTHER_PARTS.items()
-        if not any(name.startswith(ours) for name in own)
+        if not any(name.startswith(ours) for name in originals)
     }
     others = {name for names in left_out.values() for name in names}
-    found = {name: tensor for name, tensor in state.items() if name not in others}
-    shapes = {own[name]: list(t.shape) for name, t in model.state_dict().items()}
+    tensors = {name: tensor for name, tensor in state.items() if name not in others}
+    shapes = {originals[name]: list(t.shape) for name, t in model.state_dict().items()}
     shapes["pathway_token"].insert(0, 1)  # the original's patches are [1, p, D]
-    problems = misfits(shapes, found)
+    problems = misfits(shapes, tensors)
     if problems:
         raise InputError(
             f"{checkpoint} does not hold the model that args describe (was it trained with other "
             f"arguments, or is it no {model_class.__name__}?):{listed(problems)}"
         )
-    found["pathway_token"] = found["pathway_token"][0]
+    tensors["pathway_token"] = tensors["pathway_token"][0]
     # clones, because tensors of a checkpoint may share memory
-    model.load_state_dict({name: found[own[name]].clone() for name in own}, assign=True)
+    parameters = {name: tensors[original].clone() for name, original in originals.items()}
+    model.load_state_dict(parameters, assign=True)
     logger.warning(
         "%s: loaded the %d tensors of the %s; left out: %s",
         checkpoint,
-        len(found),
+        len(tensors),
         model_class.__name__,
         ", ".join(f"{len(names)} of the {part}" for part, names in left_out.items() if names)
         or "none",
@@ -115,10 +116,10 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise InputError(
             f"{path} is not a checkpoint of tensors alone"
-            + (f": it refers to {found[1]}" if found else "")
+            + (f": it refers to {refused[1]}" if refused else "")
             + ". Pickled code is never run. If you trust the file's source, load it in the "
             "original's environment and save the state dict alone: "
             'torch.save({"model_state_dict": model.state_dict()}, path)'

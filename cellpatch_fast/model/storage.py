@@ -281,10 +281,10 @@ class _Undrawn(TorchFunctionMode):
         return function(*arguments, **(keywords or {}))
 
 
-def misfits(expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor]) -> list[str]:
+def misfits(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]) -> list[str]:
     """Everything that keeps ``found`` from being a state dict of the ``expected`` shapes."""
-    problems = [f"{name}: missing" for name in expected if name not in found]
-    for name, tensor in found.items():
+    problems = [f"{name}: missing" for name in expected if name not in tensors]
+    for name, tensor in tensors.items():
         if name not in expected:
             problems.append(f"{name}: unexpected")
         elif tensor.shape != torch.Size(expected[name]):
@@ -295,7 +295,7 @@ def misfits(expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor]) 
             problems.append(f"{name}: has dtype {tensor.dtype}, expected floating point")
         elif not tensor.isfinite().all():
             problems.append(f"{name}: holds NaN or infinite values")
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in found.values()}
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     if not problems and len(dtypes) > 1:
         problems.append(f"all tensors: expected one dtype, found {', '.join(sorted(dtypes))}")
     return problems

@@ -28,8 +28,8 @@ def umap_of(adata: AnnData, key: str, seed: int) -> np.ndarray:
     from anndata import AnnData
 
     if key not in adata.obsm:
-        found = ", ".join(adata.obsm) or "nothing"
-        raise InputError(f"adata.obsm lacks {key!r}, it has {found}: run cellpatch_fast.tl.embed")
+        present = ", ".join(adata.obsm) or "nothing"
+        raise InputError(f"adata.obsm lacks {key!r}, it has {present}: run cellpatch_fast.tl.embed")
     origin = adata.uns.get("neighbors", {}).get("params", {}).get("use_rep")
     if "X_umap" in adata.obsm and origin == key:
         return np.asarray(adata.obsm["X_umap"])
@@ -65,10 +65,10 @@ class Palette:
     """
 
     def __init__(self, columns: Sequence[pd.Series[Any]]) -> None:
-        found = sorted({label for column in columns for label in column.unique()})
-        self.classes = [name for name in found if name not in NO_CLASS]
+        labels = sorted({label for column in columns for label in column.unique()})
+        self.classes = [name for name in labels if name not in NO_CLASS]
         self.colors = dict(zip(self.classes, _colors(len(self.classes)), strict=True))
-        self.colors |= {name: GREY for name in NO_CLASS if name in found}
+        self.colors |= {name: GREY for name in NO_CLASS if name in labels}
         numbered = len(self.classes) > len(OKABE_ITO)
         self.numbers = {name: i for i, name in enumerate(self.classes, 1)} if numbered else {}
 
@@ -88,9 +88,9 @@ class Palette:
         colors = labels.map(self.colors).to_numpy()
         _scatter(axes, points[order], color=colors[order])
         for name, number in self.numbers.items():
-            own = points[(labels == name).to_numpy()]
-            if len(own):  # beside a cell of the class, which a median of two islands is not
-                middle = own[np.abs(own - np.median(own, axis=0)).sum(axis=1).argmin()]
+            members = points[(labels == name).to_numpy()]
+            if len(members):  # beside a cell of the class, which a median of two islands is not
+                middle = members[np.abs(members - np.median(members, axis=0)).sum(axis=1).argmin()]
                 paper = {"boxstyle": "round,pad=0.1", "color": "white", "alpha": 0.75, "lw": 0}
                 at, above = (middle[0], middle[1]), (0, 7)  # so that the cell itself is seen
                 text = axes.annotate(str(number), at, above, textcoords="offset points")
@@ -120,9 +120,9 @@ class Palette:
 
 def draw_numbers(axes: Axes, points: np.ndarray, values: pd.Series[Any]) -> None:
     """Cells coloured by a number; grey where there is none."""
-    known = values.notna().to_numpy()
-    _scatter(axes, points[~known], color=GREY)
-    shown = _scatter(axes, points[known], c=values[known].to_numpy(), cmap="viridis")
+    present = values.notna().to_numpy()
+    _scatter(axes, points[~present], color=GREY)
+    shown = _scatter(axes, points[present], c=values[present].to_numpy(), cmap="viridis")
     axes.figure.colorbar(shown, ax=axes, shrink=0.6, aspect=20)
 
 

@@ -2,53 +2,50 @@
 
 The model was trained on log1p of counts per ten thousand. Logging a matrix twice, or not at
 all, gives embeddings that look fine and mean nothing, so the kind of a matrix is inferred from
-its values before anything is computed, a wrong expectation is refused, and the reason of each
-decision is one line for the log.
+its values before anything is computed (`scales` says how), a wrong expectation is refused, and
+the reason of each decision is one line for the log.
 
-Two properties survive everything that is usually done to counts, and each is looked for in the
-values as they are and in their anti-logarithms to the bases e, 2 and 10:
+What is done about each scale:
 
-- *Normalised cells have one library size.* Holds for any kind of count, unless genes were
-  removed afterwards.
-- *Counts are whole multiples of one.* Divided by the smallest value of its cell, every value is
-  a whole number. Holds for any subset of genes; not for estimated counts (fractions of reads).
-
-Where neither shows, what remains is that logarithms are small. Integers are always taken as
-counts: logarithms rounded to integers look the same as a matrix of very low counts.
+- Raw counts, estimated and corrected ones too, and normalised values are taken: normalising once
+  more only changes the common library size.
+- Natural logarithms of normalised counts are taken; with a warning if the library size was not
+  the model's, or if nothing but their size tells that they are logarithms.
+- Natural logarithms of counts that were not normalised are refused, unless the user says
+  ``lognorm``: then there is a warning.
+- Other logarithms, logarithms of logarithms and square roots are refused.
+- Cells that do not all hold the same are refused, unless the user says what they hold: then there
+  is a warning, and all are taken as that. See `changes` for the cells that are read later.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from ..config import Expected
-from ..errors import InputError, InputWarning
+from ..errors import InputError, InputWarning, warn
+from .blocks import invalid_entry, readable_block
+from .parts import (
+    ELSEWHERE,
+    USABLE,
+    Part,
+    highest_values,
+    look_at_parts,
+    remedy_of_mixture,
+    where,
+)
+from .scales import LARGEST_LOGARITHM, NATURAL, VALUES, Look, look_at
 
 if TYPE_CHECKING:
     from ..cells import CellBlock
 
-__all__ = [
-    "Detected",
-    "InputKind",
-    "InputKindWarning",
-    "detect_input",
-    "floating_type",
-    "invalid_entry",
-    "readable_block",
-]
+__all__ = ["Detected", "InputKind", "InputKindWarning", "detect_input"]
 
 InputKind = Literal["counts", "normalized", "lognorm"]
-
-LARGEST_LOGARITHM = 20.0  # log2(1e6 + 1); natural logarithms of as much end at 13.8
-LARGEST_NATURAL_LOGARITHM = 15.0
-TELLING_ENTRIES = 500_000  # whole cells up to so many show the structure well enough
-BASES = {"natural logarithms": np.e, "logarithms to base 2": 2.0, "logarithms to base 10": 10.0}
 
 
 class InputKindWarning(InputWarning):
@@ -57,10 +54,34 @@ class InputKindWarning(InputWarning):
 
 @dataclass(frozen=True)
 class Detected:
-    """The kind of a matrix, and in one line how it shows."""
+    """The kind of a matrix, and in one line how it shows.
+
+    Parameters
+    ----------
+    kind
+        ``"counts"`` (integers, or counts with fractions), ``"normalized"`` (scaled to one library
+        size, not logged: handled exactly as counts) or ``"lognorm"`` (logged already: clip and
+        round only).
+    reason
+        What was seen, for people.
+    look
+        What was seen.
+    low_highest
+        5 % of the cells looked at have no value above it.
+    requested
+        Whether the user said what the matrix holds.
+    """
 
     kind: InputKind
     reason: str
+    look: Look
+    low_highest: float = 0.0
+    requested: bool = False
+
+    @property
+    def sums_matter(self) -> bool:
+        """Whether values depend on which genes there were when they were added up."""
+        return self.look.evidence in ("integers", "whole", "library") and not self.requested
 
 
 def detect_input(
@@ -70,13 +91,14 @@ def detect_input(
     *,
     target_sum: float = 1e4,
     gene_names: Sequence[str] | None = None,
+    n_cells: int | None = None,
 ) -> Detected:
     """Tell raw counts, normalised values and log-normalised values apart.
 
     Parameters
     ----------
     sample
-        Some cells of the matrix; a thousand are plenty.
+        Cells from all over the matrix; a thousand are plenty.
     name
         What to call the matrix in messages (its file).
     expected
@@ -86,24 +108,20 @@ def detect_input(
         The library size that the model expects.
     gene_names
         Names of the columns, for messages.
-
-    Returns
-    -------
-    Detected
-        ``"counts"`` (integers, or counts with fractions), ``"normalized"`` (scaled to one
-        library size, not logged: handled exactly as counts, because normalising once more only
-        changes the common library size) or ``"lognorm"`` (already logged: clip and round only).
+    n_cells
+        Cells of the matrix; by default those of the sample.
 
     Raises
     ------
     InputError
-        If values are negative, not a number or infinite, are logarithms to a base other than e,
-        or contradict ``expected``.
+        If values are negative, not a number or infinite, are on a scale that is no use to the
+        model, contradict ``expected``, or the cells do not all hold the same.
 
     Warns
     -----
     InputKindWarning
-        If log-normalised cells have a library size more than 1 % off ``target_sum``.
+        If log-normalised cells have a library size more than 1 % off ``target_sum``, or what they
+        hold is doubtful.
     """
     if expected not in ("auto", "counts", "lognorm"):
         raise ValueError(f"input must be auto, counts or lognorm, found {expected!r}")
@@ -112,186 +130,121 @@ def detect_input(
     if len(wrong):
         raise invalid_entry(sample, int(wrong[0]), name, gene_names)
 
-    found = _find(sample)
-    if found.kind == "other logarithm":
+    parts = look_at_parts(sample)
+    if len({part.holds for part in parts}) > 1:
+        _refuse_mixture(parts, name, expected)
+        requested: InputKind = "counts" if expected == "counts" else "lognorm"
+        reason = f"cells that do not all hold the same: taken as {expected}, as requested"
+        return Detected(requested, reason, look_at(sample), requested=True)
+    look = look_at(sample)
+    largest = max(parts, key=lambda part: len(part.cells), default=None)
+    if largest and largest.look.certain and look.scale is not largest.look.scale:
+        look = largest.look  # together they show less than by themselves
+    seen = ""
+    if n_cells is not None and n_cells > len(sample):
+        seen = f" (seen in {len(sample):,} of {n_cells:,} cells)"
+    if look.certain and look.scale not in USABLE:
         raise InputError(
-            f"{name}: found {found.reason}, but the model needs natural ones. Choose the raw "
-            "counts with layer or use_raw, or convert the matrix (multiply by ln 2 or ln 10)."
+            f"{name}: found {look.reason}{seen}, but the model needs natural logarithms of "
+            f"normalised counts, or counts. {ELSEWHERE}, or undo the transformation: "
+            f"{look.scale.undoing}."
         )
-    if expected == "counts" and found.kind != "counts":
-        raise InputError(
-            f"{name}: raw counts were expected, but found {found.reason}. Choose the raw counts "
-            'with layer or use_raw, or set input to "auto" to use the matrix as what it is.'
-        )
-    if expected == "lognorm" and found.kind != "lognorm" and found.highest > LARGEST_LOGARITHM:
-        raise _not_logged(name, found)
-    if expected == "lognorm" and found.kind == "normalized":
-        raise _not_logged(name, found)
-    if expected == "lognorm" and found.kind == "counts":
-        return Detected("lognorm", f"{found.reason}; taken as logarithms, as requested")
+    kind = _decide(look, f"{look.reason}{seen}", name, expected)
+    reason = look.reason
+    if expected == "lognorm" and not look.normalized:
+        reason += "; taken as logarithms, as requested"
+    if kind == "lognorm":
+        _warn_of_logarithms(look, [part.look for part in parts], name, expected, target_sum)
+    low_highest = float(np.quantile(highest_values(sample), 0.05))
+    return Detected(kind, f"{reason}{seen}", look, low_highest, requested=expected != "auto")
 
-    off_target = found.library is not None and abs(found.library / target_sum - 1) > 0.01
-    if found.kind == "lognorm" and off_target:
-        warnings.warn(
-            f"{name}: the cells were normalised to a library size of {found.library:,.7g}, but "
-            f"the model expects {target_sum:,.7g}. Raw counts (layer or use_raw) would be "
-            "normalised to that.",
+
+def warn_of_selection(detected: Detected, name: str, n_genes: int, shown: str) -> None:
+    """Warn that the genes of a matrix are a selection, which is ``shown`` by something."""
+    warn(
+        f"{name}: its {n_genes:,} genes are a selection of those that were measured: {shown}. "
+        "Normalised to the sum of these genes, values are larger than the model expects. Read all "
+        "genes (layer, use_raw, or the matrix before genes were selected), or set input to "
+        f'"{"lognorm" if detected.kind == "lognorm" else "counts"}" if they are all there were.',
+        InputKindWarning,
+    )
+
+
+def _decide(look: Look, found: str, name: str, expected: Expected) -> InputKind:
+    """What values or natural logarithms are taken as."""
+    unlogged = look.scale is VALUES
+    if expected == "lognorm":
+        if unlogged and (look.normalized or look.highest > LARGEST_LOGARITHM):
+            raise InputError(
+                f"{name}: log-normalised values were expected, but found {found}. Set input to "
+                '"auto", which normalises and logs them, or choose the log-normalised matrix with '
+                "layer or use_raw."
+            )
+        return "lognorm"
+    if expected == "counts" and look.certain and (look.normalized or not unlogged):
+        raise InputError(
+            f"{name}: raw counts were expected, but found {found}. {ELSEWHERE}, or set input to "
+            '"auto" to use the matrix as what it is.'
+        )
+    if expected == "counts":
+        if not unlogged:
+            warn(
+                f"{name}: found {found}; taken as counts, as requested.",
+                InputKindWarning,
+            )
+        return "counts"
+    if unlogged:
+        return "normalized" if look.normalized else "counts"
+    if look.evidence == "whole":
+        raise InputError(
+            f"{name}: found {found}, but the model needs logarithms of normalised counts, or "
+            f"counts. {ELSEWHERE}, or undo the logarithm: {look.scale.undoing}. To use the "
+            'logarithms as they are, set input to "lognorm".'
+        )
+    return "lognorm"
+
+
+def _warn_of_logarithms(
+    look: Look, parts: Sequence[Look], name: str, expected: Expected, target_sum: float
+) -> None:
+    """Warn if logarithms are not quite what the model expects."""
+    advice = f"{ELSEWHERE}: they would be normalised to that."
+    if look.evidence == "whole" and look.scale is NATURAL:
+        warn(
+            f"{name}: the logarithms are of raw counts, but the model expects them normalised "
+            f"to {target_sum:,.7g}. {advice}",
             InputKindWarning,
-            stacklevel=2,
         )
-    return Detected(found.kind, found.reason)
-
-
-def _not_logged(name: str, found: _Found) -> InputError:
-    return InputError(
-        f"{name}: log-normalised values were expected, but found {found.reason}. Set input to "
-        '"auto", which normalises and logs them, or choose the log-normalised matrix with layer '
-        "or use_raw."
-    )
-
-
-class _Found(NamedTuple):
-    """What the values show, whatever the user expects."""
-
-    kind: Literal["counts", "normalized", "lognorm", "other logarithm"]
-    reason: str
-    highest: float = 0.0
-    library: float | None = None  # where all cells have the same
-
-
-def _find(sample: CellBlock) -> _Found:
-    present = sample.data != 0
-    values = sample.data[present].astype(np.float64)
-    entries = np.concatenate([[0], np.cumsum(present)])[sample.indptr]  # [c + 1]
-    cells = len(entries) - 1
-    if not len(values):
-        return _Found("counts", f"no value other than 0 in {cells:,} cells: taken as raw counts")
-    highest = float(values.max())
-    whole = float(np.mean(values == np.rint(values)))
-    if whole == 1:
-        return _Found("counts", f"integers up to {highest:,.0f}: raw counts", highest)
-    if whole >= 0.5:  # estimated counts; scaled or logged ones are hardly ever whole
-        reason = f"counts up to {highest:,.6g}, {whole:.0%} of them whole: raw counts"
-        return _Found("counts", reason, highest)
-
-    enough = max(1, int(np.searchsorted(entries, TELLING_ENTRIES, side="right")) - 1)  # cells
-    entries = entries[: enough + 1]
-    values = values[: entries[-1]]
-    structure = [("values", _structure(values, entries))]
-    if highest <= LARGEST_LOGARITHM:
-        structure += [
-            (scale, _structure(np.expm1(values * np.log(base)), entries))
-            for scale, base in BASES.items()
-        ]
-    # Powers of numbers near 0 are nearly linear, so several scales may fit: the best one counts.
-    scale, best = min(structure, key=lambda item: item[1].spread)
-    library: float | None = best.library
-    if best.spread < 1e-3:
-        shows = f"every cell's library size is {best.library:,.7g}"
-    else:
-        scale, best = max(structure, key=lambda item: item[1].multiples)
-        library = None
-        shows = "each cell's values are whole multiples of its smallest"
-        if best.multiples < 0.5:
-            return _find_by_size(highest)
-    if scale == "values":
-        return _Found("normalized", f"normalised values, not logged ({shows})", highest, library)
-    kind = "lognorm" if BASES[scale] == np.e else "other logarithm"
-    reason = f"{scale} of normalised counts (before the logarithm, {shows})"
-    return _Found(kind, reason, highest, library)  # type: ignore[arg-type]
-
-
-def _find_by_size(highest: float) -> _Found:
-    if highest <= LARGEST_NATURAL_LOGARITHM:
-        reason = f"fractions up to only {highest:.4g}: log-normalised values"
-        return _Found("lognorm", reason, highest)
-    reason = f"fractions up to {highest:,.6g}, too large for logarithms: counts with fractions"
-    return _Found("counts", reason, highest)
-
-
-class _Structure(NamedTuple):
-    """How well values fit "counts, possibly normalised"."""
-
-    library: float  # median library size
-    spread: float  # of the library sizes, relative; inf if there are too few cells to tell
-    multiples: float  # share of values that are whole multiples of their cell's smallest
-
-
-def _structure(values: np.ndarray, offsets: np.ndarray) -> _Structure:
-    """`_Structure` of positive values [entries] of cells with ``offsets`` [cells + 1]."""
-    lengths = np.diff(offsets)
-    starts, lengths = offsets[:-1][lengths > 0], lengths[lengths > 0]
-    multiple = values / np.repeat(np.minimum.reduceat(values, starts), lengths)
-    telling = multiple[(multiple > 1.5) & (multiple < 100)]  # beyond 100 rounding errors show
-    whole = np.abs(telling - np.rint(telling)) < 0.01
-    multiples = float(whole.mean()) if len(telling) >= 5 else 0.0
-
-    libraries = np.add.reduceat(values, starts)[lengths >= 5]
-    if len(libraries) < 3:
-        return _Structure(0.0, np.inf, multiples)
-    low, library, high = np.quantile(libraries, [0.05, 0.5, 0.95])
-    return _Structure(float(library), float((high - low) / library), multiples)
-
-
-def readable_block(block: CellBlock, name: str) -> CellBlock:
-    """``block`` with int64 row pointers and int32, int64 or uint16 indices; its data stay.
-
-    Raises
-    ------
-    InputError
-        If the values are not numbers, or the three arrays do not fit together.
-    """
-    data, indptr, indices = (np.asarray(x) for x in (block.data, block.indptr, block.indices))
-    if data.dtype.kind not in "buif":
-        raise InputError(f"{name}: the matrix holds values of type {data.dtype}, not numbers.")
-    if (
-        len(indptr) == 0
-        or indptr[0] != 0
-        or (np.diff(indptr) < 0).any()
-        or not indptr[-1] == len(indices) == len(data)
-    ):
-        raise InputError(
-            f"{name}: the sparse matrix is damaged near cell {block.start}: its row pointers do "
-            "not fit its values. Write the file again."
+    for part in (look, *parts):
+        size, exact = part.high_library, part.evidence == "library"
+        more, less = size > 1.01 * target_sum, size < 0.99 * target_sum
+        if part.scale is NATURAL and part.normalized and (more or (exact and less)):
+            at_least = "" if exact else "at least "
+            warn(
+                f"{name}: the cells were normalised to a library size of {at_least}{size:,.7g}, "
+                f"but the model expects {target_sum:,.7g}. {advice}",
+                InputKindWarning,
+            )
+            break
+    # of some genes of cells that were normalised to it
+    low, high = look.low_library / target_sum, look.high_library / target_sum
+    plausible = low > 0.05 and 0.5 < high < 1.01
+    if expected == "auto" and look.evidence == "size" and not plausible:
+        warn(
+            f"{name}: found {look.reason}, but nothing else shows that they are logarithms of "
+            'normalised counts. Set input to "lognorm" if they are, to "counts" if they are '
+            "counts with fractions (corrected ones, for example); values that were scaled or "
+            f"integrated are no use. {ELSEWHERE} if there are any.",
+            InputKindWarning,
         )
-    if indices.dtype.kind == "u" and indices.dtype.itemsize >= 4:
-        indices = indices.view(f"{indices.dtype.byteorder}i{indices.dtype.itemsize}")
-    wide = np.dtype(np.int64) if indices.dtype.itemsize == 8 else np.dtype(np.int32)
-    if indices.dtype == np.uint16:  # as files of fewer genes may store them: half to read
-        wide = indices.dtype
-    return dataclasses.replace(
-        block,
-        indptr=np.ascontiguousarray(indptr, dtype=np.int64),
-        indices=np.ascontiguousarray(indices, dtype=wide),
-        data=data,
-    )
 
 
-def floating_type(dtype: np.dtype) -> np.dtype:
-    """The type that values of a number type are computed in: float32 or float64.
-
-    It holds them exactly, except that integers beyond 2^53 are rounded to float64.
-    """
-    floating = np.promote_types(dtype, np.float32)
-    return np.dtype(np.float64) if floating.itemsize > 8 else floating
-
-
-def invalid_entry(
-    block: CellBlock, entry: int, name: str, gene_names: Sequence[str] | None
-) -> InputError:
-    """The error that says what is wrong with one entry of a block, and in which cell and gene."""
-    cell = block.position(int(np.searchsorted(block.indptr, entry, side="right")) - 1)
-    column, value = int(block.indices[entry]), float(block.data[entry])
-    gene = f"gene column {column}"
-    if gene_names is not None and 0 <= column < len(gene_names):
-        gene += f" ({gene_names[column]})"
-    found = f"{name}: cell {cell} (the first is 0), {gene}: the value is {value:.6g}"
-    if value < 0:
-        return InputError(
-            f"{found}. Counts and their logarithms are never negative; scaled data are. Choose "
-            "the raw counts with layer or use_raw."
-        )
-    return InputError(
-        f"{found}, which is not a finite number. Correct or remove this cell, or choose another "
-        "matrix with layer or use_raw."
-    )
+def _refuse_mixture(parts: Sequence[Part], name: str, expected: Expected) -> None:
+    """Say which cells hold what: as an error, or a warning if the user has said what they hold."""
+    kinds = {part.holds: part.look.reason for part in parts}  # the last part of each speaks for it
+    holdings = "; ".join(f"{reason} in {where(parts, holds)}" for holds, reason in kinds.items())
+    message = f"{name}: not all cells hold the same: found {holdings}, of those looked at."
+    looks = [part.look for part in parts]
+    if expected == "auto" or not all(look.scale in USABLE for look in looks):
+        raise InputError(f"{message} {remedy_of_mixture(looks)}")
+    warn(f"{message} All are taken as {expected}, as requested.", InputKindWarning)

@@ -25,7 +25,6 @@ cells of 1,500 genes one core at 2.5 GHz masks 80 million entries/s.
 
 from __future__ import annotations
 
-import math
 from dataclasses import astuple, dataclass, fields
 from typing import NamedTuple
 
@@ -34,40 +33,10 @@ import torch
 from torch import Tensor
 
 from ..cells import RaggedCells
+from ..config import Masking
 from .masking_compiled import hash_integer, mask_cells
 
 __all__ = ["MaskCounts", "Masked", "Masking", "Measured", "mask"]
-
-
-@dataclass(frozen=True)
-class Masking:
-    """How much is hidden, and how much the model is given at most. The paper's by default.
-
-    Parameters
-    ----------
-    hidden
-        Share of a cell's genes that the encoder does not see; between 0 and 1, both excluded.
-    zeros
-        Zeros that the decoder predicts for each hidden entry.
-    max_encoder
-        Most entries of a cell that the encoder sees.
-    max_decoder
-        Most entries of a cell that the decoder predicts, hidden ones and zeros together.
-    """
-
-    hidden: float = 0.3
-    zeros: float = 0.5
-    max_encoder: int = 3_000
-    max_decoder: int = 1_000
-
-    def __post_init__(self) -> None:
-        if not 0 < self.hidden < 1:
-            raise ValueError(f"hidden must lie between 0 and 1, found {self.hidden}")
-        if not 0 <= self.zeros < math.inf:
-            raise ValueError(f"zeros must be a number that is not negative, found {self.zeros}")
-        for name in ("max_encoder", "max_decoder"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
 
 
 class Measured:

@@ -42,7 +42,9 @@ import torch
 from ..cells import RaggedCells
 from ..config import Preprocessing
 from ..errors import InputError
-from .detection import InputKind, floating_type, invalid_entry, readable_block
+from .blocks import floating_type, invalid_entry, readable_block
+from .changes import Expectation
+from .detection import InputKind
 from .ordering import digit_bits
 from .tokens_compiled import tokenize_cells
 
@@ -103,6 +105,7 @@ def tokenize(
     *,
     order: np.ndarray | None = None,
     into: tuple[np.ndarray, np.ndarray] | None = None,
+    expectation: Expectation | None = None,
 ) -> Tokenized:
     """Turn a block of rows into ragged cells, in the calling thread and without the GIL.
 
@@ -129,6 +132,8 @@ def tokenize(
     into
         Arrays for genes and values, of the types of `token_types` and at least as long as the
         cells' entries in the block; new ones by default.
+    expectation
+        What the cells are compared with; by default they are taken as they are.
 
     Returns
     -------
@@ -139,7 +144,8 @@ def tokenize(
     ------
     InputError
         If a value is negative, not a number or infinite, naming cell, gene and value; if a
-        library size is too large or small to divide by; if the sparse matrix is damaged.
+        library size is too large or small to divide by; if the sparse matrix is damaged; if
+        cells hold something else than expected.
     """
     block = readable_block(block, name)
     tokens = np.ascontiguousarray(tokens, dtype=np.int32)
@@ -154,15 +160,19 @@ def tokenize(
         into = np.empty(lengths.sum(), types[0]), np.empty(lengths.sum(), types[1])
     logged = kind == "lognorm"
     offsets, unknown = np.zeros(len(order) + 1, np.int64), np.empty(len(order), np.int64)
+    highest, whole = np.empty(len(order), floating.dtype), np.empty(len(order), bool)
+    longest = int(lengths.max(initial=0))
     refused = tokenize_cells(
         *(block.indptr, block.indices, block.data, order, tokens),
         *(preprocessing.target_sum, logged, preprocessing.discrete),
         _boundaries(preprocessing, logged) if preprocessing.discrete else np.empty(0),
         math.inf if preprocessing.value_clip is None else preprocessing.value_clip,
-        *(*into, offsets, unknown, int(lengths.max(initial=0)), digit_bits(vocabulary_size)),
+        *(*into, offsets, unknown, highest, whole, longest, digit_bits(vocabulary_size)),
     )
     if refused >= 0:
         raise _explain(block, int(order[refused]), len(tokens), name, gene_names)
+    if expectation is not None:
+        expectation.check(block, order, highest, whole)
     genes, values = (array[: offsets[-1]] for array in into)
     return Tokenized(offsets, genes, values, unknown)
 

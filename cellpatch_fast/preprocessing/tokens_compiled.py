@@ -14,6 +14,8 @@ from numba import njit
 
 from .ordering import order_entries
 
+SAMPLE = 16  # entries of a cell tell whether its values are whole
+
 
 @njit(nogil=True, cache=True)
 def tokenize_cells(
@@ -31,6 +33,8 @@ def tokenize_cells(
     values: Any,  # likewise
     offsets: Any,  # [c + 1], likewise
     unknown: Any,  # [c], likewise
+    highest: Any,  # [c], likewise
+    whole: Any,  # [c], likewise
     longest: int,
     digit: int,
 ) -> int:
@@ -48,8 +52,10 @@ def tokenize_cells(
         scale = 1.0
         if not logged and library > 0:
             scale = target_sum / library
-        if not (_is_valid(row, columns, len(tokens)) and library < np.inf and scale < np.inf):
+        valid, highest[place] = _check(row, columns, len(tokens))
+        if not (valid and library < np.inf and scale < np.inf):
             return place
+        whole[place] = _is_whole(row[:SAMPLE])
         if discrete:
             _find_thresholds(boundaries, scale, thresholds)
             _count_thresholds(row, thresholds, values[start:stop])
@@ -89,16 +95,25 @@ def library_size(row: Any) -> float:
 
 
 @njit(nogil=True, cache=True)
-def _is_valid(row: Any, columns: Any, genes: int) -> bool:
-    """Whether no entry is negative or of a column that does not exist."""
+def _check(row: Any, columns: Any, genes: int) -> tuple[bool, float]:
+    """Whether no entry is negative or of a column that does not exist; the highest."""
     if not len(row):
-        return True
-    lowest, first, last = row[0], columns[0], columns[0]
+        return True, 0.0
+    lowest, highest, first, last = row[0], row[0], columns[0], columns[0]
     for entry in range(len(row)):
         lowest = min(lowest, row[entry])
+        highest = max(highest, row[entry])
         first = min(first, columns[entry])
         last = max(last, columns[entry])
-    return lowest >= 0 and first >= 0 and last < genes
+    return lowest >= 0 and first >= 0 and last < genes, highest
+
+
+@njit(nogil=True, cache=True)
+def _is_whole(row: Any) -> bool:
+    fractions = 0
+    for entry in range(len(row)):
+        fractions += row[entry] != np.rint(row[entry])
+    return fractions == 0
 
 
 @njit(nogil=True, cache=True)

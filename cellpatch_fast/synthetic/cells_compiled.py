@@ -70,8 +70,8 @@ def draw_cells(
     genes = len(law.columns)
     hits = np.empty(genes + 1, np.int64)  # ranks of detected genes
     beyond = np.empty(genes)  # [r]: what the count of a detected gene follows from
-    own = np.zeros(genes, np.bool_)  # [r]: whether it is a marker of the cell's type
-    found = np.empty(genes, np.int32), np.empty(genes, np.float32)  # columns, counts; by rank
+    is_marker = np.zeros(genes, np.bool_)  # [r]: whether it is a marker of the cell's type
+    ranked = np.empty(genes, np.int32), np.empty(genes, np.float32)  # columns, counts; by rank
     half_sorted = np.empty(genes, np.int32), np.empty(genes, np.float32)
     places = np.empty(1 << digit, np.uint32)
     end = 0
@@ -98,22 +98,30 @@ def draw_cells(
             law.halves, efficiencies, law.stretches[first:], depth, state, number, hits, beyond
         )
         markers = law.markers[kind]
-        own[markers] = True
+        is_marker[markers] = True
         state = hash_integer(state)
         number = _count(
-            law.halves, efficiencies, law.columns, depth, state, hits[:number], beyond, own, *found
+            law.halves,
+            efficiencies,
+            law.columns,
+            depth,
+            state,
+            hits[:number],
+            beyond,
+            is_marker,
+            *ranked,
         )
-        own[markers] = False
+        is_marker[markers] = False
         state = hash_integer(state)
         for rank in markers:
             x = depth * law.fold * law.halves[rank] * efficiencies[rank]
             count = _sum_of_geometric(x, state)
             state += GOLDEN * np.uint64(2)
-            found[0][number], found[1][number] = law.columns[rank], count
+            ranked[0][number], ranked[1][number] = law.columns[rank], count
             number += count > 0
 
         half = half_sorted[0][:number], half_sorted[1][:number]
-        sort_by_digit(found[0][:number], found[1][:number], *half, places, 0)
+        sort_by_digit(ranked[0][:number], ranked[1][:number], *half, places, 0)
         to = columns[end : end + number], counts[end : end + number]
         sort_by_digit(*half, *to, places, digit)
         types[cell - start], donors[cell - start], lengths[cell - start] = kind, donor, number
@@ -193,7 +201,7 @@ def _count(
     state: Any,
     hits: Any,
     beyond: Any,
-    own: Any,
+    is_marker: Any,
     found_columns: Any,
     found_counts: Any,
 ) -> int:
@@ -209,7 +217,7 @@ def _count(
         else:
             count = _invert(x, beyond[rank])
         found_columns[end], found_counts[end] = columns[rank], count
-        end += not own[rank]
+        end += not is_marker[rank]
     return end
 
 

@@ -35,8 +35,6 @@ from functools import cache
 
 import numpy as np
 
-GENES, SPREAD = 820, 0.31  # the median of genes per cell, and the spread of their logarithm
-
 
 def mean_counts(genes: int) -> np.ndarray:
     """The mean count of each of so many genes in a cell of depth 1, the most common first.

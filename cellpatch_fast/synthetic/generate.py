@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..devices import usable_cores
-from ..errors import InputError
 from ..files import made_whole
 from ..genes.names import human_genes
 from ..progress import progress_bar
-from .frequencies import GENES, SPREAD, depths, mean_counts
+from .frequencies import depths, mean_counts
+from .settings import MARKER_RANKS, AtlasSettings, require_number
 from .writer import AnnDataWriter, require_writable
 
 if TYPE_CHECKING:
@@ -42,11 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SyntheticAtlas", "synthetic_atlas"]
 
-MOST_GENES = 20_000  # as the median
 LONGEST = 25_000  # genes expected of any cell
 MOST_CELLS = 10**12
-MOST_TYPES, MOST_BATCHES, MOST_DONORS = 1_000, 100, 10_000
-MARKER_RANKS = range(200, 6_000)  # from the most common gene on: those that can be markers
 HOUSEKEEPING = re.compile(r"RP[LS]\d+[AXYL]?|RPLP[012]|RPSA|MT-(CO|ND|ATP)\d|MT-(CYB|ND4L)")
 WEIGHTS = {"protein_coding": 1.0, "lncRNA": 0.05}  # how soon a biotype is among the common genes
 OTHER_WEIGHT = 0.005
@@ -95,15 +92,15 @@ def synthetic_atlas(
     path: str | Path,
     cells: int,
     *,
-    genes: int = GENES,
-    spread: float = SPREAD,
-    cell_types: int = 10,
-    markers: int = 40,
-    marker_fold: float = 8.0,
-    batches: int = 4,
-    donors: int | None = None,
+    genes: int = AtlasSettings.genes,
+    spread: float = AtlasSettings.spread,
+    cell_types: int = AtlasSettings.cell_types,
+    markers: int = AtlasSettings.markers,
+    marker_fold: float = AtlasSettings.marker_fold,
+    batches: int = AtlasSettings.batches,
+    donors: int | None = AtlasSettings.donors,
+    seed: int = AtlasSettings.seed,
     compression: str | None = None,
-    seed: int = 0,
     progress: bool | None = None,
 ) -> SyntheticAtlas:
     """Write an AnnData file of generated cells, of any size, in bounded memory.
@@ -119,25 +116,11 @@ def synthetic_atlas(
         Of the file to make: ``.h5ad``, or ``.zarr`` (version 3, sharded).
     cells
         How many.
-    genes
-        Median number of genes per cell, up to 20,000; markers add some. No cell is expected to have
-        above 25,000.
-    spread
-        Standard deviation of its logarithm, up to 2.
-    cell_types
-        How many types there are in ``obs["cell_type"]``; the first is the most frequent.
-    markers
-        Genes of a type that are ``marker_fold`` times as common there as elsewhere;
-        ``var["marker_of"]`` names the type.
-    marker_fold
-        See ``markers``; the larger, the easier types are told apart.
-    batches, donors
-        How many there are in ``obs["batch"]`` and ``obs["donor"]``. Each donor is in one batch;
-        without a number each batch has two donors.
+    genes, spread, cell_types, markers, marker_fold, batches, donors, seed
+        What the cells are like, see `synthetic.settings.AtlasSettings`: 820 genes per cell (the
+        median), 10 types with 40 markers each, 4 batches.
     compression
         ``"gzip"`` or ``"lzf"`` in an .h5ad, ``"lz4"`` or ``"zstd"`` in a .zarr; None: neither.
-    seed
-        Of the cells. Genes, markers and batches are the same for all seeds.
     progress
         Show a progress bar; None: only on a terminal.
 
@@ -158,26 +141,25 @@ def synthetic_atlas(
     >>> cellpatch_fast.datasets.synthetic_atlas("atlas.h5ad", 10_000)  # doctest: +SKIP
     """
     path = Path(path).expanduser()
-    _require("cells", cells, 1, MOST_CELLS)
-    _require("genes", genes, 1, MOST_GENES)
-    _require("spread", spread, 0, 2, whole=False)
-    _require("cell_types", cell_types, 1, MOST_TYPES)
-    _require("markers", markers, 0, len(MARKER_RANKS) // cell_types)
-    _require("marker_fold", marker_fold, 1, 1_000, whole=False)
-    _require("batches", batches, 1, MOST_BATCHES)
-    donors = 2 * batches if donors is None else donors
-    _require("donors", donors, batches, MOST_DONORS)
-    _require("seed", seed, 0, 2**63 - 1)
+    require_number("cells", cells, 1, MOST_CELLS)
+    settings = AtlasSettings(
+        genes=genes,
+        spread=spread,
+        cell_types=cell_types,
+        markers=markers,
+        marker_fold=marker_fold,
+        batches=batches,
+        donors=donors,
+        seed=seed,
+    )
     require_writable(path, compression)
-    kinds = _Kinds(cell_types, markers, float(marker_fold), batches, donors)
-    law = _law(kinds, genes, spread)
+    law = _law(settings)
     categories = {
         "cell_type": _names("type", cell_types),
         "batch": _names("batch", batches),
-        "donor": _names("donor", donors),
+        "donor": _names("donor", law.donors),
     }
-    arguments = {"cells": cells, "genes": genes, "spread": float(spread), **kinds._asdict()}
-    arguments |= {"seed": seed, "cellpatch-fast": version("cellpatch-fast")}
+    arguments = {"cells": cells, **asdict(settings), "cellpatch-fast": version("cellpatch-fast")}
     done = entries = 0
     with (
         made_whole(path) as unfinished,
@@ -208,40 +190,32 @@ def synthetic_atlas(
             entries += len(drawn.columns)
         writer.finish()
         seconds = time.perf_counter() - started
-    return SyntheticAtlas(path, cells, len(law.columns), entries, cell_types, batches, seconds)
+    return SyntheticAtlas(
+        path=path,
+        cells=cells,
+        genes=len(law.columns),
+        entries=entries,
+        cell_types=cell_types,
+        batches=batches,
+        seconds=seconds,
+    )
 
 
-class _Kinds(NamedTuple):
-    """What cells there are, whatever the seed."""
-
-    cell_types: int
-    markers: int
-    marker_fold: float
-    batches: int
-    donors: int
-
-
-def _require(name: str, value: Any, least: float, most: float, whole: bool = True) -> None:
-    """`InputError` if an argument is not a number in these bounds."""
-    kinds = (int, np.integer) if whole else (int, float, np.number)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-        kind = "a whole number" if whole else "a number"
-        raise InputError(f"{name} must be {kind} from {least:,} to {most:,}, found {value!r}")
-
-
-def _law(kinds: _Kinds, genes: int, spread: float) -> Law:
+def _law(settings: AtlasSettings) -> Law:
     """What cells are drawn from."""
     from .cells_compiled import Law
 
+    types, donors = settings.cell_types, settings.donors
+    assert donors is not None  # by now
     columns = _columns_by_rank()
     means = mean_counts(len(columns))
     steps = np.floor(np.log(means[0] / means) / np.log(SIMILAR))
     bounds = np.flatnonzero(np.diff(steps)) + 1
-    made_up = np.random.default_rng(1)
-    marked = MARKER_RANKS.start + made_up.permutation(len(MARKER_RANKS))
-    marked = marked[: kinds.cell_types * kinds.markers].reshape(kinds.cell_types, kinds.markers)
-    captured = np.random.default_rng(2).standard_normal((kinds.batches, len(columns)))
-    shares = 1 / np.arange(1, kinds.cell_types + 1)
+    shuffler = np.random.default_rng(1)
+    marked = MARKER_RANKS.start + shuffler.permutation(len(MARKER_RANKS))
+    marked = marked[: types * settings.markers].reshape(types, settings.markers)
+    captured = np.random.default_rng(2).standard_normal((settings.batches, len(columns)))
+    shares = 1 / np.arange(1, types + 1)
     tried = np.geomspace(0.3, LONGEST, 300)  # genes
     return Law(
         halves=(means / 2).astype(np.float32),
@@ -249,11 +223,11 @@ def _law(kinds: _Kinds, genes: int, spread: float) -> Law:
         stretches=np.concatenate([[0], bounds, [len(columns)]]),
         efficiencies=np.exp(-LOST * np.abs(captured)).astype(np.float32),
         markers=marked,
-        fold=kinds.marker_fold,
+        fold=settings.marker_fold,
         types=np.cumsum(shares[:-1]) / shares.sum(),
-        donors=kinds.donors,
-        log_genes=float(np.log(genes)),
-        spread=float(spread),
+        donors=donors,
+        log_genes=float(np.log(settings.genes)),
+        spread=settings.spread,
         log_lengths=np.log(tried),
         log_depths=np.log(depths(tried, len(columns), _typical_efficiencies())),
     )

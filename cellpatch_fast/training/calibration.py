@@ -34,8 +34,8 @@ def temperature(logits: np.ndarray, codes: np.ndarray) -> float:
         likely = log_softmax(logits / np.exp(log_temperature), axis=1)[cells, codes]
         return float(-likely.sum() + (log_temperature / SPREAD) ** 2 / 2)
 
-    found = minimize_scalar(surprise, bounds=(-HIGHEST, HIGHEST), method="bounded")
-    return float(np.exp(found.x)) if len(codes) else 1.0
+    minimum = minimize_scalar(surprise, bounds=(-HIGHEST, HIGHEST), method="bounded")
+    return float(np.exp(minimum.x)) if len(codes) else 1.0
 
 
 def mixture_shares(members: np.ndarray, prior: Sequence[float]) -> np.ndarray:

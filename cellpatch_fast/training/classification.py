@@ -82,9 +82,9 @@ class Annotation(Task):
             "macro_f1": float(f1[true > 0].mean()),
         }
 
-    def score(self, found: dict[str, float]) -> float:
+    def score(self, results: dict[str, float]) -> float:
         """Not the loss: a model becomes too sure of itself long before it stops getting better."""
-        return found["accuracy"] + found["macro_f1"]
+        return results["accuracy"] + results["macro_f1"]
 
     def _codes_of(self, batch: CellBatch) -> Tensor:
         return torch.from_numpy(self._codes[batch.rows]).to(batch.cells.device)

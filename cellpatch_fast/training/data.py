@@ -75,11 +75,11 @@ def describe(streams: Sequence[Stream]) -> list[str]:
 
 def digest(*arrays: np.ndarray) -> str:
     """Changes when one of the arrays does; hexadecimal."""
-    found = hashlib.sha256()
+    digested = hashlib.sha256()
     for array in arrays:
-        found.update(f"{array.dtype} {array.shape} ".encode())
-        found.update(np.ascontiguousarray(array).data)
-    return found.hexdigest()[:16]
+        digested.update(f"{array.dtype} {array.shape} ".encode())
+        digested.update(np.ascontiguousarray(array).data)
+    return digested.hexdigest()[:16]
 
 
 def new_genes(streams: Sequence[Stream]) -> list[str]:
@@ -191,14 +191,14 @@ def split_labelled(labels: Labels, settings: FinetuningSettings) -> dict[str, np
     rng = np.random.default_rng([settings.seed, len(labels.codes)])
     rows: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
     for code in range(len(labels.classes)):
-        own = rng.permutation(np.flatnonzero(labels.codes == code))
+        members = rng.permutation(np.flatnonzero(labels.codes == code))
         sizes = [
-            max(int(share * len(own)), 1) if share and len(own) >= 3 else 0
+            max(int(share * len(members)), 1) if share and len(members) >= 3 else 0
             for share in (settings.test, settings.validation)
         ]
-        sizes[np.argmax(sizes)] -= max(0, sum(sizes) + 1 - len(own))  # one is left in any case
+        sizes[np.argmax(sizes)] -= max(0, sum(sizes) + 1 - len(members))  # one is left in any case
         ends = np.cumsum(sizes)
-        for part, chosen in zip(reversed(PARTS), np.split(own, ends), strict=True):
+        for part, chosen in zip(reversed(PARTS), np.split(members, ends), strict=True):
             rows[part].append(chosen)
     return {part: np.sort(np.concatenate(chosen)) for part, chosen in rows.items()}
 

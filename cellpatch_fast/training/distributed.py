@@ -95,10 +95,10 @@ class Processes:
 
     def sum(self, values: np.ndarray | Sequence[float]) -> np.ndarray:
         """float64: the sum of all processes' values, the same in each of them."""
-        own = np.asarray(values, np.float64)
+        part = np.asarray(values, np.float64)
         if self.world_size == 1:
-            return own
-        total = torch.as_tensor(own, device=self.device)
+            return part
+        total = torch.as_tensor(part, device=self.device)
         dist.all_reduce(total)
         return total.cpu().numpy()
 

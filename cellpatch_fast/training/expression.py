@@ -67,10 +67,10 @@ def gather(
     lengths, tokens, values = [], [], []
     with contextlib.closing(iter(loader)) as batches:
         for batch in batches:
-            found = batch.cells
-            lengths.append(found.lengths.numpy())
-            tokens.append(found.genes.numpy().astype(np.int32))
-            values.append(found.values.float().numpy().copy())
+            ragged = batch.cells
+            lengths.append(ragged.lengths.numpy())
+            tokens.append(ragged.genes.numpy().astype(np.int32))
+            values.append(ragged.values.float().numpy().copy())
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
     parts = np.concatenate(values), np.concatenate(tokens), offsets
     return Expression(csr_array(parts, shape=(len(rows), genes)), rows)
@@ -100,15 +100,15 @@ def seen(values: csr_array) -> tuple[csr_array, float]:
     scale
         The mean of Σ e^(v/2) over the cells, so that numbers are of the size of e^(v/2).
     """
-    found = csr_array(
+    matrix = csr_array(
         (np.exp(SLOPE * values.data.astype(np.float64)), values.indices, values.indptr),
         shape=values.shape,
     )
-    sums = found.sum(axis=1)
+    sums = matrix.sum(axis=1)
     scale = float(sums[sums > 0].mean()) if (sums > 0).any() else 1.0
-    found.data *= np.repeat(scale / np.where(sums > 0, sums, 1.0), np.diff(found.indptr))
-    found.sum_duplicates()
-    return found, scale
+    matrix.data *= np.repeat(scale / np.where(sums > 0, sums, 1.0), np.diff(matrix.indptr))
+    matrix.sum_duplicates()
+    return matrix, scale
 
 
 def gene_weights(matrix: csr_array, exponent: float = 0.5) -> tuple[np.ndarray, np.ndarray]:

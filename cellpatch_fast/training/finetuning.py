@@ -42,7 +42,7 @@ from .expression import gather
 from .finishing import Tested, finish
 from .folder import held
 from .linear import LinearModels, fit
-from .running import Running, require_possible, run_task, seeded
+from .running import Running, require_possible, require_resumable, run_task, seeded
 from .settings import FinetuningSettings
 from .starting import begin, learn_new_genes, loader_options, starting_model
 from .task import History
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("cellpatch_fast")
 
+KIND = "fine-tuning"
 MOST_GENES = 1 << 30  # of a cell: the encoder sees all that are not hidden
 FEW_TESTED = 50  # cells
 LITTLE = 0.02  # accuracy above that of the most frequent class
@@ -172,7 +173,6 @@ checkpoint_minutes, overwrite, progress
             annotator = CellPatchAnnotator.from_encoder(encoder, labels.classes, chosen.linear)
             annotator = annotator.to(processes.device).float()
             task = _task(annotator, streams, rows, labels, chosen, processes, threads)
-            linear = _begin(task, rows["training"], labels, chosen, processes, new=model is None)
             identity |= {
                 "data": describe(streams),
                 **reading.given(),
@@ -184,7 +184,9 @@ checkpoint_minutes, overwrite, progress
                 "config": annotator.config.to_dict(),
             }
             running = Running(output, overwrite, checkpoint_minutes, progress)
-            history = run_task(task, "fine-tuning", chosen, identity, processes, running)
+            require_resumable(KIND, chosen, identity, processes, running)
+            linear = _begin(task, rows["training"], labels, chosen, processes, new=model is None)
+            history = run_task(task, KIND, chosen, identity, processes, running)
             tested = Tested(None, None)
             if processes.leads:
                 _warn_of_majority(history, labels, rows)
@@ -245,22 +247,28 @@ def _say(
     logger.info("a %s model, %s", "new" if new else "given", choice)
     logger.info(
         "%s cells to train on, %s to validate, %s to test; epochs: %d, in batches of %d cells",
-        *(f"{len(rows[part]):,}" for part in ("training", "validation", "test")),
-        *(settings.epochs, settings.batch_size),
+        f"{len(rows['training']):,}",
+        f"{len(rows['validation']):,}",
+        f"{len(rows['test']):,}",
+        settings.epochs,
+        settings.batch_size,
     )
     nameless = [name for name in labels.classes if name.lower() in NO_NAMES]
     if nameless:
         logger.warning(
             "obs[%r] has a class called %s, which is taken for a cell type: cells without a label "
             "should have none (NaN, not text)",
-            *(label, ", ".join(map(repr, nameless))),
+            label,
+            ", ".join(map(repr, nameless)),
         )
     tested = np.bincount(labels.codes[rows["test"]], minlength=len(labels.classes))
     if 0 < tested.sum() < FEW_TESTED:
         logger.warning(
             "there are only %d test cells (%d of the rarest class): one is %.1f %% of accuracy, "
             "so small differences mean nothing",
-            *(tested.sum(), tested.min(), 100 / tested.sum()),
+            tested.sum(),
+            tested.min(),
+            100 / tested.sum(),
         )
 
 
@@ -274,7 +282,9 @@ def _warn_of_majority(history: History, labels: Labels, rows: Mapping[str, np.nd
         "the network's accuracy on the validation cells, %.3f, is hardly above that of calling all "
         "of them %r, %.3f: it has not learnt to tell the classes apart. More epochs, or the "
         "settings for few cells (--few-cells, few_cells=True), often help",
-        *(accuracy, labels.classes[int(counts.argmax())], counts.max() / counts.sum()),
+        accuracy,
+        labels.classes[int(counts.argmax())],
+        counts.max() / counts.sum(),
     )
 
 

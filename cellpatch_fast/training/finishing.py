@@ -115,26 +115,30 @@ def _combine(
             validation, lambda some: annotator.logits(some, backend=settings.backend).float()
         )
     true = cells.codes(validation)
-    found = temperature(logits, true)
-    annotator.config = dataclasses.replace(annotator.config, temperature=found)
-    known = np.sort(np.concatenate([training, validation]))
-    if annotator.linear is None and len(known) > GRAM_CELLS:  # a baseline: a sample will do
-        known = np.sort(np.random.default_rng(settings.seed).choice(known, GRAM_CELLS, False))
-    expression = gather(cells.streams, known, annotator.config.max_genes, settings.seed)
+    fitted = temperature(logits, true)
+    annotator.config = dataclasses.replace(annotator.config, temperature=fitted)
+    sampled = np.sort(np.concatenate([training, validation]))
+    if annotator.linear is None and len(sampled) > GRAM_CELLS:  # a baseline: a sample will do
+        sampled = np.sort(np.random.default_rng(settings.seed).choice(sampled, GRAM_CELLS, False))
+    expression = gather(cells.streams, sampled, annotator.config.max_genes, settings.seed)
     if first is None:
         trained = np.isin(expression.rows, training)
         codes = cells.codes(expression.rows[trained])
         first = fit(expression.values[trained], codes, len(annotator.classes), settings.seed)
     models, members = _weighed(first, expression, cells, validation, settings)
-    shares = mixture_shares(np.stack([*members, _likely(logits / found, true)]), PRIOR)
+    shares = mixture_shares(np.stack([*members, _likely(logits / fitted, true)]), PRIOR)
     if annotator.linear is not None:
         models.load_into(annotator.linear, shares)
         by = f"chosen by {len(validation):,} validation cells" if len(validation) else "default"
         logger.info(
             "the annotator's probabilities: %.0f %% from a linear model of values (C %g), %.0f %% "
             "from one of what attention sees of them (C %g), %.0f %% from the network; %s",
-            *(100 * shares[0], models.values.penalty, 100 * shares[1], models.seen.penalty),
-            *(100 * shares[2], by),
+            100 * shares[0],
+            models.values.penalty,
+            100 * shares[1],
+            models.seen.penalty,
+            100 * shares[2],
+            by,
         )
     return models, shares
 
@@ -152,8 +156,8 @@ def _weighed(
     true = cells.codes(validation)
     members = cells.computed(validation, _logits_of(first, cells)).transpose(1, 0, 2)
     cell = np.arange(len(true))
-    known = members[0][cell, true] > ABSENT / 2  # of no other class a temperature says anything
-    temperatures = [temperature(logits[known], true[known]) for logits in members]
+    seen = members[0][cell, true] > ABSENT / 2  # of no other class a temperature says anything
+    temperatures = [temperature(logits[seen], true[seen]) for logits in members]
     likely = [_likely(x / t, true) for x, t in zip(members, temperatures, strict=True)]
     penalties = first.values.penalty, first.seen.penalty
     codes, classes = cells.codes(expression.rows), len(cells.labels.classes)
@@ -171,8 +175,8 @@ def _logits_of(models: LinearModels, cells: _Cells) -> Callable[[RaggedCells], T
 
 def _likely(logits: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """The probability of each cell's true class."""
-    found: np.ndarray = softmax(logits)[np.arange(len(codes)), codes]
-    return found
+    likely: np.ndarray = softmax(logits)[np.arange(len(codes)), codes]
+    return likely
 
 
 def _test(
@@ -189,8 +193,8 @@ def _test(
 
     embedder = Embedder(annotator, backend=settings.backend, device=cells.device, annotate=True)
     ranges = [(row, row + 1) for row in rows.tolist()]
-    found = [some.probabilities for some in embedder.run(cells.streams, ranges)]
-    probabilities = np.concatenate([block for block in found if block is not None])
+    blocks = [some.probabilities for some in embedder.run(cells.streams, ranges)]
+    probabilities = np.concatenate([block for block in blocks if block is not None])
     names = np.array(annotator.classes, object)
     truth, predicted = names[cells.codes(rows)], names[probabilities.argmax(1)]
     table = pd.DataFrame(
@@ -217,7 +221,9 @@ def _test_linear(
     probabilities = np.einsum("m,cmk->ck", weights, np.stack([softmax(x) for x in logits]))
     names = np.array(cells.labels.classes, object)
     evaluation = evaluate(
-        *(names[cells.codes(rows)], names[probabilities.argmax(1)], cells.labels.classes),
+        truth=names[cells.codes(rows)],
+        predicted=names[probabilities.argmax(1)],
+        classes=cells.labels.classes,
         probabilities=probabilities,
     )
     metrics = json.dumps(evaluation.metrics(), indent=2)

@@ -52,11 +52,25 @@ SETTINGS, BEGUN, CHECKPOINT = RUN, RUN_BEGUN, "checkpoint.pt"
 STEPS, EPOCHS = "steps.csv", "epochs.csv"
 LINEAR_METRICS = "linear_metrics.json"
 RESULTS = (  # of an earlier run, which would be taken for those of a new one
-    *("metrics.json", "per_class.csv", "confusion.csv", "confusion.png", "confusion.svg"),
-    *("test_predictions.csv", "training_curves.png", "training_curves.svg", LINEAR_METRICS),
+    "metrics.json",
+    "per_class.csv",
+    "confusion.csv",
+    "confusion.png",
+    "confusion.svg",
+    "test_predictions.csv",
+    "training_curves.png",
+    "training_curves.svg",
+    LINEAR_METRICS,
 )
 FIELDS = {  # of a checkpoint
-    *("format_version", "kind", "model", "optimizer", "place", "best", "sizes", "finished"),
+    "format_version",
+    "kind",
+    "model",
+    "optimizer",
+    "place",
+    "best",
+    "sizes",
+    "finished",
     "threads",
 }
 
@@ -127,17 +141,7 @@ class RunFolder:
 
     def _resume(self, free: Collection[str]) -> dict[str, Any] | None:
         """The last checkpoint of this very run."""
-        if not (self.path / SETTINGS).exists() and not (self.path / BEGUN).exists():
-            return None
-        found = read_settings(self.path)
-        before = {"kind": found["kind"]} | found["settings"]
-        now = {"kind": self.kind} | self._settings
-        if before | {name: now.get(name) for name in free} != now:
-            raise InputError(
-                f"{self.path} holds a run with other settings. Repeat those to go on with it, "
-                f"choose another --output, or begin anew with --overwrite (overwrite=True)."
-                f"{differences(before, now)}"
-            )
+        require_same_run(self.path, self.kind, self._settings, free)
         if (self.path / BEGUN).exists() or not (self.path / CHECKPOINT).exists():
             return None
         return read_checkpoint(self.path / CHECKPOINT, self.kind)
@@ -263,6 +267,29 @@ def require_run_folder(path: Path) -> None:
         raise InputError(f"{path} holds other things than a training run: choose another --output")
 
 
+def require_same_run(
+    path: Path, kind: str, settings: Mapping[str, Any], free: Collection[str]
+) -> None:
+    """Refuse a folder that holds another run than this one; for the parameters see `RunFolder`.
+
+    Raises
+    ------
+    InputError
+        If there is a run with other settings than ``free`` ones.
+    """
+    if not (path / SETTINGS).exists() and not (path / BEGUN).exists():
+        return
+    facts = read_settings(path)
+    before = {"kind": facts["kind"]} | facts["settings"]
+    now = {"kind": kind} | json.loads(json.dumps(settings))
+    if before | {name: now.get(name) for name in free} != now:
+        raise InputError(
+            f"{path} holds a run with other settings. Repeat those to go on with it, "
+            f"choose another --output, or begin anew with --overwrite (overwrite=True)."
+            f"{differences(before, now)}"
+        )
+
+
 def _is_unfinished(path: Path, names: Collection[str]) -> bool:
     """Whether a kill has left this of writing a file with one of ``names`` (`write_whole`)."""
     match = re.fullmatch(r"\.(.+)\.\d+\.unfinished", path.name)
@@ -281,12 +308,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     file = path / (BEGUN if (path / BEGUN).exists() else SETTINGS)
     try:
-        found = json.loads(file.read_text())
+        facts = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+    if not isinstance(facts, dict) or not isinstance(facts.get("settings"), dict):
         raise InputError(f"{file} does not hold the settings of a training run")
-    return {"kind": None, "versions": {}, **found}
+    return {"kind": None, "versions": {}, **facts}
 
 
 def warn_of_unfinished(model: object) -> None:
@@ -295,9 +322,9 @@ def warn_of_unfinished(model: object) -> None:
         return
     path = Path(model)
     try:
-        found = read_settings(path)
-        checkpoint = read_checkpoint(path / CHECKPOINT, found["kind"], mapped=True)
-        done, epochs = checkpoint["place"]["epoch"], found["settings"]["epochs"]
+        facts = read_settings(path)
+        checkpoint = read_checkpoint(path / CHECKPOINT, facts["kind"], mapped=True)
+        done, epochs = checkpoint["place"]["epoch"], facts["settings"]["epochs"]
     except (InputError, KeyError):
         return  # what is wrong with the run is no matter of the model beside it
     if not checkpoint["finished"]:
@@ -324,19 +351,21 @@ def read_checkpoint(path: Path, kind: str, *, mapped: bool = False) -> dict[str,
     """
     advice = "begin anew with --overwrite (overwrite=True), or restore the file"
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # of any type: the bytes of any file are taken as instructions
         raise InputError(
             f"{path} is damaged, or holds more than tensors and numbers (code is never run): "
             f"{advice}"
         ) from error
-    if not isinstance(found, dict) or found.keys() != FIELDS:
+    if not isinstance(checkpoint, dict) or checkpoint.keys() != FIELDS:
         raise InputError(f"{path} is no checkpoint of a training run of cellpatch-fast: {advice}")
-    if found["format_version"] != FORMAT_VERSION:
+    if checkpoint["format_version"] != FORMAT_VERSION:
         raise InputError(
-            f"{path} has format version {found['format_version']}; this package reads "
+            f"{path} has format version {checkpoint['format_version']}; this package reads "
             f"{FORMAT_VERSION}: install the version named in {path.with_name(SETTINGS)}"
         )
-    if found["kind"] != kind:
-        raise InputError(f"{path} is of {found['kind']}, not of {kind}: choose another --output")
-    return found
+    if checkpoint["kind"] != kind:
+        raise InputError(
+            f"{path} is of {checkpoint['kind']}, not of {kind}: choose another --output"
+        )
+    return checkpoint

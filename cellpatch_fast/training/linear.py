@@ -128,11 +128,11 @@ def fit(
 def _fit_values(
     values: csr_array, codes: np.ndarray, classes: int, seed: int, penalty: float | None
 ) -> Table:
-    found = components(csr_array(values, dtype=np.float64), COMPONENTS, seed)
-    features = found.scores(values)
+    principal = components(csr_array(values, dtype=np.float64), COMPONENTS, seed)
+    features = principal.scores(values)
     penalty = penalty or _best(features, codes, VALUES_C, seed)[0]
     coefficients, intercept = _regress(features, codes, classes, penalty)
-    return _mapped_back(found, coefficients, intercept, penalty)
+    return _mapped_back(principal, coefficients, intercept, penalty)
 
 
 def _fit_seen(
@@ -152,7 +152,7 @@ def _fit_seen(
         for each in EXPONENTS:
             features, _, _ = _gram_features(matrix, some, each)
             tried.append((*_best(features, codes[some], SEEN_C, seed), each))
-        penalty, _, exponent = max(tried, key=lambda found: found[1])
+        penalty, _, exponent = max(tried, key=lambda trial: trial[1])
     features, directions, size = _gram_features(matrix, some, exponent)
     mean, weights = gene_weights(matrix, exponent)
     weighted = csr_array(matrix * weights)  # w on every column
@@ -202,10 +202,10 @@ def _gram_features(
 
 
 def _mapped_back(
-    found: Components, coefficients: np.ndarray, intercept: np.ndarray, penalty: float
+    principal: Components, coefficients: np.ndarray, intercept: np.ndarray, penalty: float
 ) -> Table:
-    weights = found.loadings @ coefficients.T
-    return Table(weights, intercept - found.mean @ weights, penalty)
+    weights = principal.loadings @ coefficients.T
+    return Table(weights, intercept - principal.mean @ weights, penalty)
 
 
 def _best(
@@ -253,10 +253,10 @@ def _regress(
         return coefficients, intercept
     model = LogisticRegression(C=penalty, tol=TOLERANCE, max_iter=ITERATIONS)
     model.fit(features, codes)
-    found, bias = model.coef_, model.intercept_
+    weights, bias = model.coef_, model.intercept_
     if len(present) == 2:  # one row, of the second class against the first
-        found, bias = (np.concatenate([-x / 2, x / 2]) for x in (found, bias))
-    coefficients[present], intercept[present] = found, bias
+        weights, bias = (np.concatenate([-x / 2, x / 2]) for x in (weights, bias))
+    coefficients[present], intercept[present] = weights, bias
     return coefficients, intercept
 
 
@@ -264,5 +264,5 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities [cells, classes]."""
     from scipy.special import softmax as of_logits
 
-    found: np.ndarray = of_logits(logits, axis=1)
-    return found
+    probabilities: np.ndarray = of_logits(logits, axis=1)
+    return probabilities

@@ -124,7 +124,9 @@ class Trainer:
                 "the run was interrupted with %d threads and goes on with %d: the last bits of its "
                 "weights can differ from those of an uninterrupted run (OMP_NUM_THREADS=%d keeps "
                 "them)",
-                *(threads, torch.get_num_threads(), threads),
+                threads,
+                torch.get_num_threads(),
+                threads,
             )
 
     @property
@@ -259,18 +261,18 @@ class Trainer:
             raise InputError(
                 "no cell has anything to learn from: all are empty, or have too few known genes"
             )
-        found = self._validate()
+        validated = self._validate()
         place.epoch += 1
         row = {
             "epoch": place.epoch,
             "step": place.step,
             "training_loss": place.loss_sum / place.targets,
-            **{f"validation_{name}": found.get(name) for name in ("loss", *self.task.measures)},
+            **{f"validation_{name}": validated.get(name) for name in ("loss", *self.task.measures)},
             "learning_rate": self._rate(place.step - 1),
             "seconds": place.seconds,
         }
-        score = self.task.score(found) if found else math.inf
-        better = not found or score > self.best.get("score", -math.inf)
+        score = self.task.score(validated) if validated else math.inf
+        better = not validated or score > self.best.get("score", -math.inf)
         improved = better or not self.settings.keep_best
         place.stale = 0 if better else place.stale + 1
         if improved:

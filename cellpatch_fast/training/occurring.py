@@ -43,8 +43,8 @@ class OccurringGenes:
         measured = np.zeros(len(whole), bool)
         measured[0] = True
         for stream in streams:
-            found = np.asarray(stream.measured().any(axis=0))
-            measured[: len(found)] |= found
+            in_stream = np.asarray(stream.measured().any(axis=0))
+            measured[: len(in_stream)] |= in_stream
         self._tokens = torch.from_numpy(np.flatnonzero(measured)).to(whole.device)
         places = np.cumsum(measured) - 1
         self._places = torch.from_numpy(places.astype(np.int32)).to(whole.device)

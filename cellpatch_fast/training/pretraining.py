@@ -24,7 +24,7 @@ from .choosing import choose, complete, new_config
 from .data import describe, opened, report, split_blocks
 from .distributed import Processes
 from .expression import gather
-from .running import Running, require_possible, run_task, seeded
+from .running import Running, require_possible, require_resumable, run_task, seeded
 from .settings import PretrainingSettings
 from .starting import begin, learn_new_genes, loader_options, starting_model
 from .task import History, Task, ranges_of
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from ..config import Expected
     from ..genes import GeneVocabulary
 
-
 logger = logging.getLogger("cellpatch_fast")
+
+KIND = "pretraining"
 
 
 def pretrain(
@@ -138,8 +139,10 @@ def pretrain(
             if processes.leads:
                 logger.info(
                     "pretraining of a %s model, %s; %d epochs of batches of %d",
-                    *("new" if model is None else "given", choice),
-                    *(chosen.epochs, chosen.batch_size),
+                    "new" if model is None else "given",
+                    choice,
+                    chosen.epochs,
+                    chosen.batch_size,
                 )
             common = loader_options(chosen, processes, threads) | {"masking": chosen.masking}
             task = MaskedGenes(
@@ -148,12 +151,6 @@ def pretrain(
                 CellLoader(streams, rows=validation, **common) if len(validation) else None,
                 chosen,
             )
-            if model is None:
-                values = None
-                if chosen.spectral:
-                    size = started.config.max_genes
-                    values = gather(streams, training, size, chosen.seed, threads).values
-                begin(task.model, task.training, values, chosen, processes)
             identity |= {
                 "data": describe(streams),
                 **reading.given(),
@@ -161,7 +158,14 @@ def pretrain(
                 "config": started.config.to_dict(),
             }
             running = Running(output, overwrite, checkpoint_minutes, progress)
-            return run_task(task, "pretraining", chosen, identity, processes, running)
+            require_resumable(KIND, chosen, identity, processes, running)
+            if model is None:
+                values = None
+                if chosen.spectral:
+                    size = started.config.max_genes
+                    values = gather(streams, training, size, chosen.seed, threads).values
+                begin(task.model, task.training, values, chosen, processes)
+            return run_task(task, KIND, chosen, identity, processes, running)
 
 
 class _Part(NamedTuple):
@@ -216,8 +220,8 @@ class MaskedGenes(Task):
         correlation = (number * xy - x * y) / spread if spread > 0 else 0.0
         return {"loss": float(error / number), "pearson": float(correlation)}
 
-    def score(self, found: dict[str, float]) -> float:
-        return -found["loss"]
+    def score(self, results: dict[str, float]) -> float:
+        return -results["loss"]
 
     def _predict(self, part: _Part) -> Tensor:
         return self.model.predict(

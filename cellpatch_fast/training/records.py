@@ -39,9 +39,9 @@ class Recent:
 
 def best_of(row: dict[str, Any], score: float) -> dict[str, float]:
     """What is remembered of the epoch whose model is kept, by its row of ``epochs.csv``."""
-    known = {
+    values = {
         name: float(value)
         for name, value in row.items()
         if value is not None and name not in TIMED_COLUMNS
     }
-    return known | {"score": score}
+    return values | {"score": score}

@@ -15,7 +15,15 @@ import torch
 from ..errors import InputError
 from ..kernels import resolve_backend
 from .distributed import Processes
-from .folder import CHECKPOINT, EPOCHS, STEPS, RunFolder, read_checkpoint, require_run_folder
+from .folder import (
+    CHECKPOINT,
+    EPOCHS,
+    STEPS,
+    RunFolder,
+    read_checkpoint,
+    require_run_folder,
+    require_same_run,
+)
 from .loop import Trainer
 from .records import STEP_COLUMNS
 from .settings import TrainingSettings
@@ -86,6 +94,27 @@ def require_possible(
         )
 
 
+def require_resumable(
+    kind: str,
+    settings: TrainingSettings,
+    identity: Mapping[str, Any],
+    processes: Processes,
+    running: Running,
+) -> None:
+    """Refuse a folder that holds another run, before anything is computed for this one.
+
+    The parameters are those of `run_task`, which looks again: by then the folder is held.
+    """
+    if processes.leads and not running.overwrite:
+        whole = {**identity, **settings.to_dict()}
+        require_same_run(running.output, kind, whole, _free(settings))
+
+
+def _free(settings: TrainingSettings) -> tuple[str, ...]:
+    """Settings that may change: a run whose schedule has no end may be made longer, or shorter."""
+    return ("epochs",) if settings.schedule == "constant" else ()
+
+
 def run_task(
     task: Task,
     kind: str,
@@ -115,8 +144,6 @@ def run_task(
         STEPS: STEP_COLUMNS,
         EPOCHS: ["epoch", "step", "training_loss", *validated, "learning_rate", "seconds"],
     }
-    # without a schedule that ends, a run may be made longer, or shorter
-    free = ("epochs",) if settings.schedule == "constant" else ()
     with contextlib.ExitStack() as stack:
         folder = checkpoint = None
         if processes.leads:
@@ -126,7 +153,7 @@ def run_task(
                     kind,
                     {**identity, **settings.to_dict()},
                     columns,
-                    free=free,
+                    free=_free(settings),
                     overwrite=running.overwrite,
                 )
             )
@@ -135,7 +162,11 @@ def run_task(
         if not processes.leads and (running.output / CHECKPOINT).exists():
             checkpoint = read_checkpoint(running.output / CHECKPOINT, kind)
         trainer = Trainer(
-            *(task, settings, processes, folder, checkpoint),
+            task=task,
+            settings=settings,
+            processes=processes,
+            folder=folder,
+            checkpoint=checkpoint,
             checkpoint_minutes=running.checkpoint_minutes,
         )
         if processes.leads and trainer.finished:

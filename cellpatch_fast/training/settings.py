@@ -1,7 +1,9 @@
 """How a model is trained: the paper's numbers as defaults, checked before any work is done.
 
 Settings hold what the result depends on. What it does not depend on (devices, threads, how often a
-checkpoint is written) is an argument of the functions that train.
+checkpoint is written) is an argument of the functions that train. The options of the command line
+are made from these classes: the first sentence about a setting is its help (`cli.fields`), so this
+module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
+from ..config import Backend, Masking
 from ..errors import InputError
-from ..preprocessing.masking import Masking
 
 Optimizer = Literal["adam", "adamw"]
 # What pretraining and fine-tuning have in common on some hundred or thousand cells. The paper's
@@ -50,21 +52,23 @@ class TrainingSettings:
         Gradients are summed, so it changes the result by rounding only (and by which weights
         dropout drops).
     optimizer
-        ``"adam"``, as in the paper: its weight decay is part of the gradient, which Adam scales, so
-        that weights with small gradients (those of rare genes) decay fast. ``"adamw"`` decays all
-        weights alike. Rows of genes that were not measured are no part of a step: AdamW's decay is
-        made up for at the end, under Adam they stay as they are.
-    learning_rate, weight_decay
+        How weights move: by Adam, as in the paper, or by AdamW. Adam's weight decay is part of the
+        gradient, which it scales, so that weights with small gradients (those of rare genes) decay
+        fast. AdamW decays all weights alike. Rows of genes that were not measured are no part of a
+        step: AdamW's decay is made up for at the end, under Adam they stay as they are.
+    learning_rate
+        Of the optimiser.
+    weight_decay
         Of the optimiser.
     gradient_clip
         Largest norm of the gradient; 0 for no limit.
     schedule
-        ``"constant"``, or ``"cosine"``: down to 0 at the last step.
+        Course of the learning rate: constant, or as a cosine down to 0 at the last step.
     warmup_steps
         Steps in which the learning rate rises to its value.
     precision
-        Of the products in training: ``"bfloat16"`` runs them under `torch.autocast`; weights stay
-        float32, and so does validation.
+        Of the products in training, on a GPU. ``"bfloat16"`` runs them under `torch.autocast`;
+        weights stay float32, and so does validation.
     compile
         Have `torch.compile` make one program of a step.
     validation
@@ -76,13 +80,15 @@ class TrainingSettings:
         Keep the model of the epoch that did best on the validation cells; else that of the last
         one, which a schedule that ends in 0 leads to. (The best of 20 epochs on 60 cells is chosen
         by chance.)
-    gene_rate, encoder_rate
-        Learning rates of the gene embedding, and of the rest of the encoder, as multiples of
-        ``learning_rate``. A gene's row learns from the cells that express it, but every cell moves
-        the rest, and with it the features of all cells at once.
+    gene_rate
+        Learning rate of the gene embedding, as a multiple of ``learning_rate``. A gene's row learns
+        from the cells that express it.
+    encoder_rate
+        Learning rate of the rest of the encoder, as a multiple of ``learning_rate``. Every cell
+        moves it, and with it the features of all cells at once.
     spectral
         Of a new model: start gene rows from principal components of the training cells, and scores
-        of attention from the values, see `spectral`.
+        of attention from the values. See `spectral`.
     whitened
         Of a new model: choose the output projection of its cross-attention such that what it finds
         in the first cells has mean 0, variance 1 and no correlations. Drawn at random, as in the
@@ -92,7 +98,7 @@ class TrainingSettings:
     deterministic
         Equal bits on every run on the same hardware, also on a GPU (slower there).
     backend
-        ``"reference"``, ``"numba"`` or ``"triton"``; None for the fastest.
+        What computes; None for the fastest.
     """
 
     epochs: int = 50
@@ -115,7 +121,7 @@ class TrainingSettings:
     whitened: bool = False
     seed: int = 0
     deterministic: bool = False
-    backend: str | None = None
+    backend: Backend | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -179,8 +185,16 @@ class PretrainingSettings(TrainingSettings):
 
     Parameters
     ----------
-    hidden, zeros, max_encoder, max_decoder
-        As of `cellpatch_fast.Masking`.
+    hidden
+        Share of a cell's genes that the encoder does not see.
+    zeros
+        Zeros that the decoder predicts for each hidden gene.
+    max_encoder
+        Most genes of a cell that the encoder sees.
+    max_decoder
+        Most genes of a cell that the decoder predicts, zeros included.
+
+    See `cellpatch_fast.Masking`.
     """
 
     hidden: float = Masking.hidden
@@ -221,6 +235,9 @@ class FinetuningSettings(TrainingSettings):
 
     Parameters
     ----------
+    epochs
+        Times that every training cell is seen; for few cells as many as 700 steps are, but 3
+        to 20.
     test
         Share of cells that take no part in training at all and tell how good its result is.
     hidden
@@ -230,7 +247,8 @@ class FinetuningSettings(TrainingSettings):
         Of a spectral start: take up to half of its dimensions from a linear model of the training
         cells' labels. (On 700 blood cells it makes the network's accuracy 0.84 instead of 0.81.)
     linear
-        Give the annotator a linear path beside its patches, see `cellpatch_fast.model.linear`.
+        Give the annotator a linear path beside its patches, mixed by validation cells. See
+        `cellpatch_fast.model.linear`.
     freeze_encoder
         Train the head alone.
     balance

@@ -70,9 +70,9 @@ def start_from_data(
     rows = np.zeros((values.shape[1], 0))
     if guide is not None:
         rows = _directions(attention, guide)[:, : (dim - 1) // 2]
-    found = components(attention, dim - 1 - rows.shape[1], seed)
-    deviations = found.singular_values / np.sqrt(values.shape[0])
-    rows = np.concatenate([rows, found.loadings / deviations], axis=1)
+    principal = components(attention, dim - 1 - rows.shape[1], seed)
+    deviations = principal.singular_values / np.sqrt(values.shape[0])
+    rows = np.concatenate([rows, principal.loadings / deviations], axis=1)
     expressed = np.bincount(values.indices, minlength=values.shape[1])
     square = (expressed[:, None] * rows**2).sum() / max(1, expressed.sum()) / max(1, rows.shape[1])
     rows /= np.sqrt(square) if square > 0 else 1.0

@@ -126,13 +126,20 @@ def whiten_attention(
     with contextlib.closing(iter(loader)) as batches:
         for batch in itertools.islice(batches, -(-WHITENED_CELLS // settings.batch_size)):
             cells = batch.cells
-            found, _ = kernels.patch_attention(
-                *(weights, cells.offsets, cells.genes, cells.values),
+            attended, _ = kernels.patch_attention(
+                weights,
+                offsets=cells.offsets,
+                genes=cells.genes,
+                values=cells.values,
                 pads=model.pads_of(cells),
                 backend=settings.backend,
             )
-            found = found[cells.lengths > 0].flatten(0, 1).double()  # [c · p, D]
-            parts = [found.new_tensor([len(found)]), found.sum(0), (found.T @ found).flatten()]
+            attended = attended[cells.lengths > 0].flatten(0, 1).double()  # [c · p, D]
+            parts = [
+                attended.new_tensor([len(attended)]),
+                attended.sum(0),
+                (attended.T @ attended).flatten(),
+            ]
             sums += torch.cat(parts).numpy(force=True)
     number, total, products = np.split(processes.sum(sums), [1, 1 + dim])
     if not number:

@@ -57,7 +57,7 @@ class Task(ABC):
         """``loss`` and `measures` from sums of `tally`."""
 
     @abstractmethod
-    def score(self, found: dict[str, float]) -> float:
+    def score(self, results: dict[str, float]) -> float:
         """How good a model is, by what `summarise` found: the best one is kept."""
 
 

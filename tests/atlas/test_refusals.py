@@ -54,6 +54,19 @@ def changed_vocabulary(model: CellPatch) -> CellPatch:
     return other.eval()
 
 
+def test_a_store_is_not_named_like_a_file(
+    cells_file: Path, small_model: CellPatch, tmp_path: Path
+) -> None:
+    make_file = r"anndata.read_zarr\('e.zarr'\).write_h5ad\('e.h5ad'\) makes a file of it"
+    with pytest.raises(
+        InputError, match=f"e.h5ad is named like a file.*call it e.zarr.*{make_file}"
+    ):
+        cp.atlas.embed(cells_file, small_model, tmp_path / "e.h5ad")
+    with pytest.raises(InputError, match=r"named like a file, but a store is .*call it t.zarr$"):
+        cp.atlas.tokenize(cells_file, tmp_path / "t.H5")
+    assert list(tmp_path.iterdir()) == [cells_file]
+
+
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize(
     ("change", "named"),

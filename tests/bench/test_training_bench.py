@@ -107,9 +107,14 @@ def test_toy_run_of_whole_steps(tmp_path: Path) -> None:
     assert len(results["vocabulary"]["rows"]) == 2
 
 
-def test_toy_run_of_one_part(tmp_path: Path) -> None:
-    options = ("--parts", "vocabulary", "--output", str(tmp_path / "toy.json"))
-    printed = run("training.py", *options)
+def test_toy_run_of_one_part(
+    bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    options = ["--toy", "--parts", "vocabulary", "--output", str(tmp_path / "toy.json")]
+    monkeypatch.setattr(sys, "argv", ["training.py", *options])
+    bench.training.main()
+    printed = capsys.readouterr().out
     results = json.loads((tmp_path / "toy.json").read_text())
     assert "pretraining" not in results
     found = results["vocabulary"]

@@ -38,6 +38,19 @@ def test_missing_file(refused: Refused, tmp_path: Path) -> None:
     assert refused(path) == f"{path}: no such file or folder. Check the path."
 
 
+@pytest.mark.filterwarnings("ignore:::mudata")
+def test_several_modalities_in_a_file(
+    refused: Refused, make_cells: MakeCells, tmp_path: Path
+) -> None:
+    mudata = pytest.importorskip("mudata")
+    path = tmp_path / "several.h5mu"
+    mudata.MuData({"rna": make_cells(5), "atac": make_cells(5)}).write_h5mu(path)
+    assert refused(path) == (
+        f"{path} is a MuData file, which holds atac, rna. Write the one with genes to a file of "
+        "its own: mudata.read(FILE)['rna'].write_h5ad('rna.h5ad')."
+    )
+
+
 def test_second_of_two_files_is_missing(refused: Refused, cells_file: Path, tmp_path: Path) -> None:
     assert str(tmp_path / "missing.h5ad") in refused(cells_file, tmp_path / "missing.h5ad", log=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
@@ -73,6 +74,26 @@ CASES = {
         "lognorm",
         "fractions up to only",
     ),
+    "normalised to one length": (
+        COUNTS / np.sqrt(np.square(COUNTS).sum(1, keepdims=True)),
+        "normalized",
+        "whole multiples",
+    ),
+    "transcripts per million": (normalise(SMOOTH, 1e6), "normalized", "library size is 1,000,000"),
+    "full-length reads": (np.rint(COUNTS * 173.3), "counts", "raw counts"),
+    "counts with empty cells": (COUNTS * (np.arange(CELLS) % 5 > 1)[:, None], "counts", "raw"),
+    "one cell, three genes": (np.array([[1.0, 0, 3]]), "counts", "raw counts"),
+    "logarithms of one cell, three genes": (np.log1p([[2.3, 0, 5.1]]), "lognorm", "only"),
+    "raw and normalised cells": (
+        np.concatenate([COUNTS[:31], normalise(COUNTS)[31:]]),
+        "normalized",  # which is handled as counts
+        "whole multiples",
+    ),
+    "raw and corrected cells": (
+        np.concatenate([COUNTS[:31], CORRECTED[31:]]),
+        "counts",
+        "counts",
+    ),
 }
 
 
@@ -128,7 +149,6 @@ def test_other_bases_are_refused(base: int, step: int, expected: Expected) -> No
     [
         ("log-normalised", "natural logarithms"),
         ("log-normalised, half of the genes", "natural logarithms"),
-        ("log-normalised fractions, half of the genes", "log-normalised values"),
         ("normalised to 10,000", "normalised values, not logged"),
     ],
 )
@@ -163,6 +183,13 @@ def test_counts_expected_and_found(case: str) -> None:
     assert detect_input(block_of(CASES[case][0]), "x", "counts").kind == "counts"
 
 
+def test_counts_that_look_like_logarithms_are_what_the_user_says() -> None:
+    """Where nothing but the size of the values speaks against it."""
+    shallow = block_of(np.minimum(SMOOTH, 7.9))
+    with pytest.warns(InputKindWarning, match="x: found fractions up to only 7.9.*as requested"):
+        assert detect_input(shallow, "x", "counts").kind == "counts"
+
+
 def test_small_integers_are_what_the_user_says() -> None:
     """Rounded logarithms and very low counts look the same."""
     rounded = np.rint(LOGNORM)
@@ -178,6 +205,107 @@ def test_other_library_size_of_logarithms_is_a_warning(target: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         detect_input(matrix, "e.zarr", target_sum=target)
+
+
+TRANSFORMED = {
+    "logarithms to base 2 of raw counts": (np.log2(COUNTS + 1), "2 ** X - 1"),
+    "logarithms to base 10 of raw counts": (np.log10(COUNTS + 1), "10 ** X - 1"),
+    "logarithms of logarithms of raw counts": (np.log1p(np.log1p(COUNTS)), "expm1"),
+    "logarithms of logarithms of normalised counts": (np.log1p(LOGNORM), "expm1"),
+    "square roots of raw counts": (np.sqrt(COUNTS), "X ** 2"),
+    "square roots of normalised counts": (np.sqrt(normalise(COUNTS)), "X ** 2"),
+}
+
+
+@pytest.mark.parametrize("case", TRANSFORMED)
+@pytest.mark.parametrize("step", [1, 2], ids=["all genes", "half of the genes"])
+@pytest.mark.parametrize("expected", ["auto", "counts", "lognorm"])
+def test_other_transformations_are_refused(case: str, step: int, expected: Expected) -> None:
+    matrix, undoing = TRANSFORMED[case]
+    with pytest.raises(InputError, match=f"h.h5ad: found {case}.*layer or use_raw") as error:
+        detect_input(block_of(matrix.astype(np.float32)[:, ::step]), "h.h5ad", expected)
+    assert f"undo the transformation: {undoing}" in str(error.value).replace("numpy.", "")
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["all genes", "half of the genes"])
+def test_logarithms_of_raw_counts_are_for_those_who_want_them(step: int) -> None:
+    matrix = block_of(np.log1p(COUNTS)[:, ::step])
+    found = "natural logarithms of raw counts, not normalised"
+    with pytest.raises(InputError, match=f'i.h5ad: found {found}.*expm1.*input to "lognorm"'):
+        detect_input(matrix, "i.h5ad")
+    with pytest.raises(InputError, match=f"raw counts were expected, but found {found}"):
+        detect_input(matrix, "i.h5ad", "counts")
+    with pytest.warns(InputKindWarning, match=r"i.h5ad: the logarithms are of raw counts"):
+        assert detect_input(matrix, "i.h5ad", "lognorm").kind == "lognorm"
+
+
+def test_logarithms_of_counts_sampled_to_one_library_size_are_normalised() -> None:
+    sampled = np.random.default_rng(2).multinomial(997, np.full(GENES, 1 / GENES), CELLS)
+    with pytest.warns(InputKindWarning, match="normalised to a library size of 997, but"):
+        detected = detect_input(block_of(np.log1p(sampled)), "j")
+    assert detected.kind == "lognorm"
+
+
+def test_logarithms_per_million_of_some_genes_are_a_warning() -> None:
+    matrix = block_of(np.log1p(normalise(COUNTS, 1e6))[:, ::2])
+    with pytest.warns(InputKindWarning, match=r"library size of at least [\d,.]+, but .* 10,000"):
+        assert detect_input(matrix, "k").kind == "lognorm"
+
+
+def test_what_nothing_but_its_size_tells_is_a_warning() -> None:
+    """Values divided by the standard deviation of their gene, clipped."""
+    scaled = np.minimum(LOGNORM / (LOGNORM.std(0) + 1e-3), 10)
+    with pytest.warns(InputKindWarning, match='m: found fractions .* input to "lognorm" if'):
+        assert detect_input(block_of(scaled), "m").kind == "lognorm"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert detect_input(block_of(scaled), "m", "lognorm").kind == "lognorm"
+
+
+MIXTURES = {
+    "raw counts, then logarithms": (COUNTS, LOGNORM, "integers", "natural logarithms"),
+    "logarithms, then raw counts": (LOGNORM, COUNTS, "natural logarithms", "integers"),
+    "normalised, then logged": (normalise(COUNTS), LOGNORM, "not logged", "natural logarithms"),
+    "corrected, then logged": (CORRECTED, LOGNORM, "with fractions", "natural logarithms"),
+    "two bases": (LOGNORM, LOGNORM / np.float32(np.log(2)), "natural logarithms", "to base 2"),
+    "logarithms, not all normalised": (LOGNORM, np.log1p(COUNTS), "normalised", "of raw counts"),
+    "raw counts, then square roots": (COUNTS, np.sqrt(COUNTS), "integers", "square roots"),
+}
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_cells_that_do_not_all_hold_the_same_are_named(case: str) -> None:
+    first, second, *shown = MIXTURES[case]
+    matrix = block_of(np.concatenate([first, second]).astype(np.float32), start=1009)
+    with pytest.raises(InputError, match="not all cells hold the same") as error:
+        detect_input(matrix, "n.h5ad")
+    message = str(error.value)
+    assert message.startswith("n.h5ad: ")
+    pattern = r"found (.*) in cells ([\d,]+) to ([\d,]+); (.*) in cells ([\d,]+) to"
+    [(one, *places, other, change)] = re.findall(pattern, message)
+    start, last, change = (int(place.replace(",", "")) for place in (*places, change))
+    assert shown[0] in one
+    assert shown[1] in other
+    # Cells of whole numbers are told one by one; else a run of neighbours goes together.
+    off = 0 if "integers" in shown else 17
+    assert start == 1009
+    assert abs(last - (1009 + CELLS - 1)) <= off
+    assert change == last + 1
+    for part in ("layer or use_raw", "separate files"):
+        assert part in message
+
+
+@pytest.mark.parametrize("expected", ["counts", "lognorm"])
+def test_whoever_says_what_cells_hold_is_warned_and_obeyed(expected: Expected) -> None:
+    matrix = block_of(np.concatenate([COUNTS, LOGNORM]))
+    with pytest.warns(InputKindWarning, match=f"in cells 0 to .* taken as {expected}, as request"):
+        assert detect_input(matrix, "o", expected).kind == expected
+
+
+def test_what_was_seen_in_some_cells_is_said_of_these() -> None:
+    detected = detect_input(block_of(COUNTS), "p", n_cells=10_007)
+    assert detected.reason.endswith("raw counts (seen in 61 of 10,007 cells)")
+    assert "seen in" not in detect_input(block_of(COUNTS), "p", n_cells=CELLS).reason
 
 
 @pytest.mark.parametrize("value", [-1.5, np.nan, np.inf, -np.inf])

@@ -16,6 +16,7 @@ from cellpatch_fast import InputError, cli
 from cellpatch_fast.genes.names import human_genes
 from cellpatch_fast.synthetic import frequencies, generate, writer
 from cellpatch_fast.synthetic.generate import SyntheticAtlas, synthetic_atlas
+from cellpatch_fast.synthetic.settings import AtlasSettings
 
 CELLS, TYPES, BATCHES = 1_511, 7, 3
 SMALL: dict[str, Any] = {"genes": 61, "cell_types": 3, "batches": 2, "progress": False}
@@ -64,14 +65,16 @@ def test_can_be_tokenized_without_loss(tmp_path: Path) -> None:
 
 def test_genes_per_cell_are_log_normal(atlas: anndata.AnnData) -> None:
     logs = np.log(np.diff(atlas.X.indptr))
-    assert np.exp(np.median(logs)) == pytest.approx(frequencies.GENES, rel=0.04)
-    assert logs.std() == pytest.approx(frequencies.SPREAD, rel=0.06)
+    assert np.exp(np.median(logs)) == pytest.approx(AtlasSettings.genes, rel=0.04)
+    assert logs.std() == pytest.approx(AtlasSettings.spread, rel=0.06)
     assert kstest((logs - logs.mean()) / logs.std(), "norm").pvalue > 1e-3
 
 
 @pytest.mark.parametrize("genes", [43, 5_003])
 def test_the_median_and_spread_of_genes_are_those_asked_for(genes: int) -> None:
-    law = generate._law(generate._Kinds(2, 3, 8.0, 2, 2), genes, 0.07)
+    law = generate._law(
+        AtlasSettings(genes=genes, spread=0.07, cell_types=2, markers=3, batches=2, donors=2)
+    )
     lengths = np.concatenate([np.diff(part.offsets) for part in generate._drawn(law, 501, 0)])
     assert np.median(lengths) == pytest.approx(genes, rel=0.05)
     sampling = 1 / np.sqrt(genes)  # at most, of detecting genes by chance
@@ -81,7 +84,11 @@ def test_the_median_and_spread_of_genes_are_those_asked_for(genes: int) -> None:
 def test_genes_are_as_common_as_the_formula_says() -> None:
     """Without types and batches that differ, at one depth."""
     cells, depth = 4_001, 1.7
-    law = generate._law(generate._Kinds(1, 0, 1.0, 1, 1), 1_009, 0.0)
+    law = generate._law(
+        AtlasSettings(
+            genes=1_009, spread=0.0, cell_types=1, markers=0, marker_fold=1.0, batches=1, donors=1
+        )
+    )
     law = law._replace(
         efficiencies=np.ones_like(law.efficiencies),
         log_depths=np.full_like(law.log_depths, np.log(depth)),
@@ -113,7 +120,7 @@ def test_frequencies_are_those_measured_in_pbmc_3k() -> None:
     measured = {22: 0.994, 51: 0.984, 94: 0.927, 216: 0.578, 494: 0.325, 1_128: 0.174}
     measured |= {2_580: 0.0804, 5_898: 0.0265, 8_917: 0.00986}
     means = frequencies.mean_counts(20_000)
-    lengths = frequencies.GENES * np.exp(0.31 * np.linspace(-2, 2, 41))
+    lengths = AtlasSettings.genes * np.exp(0.31 * np.linspace(-2, 2, 41))
     depths = frequencies.depths(lengths, len(means))
     weights = np.exp(-0.5 * np.linspace(-2, 2, 41) ** 2)
     for rank, share in measured.items():
@@ -196,7 +203,7 @@ def test_much_longer_cells_than_expected_fit(
     synthetic_atlas(tmp_path / "a.h5ad", 31, genes=3_001, spread=1.5, progress=False)
     monkeypatch.setattr(generate, "BLOCK_ENTRIES", 1)
     synthetic_atlas(tmp_path / "b.h5ad", 31, genes=3_001, spread=1.5, progress=False)
-    law = generate._law(generate._Kinds(10, 40, 8.0, 4, 8), 3_001, 1.5)
+    law = generate._law(AtlasSettings(genes=3_001, spread=1.5))
     assert len(generate._draw(law, np.uint64(0), 0, 31)) > 1
     assert_same(read(tmp_path / "a.h5ad"), read(tmp_path / "b.h5ad"))
 

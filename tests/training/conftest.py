@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -19,9 +20,12 @@ from torch import Tensor
 
 from cellpatch_fast import CellPatchConfig, GeneVocabulary
 from cellpatch_fast.loading.inputs import Stream, open_stream
-from cellpatch_fast.training import FinetuningSettings, PretrainingSettings
+from cellpatch_fast.training import FinetuningSettings, PretrainingSettings, pretrain
 
 from ..conftest import MakeCells
+
+Settings = Callable[..., PretrainingSettings]
+Pretrain = Callable[..., Path]
 
 TIMED = {"seconds", "cells_per_second"}  # columns that differ from run to run
 
@@ -57,7 +61,7 @@ def file(labelled: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def pretraining() -> Callable[..., PretrainingSettings]:
+def pretraining() -> Settings:
     """Settings of 2 epochs of 3 steps."""
 
     def make(**changes: Any) -> PretrainingSettings:
@@ -66,6 +70,38 @@ def pretraining() -> Callable[..., PretrainingSettings]:
         )
 
     return make
+
+
+@pytest.fixture
+def pretrained(
+    file: Path, config: CellPatchConfig, small_vocabulary: GeneVocabulary, tmp_path: Path
+) -> Pretrain:
+    """``pretrained(name, settings, …)``: pretrains a new model; returns the folder."""
+
+    def run(name: str, settings: PretrainingSettings, **options: Any) -> Path:
+        options = {"config": config, "vocabulary": small_vocabulary, "data": file, **options}
+        pretrain(options.pop("data"), tmp_path / name, settings=settings, **options)
+        return tmp_path / name
+
+    return run
+
+
+def command_of(
+    output: Path,
+    file: Path,
+    config: CellPatchConfig,
+    settings: PretrainingSettings,
+    vocabulary: GeneVocabulary,
+    folder: Path,
+) -> list[str]:
+    """A command line that pretrains with these settings, checkpoints after each step."""
+    model = {name: x for name, x in config.to_dict().items() if name != "format_version"}
+    content = {"model": model, "training": settings.to_dict()}
+    (folder / "config.json").write_text(json.dumps(content))
+    vocabulary.save(folder / "vocabulary.json")
+    command = ["pretrain", file, "--output", output, "--config", folder / "config.json"]
+    command += ["--vocabulary", folder / "vocabulary.json", "--checkpoint-minutes", 0]
+    return [str(word) for word in command]
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -93,9 +94,11 @@ class Matrix(Protocol):
 
 
 def read_blocks(
-    matrix: Matrix, ranges: Iterable[tuple[int, int]], max_entries: int
+    matrix: Matrix, ranges: Iterable[tuple[int, int]], max_entries: int, whole: bool = True
 ) -> Iterator[CellBlock]:
     """The cells ``start : stop`` of each range, as blocks of up to ``max_entries`` stored entries.
+
+    Unless the ranges are wanted ``whole``, each ends with its first block.
 
     Raises
     ------
@@ -104,7 +107,8 @@ def read_blocks(
     """
     with contextlib.closing(matrix.reader()) as reader:
         for first, last in ranges:
-            for start, stop in plan_blocks(reader.offsets, first, last, max_entries):
+            blocks = plan_blocks(reader.offsets, first, last, max_entries)
+            for start, stop in blocks if whole else islice(blocks, 1):
                 rows = np.arange(start, stop)
                 block = reader.read(rows, reader.share(rows))
                 check_indices(

@@ -100,6 +100,7 @@ class CellSource:
         ranges: Iterable[tuple[int, int]] | None = None,
         *,
         max_entries: int = MAX_ENTRIES,
+        whole: bool = True,
     ) -> Iterator[CellBlock]:
         """Cells in file order, each range in blocks of its own.
 
@@ -113,6 +114,8 @@ class CellSource:
         max_entries
             A block has at most so many stored entries, unless a single cell has more. A dense
             matrix stores one for every gene.
+        whole
+            Whether a range with more entries goes on in further blocks, or ends with its first.
 
         Raises
         ------
@@ -128,7 +131,7 @@ class CellSource:
                 raise ValueError(f"cells {start}:{stop} are not within 0:{self.n_cells}")
         if max_entries < 1:
             raise ValueError("max_entries must be at least 1 for cells to be read")
-        return read_blocks(matrix, ranges, max_entries)
+        return read_blocks(matrix, ranges, max_entries, whole)
 
     def read_obs(self) -> pd.DataFrame:
         """Annotation of the cells, one row each, in file order."""
@@ -256,6 +259,13 @@ def _open_container(path: Path) -> containers.Container:
 def _container_source(
     container: containers.Container, reading: Reading, memory_limit: int
 ) -> CellSource:
+    if "mod" in container and "X" not in container:  # MuData, of which each is an AnnData
+        names = sorted(container.element("mod"))
+        raise InputError(
+            f"{container.name} is a MuData file, which holds {', '.join(names) or 'nothing'}. "
+            "Write the one with genes to a file of its own: "
+            "mudata.read(FILE)['rna'].write_h5ad('rna.h5ad')."
+        )
     layers = containers.layer_names(container)
     raw = containers.raw_prefix(container)
     element = _chosen(container.name, reading, layers, "X" in container, raw is not None)

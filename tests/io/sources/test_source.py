@@ -192,6 +192,14 @@ def test_any_ranges_are_their_cells_exactly(
             start += len(block)
         assert start == stop
     assert next(blocks, None) is None
+    firsts = [
+        next(source.read_cells([cells], max_entries=max_entries))
+        for cells in ranges
+        if cells[0] < cells[1]
+    ]
+    shortened = source.read_cells(ranges, max_entries=max_entries, whole=False)
+    for block, first in zip(shortened, firsts, strict=True):
+        assert (block.start, block.stop) == (first.start, first.stop)
 
 
 def test_blocks_stay_valid_after_the_next_one(stored: Store) -> None:
