@@ -28,7 +28,6 @@ import io
 import json
 import os
 import platform
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +36,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import InputError, InputWarning
+from ..errors import InputError, warn
 from ..files import is_unfinished, to_disk, write_whole
 from ..io.stores.partial import LOCK, differences, locked
 from ..model.saving import settle
@@ -321,11 +320,9 @@ def warn_of_unfinished(model: object) -> None:
     except (InputError, KeyError):
         return  # what is wrong with the run is no matter of the model beside it
     if not checkpoint["finished"]:
-        warnings.warn(
+        warn(
             f"{path} is the folder of a training run that is not finished: its model is the best "
-            f"of {done} of {epochs} epochs. The command that began it goes on with it",
-            InputWarning,
-            stacklevel=3,
+            f"of {done} of {epochs} epochs. The command that began it goes on with it"
         )
 
 

@@ -241,6 +241,7 @@ def test_what_is_no_token_store_is_never_replaced(
     assert tree(output) == before
 
 
+@pytest.mark.filterwarnings("ignore:.*the logarithms are of raw counts")
 def test_value_beyond_half_precision_is_refused(
     tokenize: Tokenize, cells_file: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

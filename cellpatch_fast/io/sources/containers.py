@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +56,6 @@ class Container:
     path: Path | None
     file_format: str
     close_root: Callable[[], None]
-    _arrays: ExitStack = field(default_factory=ExitStack, init=False)
 
     def __contains__(self, key: str) -> bool:
         with reading(self.name, f"its element {key!r}"):
@@ -79,9 +77,7 @@ class Container:
         """
         if not hasattr(element, "shape"):
             raise InputError(f"{self.name}: {key} is a group, not an array. {COPY_AGAIN}.")
-        array = ZarrArray(element, may_lack) if self._is_zarr else Hdf5Array(element)
-        self._arrays.callback(array.close)
-        return array
+        return ZarrArray(element, may_lack) if self._is_zarr else Hdf5Array(element)
 
     def absent_chunks(self, element: Any, thorough: bool = True) -> list[tuple[str, int, int]]:
         """Key, first row and end of a Zarr array's chunks (or shards) that are not stored.
@@ -111,8 +107,7 @@ class Container:
             return content_digest((self.root[part], whole) for part, whole in parts)
 
     def close(self) -> None:
-        """Close the file, and what reading its arrays has opened."""
-        self._arrays.close()
+        """Close the file."""
         self.close_root()
 
     @property

@@ -50,7 +50,7 @@ def read_all(path: Path) -> tuple[np.ndarray, np.ndarray]:
         rows = TokenRows(store.name, store.offsets, store.genes, store.values)
         tokens = np.empty(store.entries, store.genes.dtype)
         values = np.empty(store.entries, store.values.dtype)
-        rows.part(np.arange(store.n_cells), in_order=False).write(tokens, values)
+        rows.part(np.arange(store.n_cells)).write(tokens, values)
         return tokens, values
 
 
