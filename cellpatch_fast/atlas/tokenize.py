@@ -150,7 +150,11 @@ def tokenize(
             return summary.counted(finished_counts(output, ATTRIBUTE, settings))
         names = [str(path) for path in paths]
         with TokenWriter(
-            *(output, settings, cells, vocabulary, preprocessing),
+            output=output,
+            settings=settings,
+            cells=cells,
+            vocabulary=vocabulary,
+            preprocessing=preprocessing,
             measured={
                 name: stream.measured()[0] for name, stream in zip(names, streams, strict=True)
             },
@@ -166,7 +170,7 @@ def tokenize(
             else:
                 buckets = _buckets(writer, streams, rows, vocabulary, preprocessing)
                 tokenized = _write_shuffled(
-                    *(writer, buckets, streams, vocabulary, preprocessing, progress)
+                    writer, buckets, streams, vocabulary, preprocessing, progress
                 )
             seconds = time.perf_counter() - started
             counts = writer.finish()

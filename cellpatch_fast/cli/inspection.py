@@ -88,10 +88,10 @@ def _run(path: Path) -> dict[str, Any]:
 
     if not (path / SETTINGS).exists():
         return {}
-    found = read_settings(path)
-    versions = ", ".join(f"{name} {x}" for name, x in found["versions"].items() if x)
-    data = found["settings"].get("data", [])
-    return {"made by": found["kind"], "data": data, "versions": versions}
+    run = read_settings(path)
+    versions = ", ".join(f"{name} {x}" for name, x in run["versions"].items() if x)
+    data = run["settings"].get("data", [])
+    return {"made by": run["kind"], "data": data, "versions": versions}
 
 
 def _embeddings(path: Path, facts: dict[str, Any]) -> dict[str, Any]:

@@ -180,10 +180,10 @@ def _look_at_size(structures: Structures, highest: float) -> Look:
         reason = f"fractions up to {highest:,.6g}, too large for logarithms: counts with fractions"
         return Look(VALUES, "size", highest, reason)
     reason = f"fractions up to only {highest:.4g}: log-normalised values"
-    found = dict(structures)[NATURAL]
-    enough = found.spread < np.inf and found.telling >= 50
+    structure = dict(structures)[NATURAL]
+    enough = structure.spread < np.inf and structure.telling >= 50
     evidence: Evidence = "size" if enough else "nothing"
-    return Look(NATURAL, evidence, highest, reason, found.low_library, found.high_library)
+    return Look(NATURAL, evidence, highest, reason, structure.low_library, structure.high_library)
 
 
 def _of_library(scale: Scale, structure: _Structure, highest: float) -> Look:

@@ -164,12 +164,25 @@ def tokenize(
     whole = np.empty(len(order), bool)
     longest = int(lengths.max(initial=0))
     refused = tokenize_cells(
-        *(block.indptr, block.indices, block.data, order, tokens),
-        *(preprocessing.target_sum, logged, preprocessing.discrete),
-        _boundaries(preprocessing, logged) if preprocessing.discrete else np.empty(0),
-        math.inf if preprocessing.value_clip is None else preprocessing.value_clip,
-        *(*into, offsets, unknown, libraries, highest, whole),
-        *(longest, digit_bits(vocabulary_size)),
+        indptr=block.indptr,
+        indices=block.indices,
+        data=block.data,
+        order=order,
+        tokens=tokens,
+        target_sum=preprocessing.target_sum,
+        logged=logged,
+        discrete=preprocessing.discrete,
+        boundaries=_boundaries(preprocessing, logged) if preprocessing.discrete else np.empty(0),
+        clip=math.inf if preprocessing.value_clip is None else preprocessing.value_clip,
+        genes=into[0],
+        values=into[1],
+        offsets=offsets,
+        unknown=unknown,
+        libraries=libraries,
+        highest=highest,
+        whole=whole,
+        longest=longest,
+        digit=digit_bits(vocabulary_size),
     )
     if refused >= 0:
         raise _explain(block, int(order[refused]), len(tokens), name, gene_names)

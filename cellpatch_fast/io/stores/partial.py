@@ -345,7 +345,8 @@ def locked(partial: Path) -> int:
         except OSError as error:
             logger.warning(
                 "%s cannot be locked (%s): see to it that no other process writes there",
-                *(partial, error.strerror),
+                partial,
+                error.strerror,
             )
         if path.exists() and os.path.samestat(path.stat(), os.fstat(lock)):
             return lock

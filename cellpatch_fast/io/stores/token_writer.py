@@ -175,13 +175,13 @@ class TokenWriter(PartialStore):
         cells = narrowed(cells, self._vocabulary.size, self._preprocessing, self.next_cell)
         entries = (cells.genes.numpy(), cells.values.numpy())
         self._lengths_file().write(cells.lengths.numpy().astype("<u4").tobytes())
-        known = min(self._skip, cells.entries)
-        self._skip -= known
-        while known < cells.entries:
-            count = min(self._chunk - self._filled, cells.entries - known)
+        written = min(self._skip, cells.entries)
+        self._skip -= written
+        while written < cells.entries:
+            count = min(self._chunk - self._filled, cells.entries - written)
             for buffer, array in zip(self._buffers, entries, strict=True):
-                buffer[self._filled : self._filled + count] = array[known : known + count]
-            known += count
+                buffer[self._filled : self._filled + count] = array[written : written + count]
+            written += count
             self._filled += count
             if self._filled == self._chunk:
                 self._end_chunk(here)
@@ -302,10 +302,10 @@ class TokenWriter(PartialStore):
         self._chunk, self._shard_chunks = done["chunk_entries"], done["shard_chunks"]
         self._buffers = self._new_buffers()
         lengths = self.work / LENGTHS
-        known = lengths.stat().st_size // 4 if lengths.exists() else 0
+        with_length = lengths.stat().st_size // 4 if lengths.exists() else 0
         for number, facts in enumerate(done["shards"]):
             shard = Checkpoint(**facts)
-            if shard.cells > known or not self._is_whole(number, shard):
+            if shard.cells > with_length or not self._is_whole(number, shard):
                 break
             self._shards.append(shard)
         self._begun = len(self._shards) * self._shard_chunks

@@ -278,19 +278,19 @@ class TokenStore:
         rows = containers.table_length(self._container, "obs")
         decreasing = np.flatnonzero(offsets[1:] < offsets[:-1])
         if not len(offsets) or offsets[0] != 0:
-            found = f"offsets start at {offsets[0] if len(offsets) else 'nothing'}, not at 0"
+            fault = f"offsets start at {offsets[0] if len(offsets) else 'nothing'}, not at 0"
         elif len(decreasing):
-            found = f"offsets decrease after cell {decreasing[0]}"
+            fault = f"offsets decrease after cell {decreasing[0]}"
         elif not offsets[-1] == entries[0] == entries[1]:
-            found = (
+            fault = (
                 f"offsets end at {offsets[-1]}, but there are {entries[0]} genes and {entries[1]} "
                 "values"
             )
         elif rows != self.n_cells:
-            found = f"offsets describe {self.n_cells} cells, obs {rows}"
+            fault = f"offsets describe {self.n_cells} cells, obs {rows}"
         else:
             return
-        raise InputError(f"{self.name}: {found}. {COPY_AGAIN}, or repeat cellpatch tokenize.")
+        raise InputError(f"{self.name}: {fault}. {COPY_AGAIN}, or repeat cellpatch tokenize.")
 
 
 def _unfinished(path: Path) -> Path | None:
@@ -323,11 +323,11 @@ def _facts(container: containers.Container) -> dict[str, Any]:
         facts = dict(container.root.attrs).get(ATTRIBUTE)
     if not isinstance(facts, dict):
         raise InputError(f"{container.name} is no token store. {EXPECTED}.")
-    found = facts.get("format_version")
-    if type(found) is not int or not 1 <= found <= FORMAT_VERSION:
+    format_version = facts.get("format_version")
+    if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
         raise InputError(
-            f"{container.name}: token store format version {found!r} is not supported (this "
-            f"package reads up to {FORMAT_VERSION}; the store was written by cellpatch-fast "
+            f"{container.name}: token store format version {format_version!r} is not supported "
+            f"(this package reads up to {FORMAT_VERSION}; the store was written by cellpatch-fast "
             f"{facts.get('version')}): install a newer cellpatch-fast, or repeat cellpatch tokenize"
         )
     return facts
