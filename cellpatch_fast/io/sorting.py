@@ -13,6 +13,7 @@ files that outlive a killed process.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,8 +35,8 @@ def by_bucket(runs: Runs, buckets: np.ndarray) -> Iterator[tuple[int, Runs]]:
         order = np.argsort(buckets, kind="stable")
         runs, buckets = _in_order(runs, order), buckets[order]
     offsets = _offsets(runs.lengths)
-    firsts = np.flatnonzero(np.diff(buckets, prepend=-1))
-    for first, last in zip(firsts, [*firsts[1:], len(buckets)], strict=True):
+    bounds = np.flatnonzero(np.diff(buckets, prepend=-1, append=-1))
+    for first, last in pairwise(bounds.tolist()):
         entries = slice(offsets[first], offsets[last])
         yield (
             int(buckets[first]),

@@ -17,6 +17,7 @@ import pytest
 
 from cellpatch_fast import CellPatch, InputError, RaggedCells
 from cellpatch_fast.io import TokenStore
+from cellpatch_fast.io.stores.tokens import FORMAT_VERSION
 from cellpatch_fast.loading import CellLoader
 
 from ..io.stores.token_files import append, make_cells, open_writer
@@ -168,8 +169,8 @@ def test_an_interrupted_store_is_refused(tmp_path: Path) -> None:
 def test_another_format_version_is_refused(files: Files, tmp_path: Path) -> None:
     metadata = files["tokens.zarr"] / "zarr.json"
     content = json.loads(metadata.read_text())
-    content["attributes"]["cellpatch_tokens"]["format_version"] = 2
+    content["attributes"]["cellpatch_tokens"]["format_version"] = FORMAT_VERSION + 1
     metadata.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="format version 2 is not supported"):
+    with pytest.raises(InputError, match=f"format version {FORMAT_VERSION + 1} is not supported"):
         CellLoader(files["tokens.zarr"])
     assert_nothing_stays(tmp_path)

@@ -85,7 +85,7 @@ def test_an_epoch_goes_on_from_any_batch_whatever_the_threads(
         "seed": 3,
     }
     whole = load(path, small_model, threads=1, **options)
-    model = {"vocabulary": small_model.vocabulary, "config": small_model.config}
+    model: dict[str, Any] = {"vocabulary": small_model.vocabulary, "config": small_model.config}
     for first in (0, 4, 9):
         with CellLoader(path, **model, threads=3, **options) as loader:
             loader.first_batch = first

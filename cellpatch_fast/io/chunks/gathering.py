@@ -113,8 +113,8 @@ class EntryChunks:
 
         def decode(part: tuple[int, np.ndarray, Shared]) -> None:
             start, target, shared = part
-            place = np.array([[start], [start + len(target)], [0]])
-            self._copy(*place, target=target, shared=shared)
+            starts, stops, places = np.array([[start], [start + len(target)], [0]])
+            self._copy(starts, stops, places, target, shared)
 
         deque(workers.map(decode, parts), maxlen=0)
         return out

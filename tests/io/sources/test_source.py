@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from cellpatch_fast.cells import CellBlock
+from cellpatch_fast.io.sources.matrices import MAX_ENTRIES
 from cellpatch_fast.io.sources.source import CellSource, open_source
 
 from ..conftest import (
@@ -70,8 +71,8 @@ def assert_same(matrix: sparse.csr_matrix, expected: sparse.csr_matrix) -> None:
     np.testing.assert_array_equal(matrix.data, expected.data)
 
 
-def all_of(source: CellSource, **limits: int) -> sparse.csr_matrix:
-    return joined(source.read_cells(**limits), source.n_genes)
+def all_of(source: CellSource, max_entries: int = MAX_ENTRIES) -> sparse.csr_matrix:
+    return joined(source.read_cells(max_entries=max_entries), source.n_genes)
 
 
 @pytest.mark.parametrize("place", PLACES)

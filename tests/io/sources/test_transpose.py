@@ -16,8 +16,8 @@ from scipy import sparse
 from cellpatch_fast.errors import InputError
 from cellpatch_fast.io.sources.source import open_source
 
-from ..conftest import replace
-from .test_source import TOO_LITTLE_MEMORY, Store
+from ..conftest import GENES, counts, replace
+from .test_source import TOO_LITTLE_MEMORY, Store, all_of, assert_same
 
 
 def test_nothing_is_left_in_the_temporary_folder(
@@ -48,6 +48,18 @@ def test_disk_too_small_for_reordering(tmp_path: Path) -> None:
     assert str(path) in message
     assert "needs 80000.0 GB" in message
     assert "TMPDIR" in message
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_an_object_in_memory_is_reordered_on_disk(order: str) -> None:
+    """Of either byte order: what is in the temporary file has the machine's."""
+    expected = counts(GENES, 1)
+    matrix = expected.tocsc()
+    matrix.data = matrix.data.astype(f"{order}f4")
+    adata = anndata.AnnData(matrix)
+    assert adata.X.data.dtype.byteorder == np.dtype(f"{order}f4").byteorder
+    with open_source(adata, memory_limit=TOO_LITTLE_MEMORY) as source:
+        assert_same(all_of(source, max_entries=89), expected)
 
 
 FULL_DISK = """
