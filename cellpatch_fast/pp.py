@@ -16,6 +16,7 @@ from .cells import RaggedCells
 from .config import CellPatchConfig, Expected, Reading
 from .errors import InputError
 from .genes import GeneVocabulary
+from .io.sources.memory import require_anndata
 from .io.sources.source import open_source
 from .loading import CellLoader
 from .loading.inputs import detect_in, open_stream, sample_of
@@ -64,6 +65,7 @@ def quality_control(
         The copy if ``copy``; else None, and ``adata`` is filtered. Adds ``obs["n_genes"]`` and
         ``var["n_cells"]``, as scanpy does.
     """
+    require_anndata(adata, "pp.quality_control filters an AnnData object")
     scanpy = _import_scanpy()
     adata = adata.copy() if copy else adata
     cells, genes = adata.shape
@@ -116,6 +118,7 @@ def normalize(
         If the matrix is already logged, or holds negative, infinite or missing values (two
         thousand cells are looked at), or the layer does not exist.
     """
+    require_anndata(adata, "pp.normalize changes an AnnData object")
     with open_source(adata, layer=layer) as source:
         detected = detect_in(source, sample_of(source), "auto", target_sum)
     place = "X" if layer is None else f"layer {layer!r}"

@@ -251,6 +251,23 @@ def test_what_is_no_anndata_object(
         tool(thing, small_model)
 
 
+def test_other_functions_say_so_too(small_model: CellPatch) -> None:
+    path = "cells.h5ad"
+    calls: list[tuple[Callable[..., Any], dict[str, str]]] = [
+        (cp.pl.embedding, {"color": "kind"}),
+        (cp.pp.normalize, {}),
+        (cp.pp.quality_control, {}),
+    ]
+    for function, options in calls:
+        name = function.__name__
+        with pytest.raises(
+            InputError, match=rf"{name} \w+ an AnnData object, found the path 'cell"
+        ):
+            function(path, **options)
+    with pytest.raises(InputError, match=r"a path or an AnnData object, found numpy.ndarray"):
+        cp.CellLoader(np.zeros((2, 3)), small_model.vocabulary, small_model.config)
+
+
 @pytest.mark.filterwarnings("ignore:::mudata")
 def test_several_modalities_are_refused_and_one_of_them_is_not(
     adata: anndata.AnnData, small_model: CellPatch, expected: np.ndarray

@@ -111,25 +111,30 @@ class DirectChunks(ABC):
         """Read and decode runs of compressed chunks, as many at once as adjoin in ``out``."""
         for group in _groups(runs, self._files.most):
             ends = [None if run.stops[-1] == FILE_END else int(run.stops[-1]) for run in group]
-            content, places, found = self._files.fetch(
+            content, places, counts = self._files.fetch(
                 [
                     Range(run.file, int(run.starts[0]), end)
                     for run, end in zip(group, ends, strict=True)
                 ]
             )
             starts, stops = [], []
-            for run, place, count in zip(group, places, found, strict=True):
+            for run, place, count in zip(group, places, counts, strict=True):
                 if isinstance(count, Exception):
                     self._fail(numbers[run.first], summary(count), count)
                 if count is None and not self._may_lack(run.file):
                     self._fail(numbers[run.first], "there is no such file")
                 starts.append(run.starts - run.starts[0] + place)
                 stops.append(self._ends(run, count or 0, numbers) + place)
-            if found == [None]:
+            if counts == [None]:
                 self._target(out, group[0].first)[...] = self._fill_value()
                 continue
             self._decode_all(
-                *(group[0], content, np.concatenate(starts), np.concatenate(stops), numbers, out)
+                first=group[0],
+                content=content,
+                starts=np.concatenate(starts),
+                stops=np.concatenate(stops),
+                numbers=numbers,
+                out=out,
             )
 
     def _ends(self, run: Located, count: int, numbers: np.ndarray) -> np.ndarray:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +56,6 @@ class Container:
     path: Path | None
     file_format: str
     close_root: Callable[[], None]
-    _arrays: ExitStack = field(default_factory=ExitStack, init=False)
 
     def __contains__(self, key: str) -> bool:
         with reading(self.name, f"its element {key!r}"):
@@ -79,9 +77,7 @@ class Container:
         """
         if not hasattr(element, "shape"):
             raise InputError(f"{self.name}: {key} is a group, not an array. {COPY_AGAIN}.")
-        array = ZarrArray(element, may_lack) if self._is_zarr else Hdf5Array(element)
-        self._arrays.callback(array.close)
-        return array
+        return ZarrArray(element, may_lack) if self._is_zarr else Hdf5Array(element)
 
     def absent_chunks(self, element: Any, thorough: bool = True) -> list[tuple[str, int, int]]:
         """Key, first row and end of a Zarr array's chunks (or shards) that are not stored.
@@ -113,8 +109,7 @@ class Container:
             return remote.identity(self.root, ["", "obs", "var", *arrays], names)
 
     def close(self) -> None:
-        """Close the file, and what reading its arrays has opened."""
-        self._arrays.close()
+        """Close the file."""
         self.close_root()
 
     @property
@@ -178,7 +173,7 @@ def identity(path: Path, key: str) -> str:
         for name in ZARR_METADATA
     )
     chunks = (folder / inner for folder in folders for inner in ("", "c"))
-    return files_identity([found for found in (*metadata, *chunks) if found.exists()])
+    return files_identity([path for path in (*metadata, *chunks) if path.exists()])
 
 
 def files_identity(paths: list[Path]) -> str:

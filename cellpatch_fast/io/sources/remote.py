@@ -98,8 +98,8 @@ def present_keys(array: zarr.Array[Any], thorough: bool) -> set[str] | None:
     if not thorough and zarr_chunks(array) is not None:
         return None
     keys = [array.metadata.encode_chunk_key(position) for position in chunk_positions(array)]
-    found = sync(_ask(array.store.exists, [f"{array.path}/{key}" for key in keys]))
-    return {key for key, there in zip(keys, found, strict=True) if there}
+    answers = sync(_ask(array.store.exists, [f"{array.path}/{key}" for key in keys]))
+    return {key for key, there in zip(keys, answers, strict=True) if there}
 
 
 def _protocols(store: Any) -> Sequence[str]:

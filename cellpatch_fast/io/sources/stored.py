@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError, warn
+from ..chunks import read_whole
 from ..interfaces import COPY_AGAIN, StoredArray, reading
 from .containers import SPARSE_PARTS, Container, refuse_absent, text
 from .matrices import CsrMatrix, DenseMatrix, Matrix, check_dtype, check_offsets
@@ -61,10 +62,8 @@ def _sparse_parts(
     if data.shape[0]:  # else the offsets are all zero and need not be stored
         refuse_absent(absent["indptr"], "indptr", name)
     refuse_absent(absent["data"], "data", name)
-    offsets = np.empty(indptr.shape[0], indptr.dtype)
     with reading(name, "indptr"):
-        indptr.read(0, offsets)
-    offsets = offsets.astype(np.int64, copy=False)
+        offsets = read_whole(indptr).astype(np.int64, copy=False)
     check_offsets(offsets, owners, indices.shape[0], data.shape[0], name)
     gaps = [gap for gap in absent["indices"] if not _may_be_zeros(offsets, *gap[1:])]
     refuse_absent(gaps, "indices", name)

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ...errors import InputError
-from ..chunks import chunks_of
+from ..chunks import chunks_of, read_whole
 from ..interfaces import COPY_AGAIN, Chunks, is_address, reading
 from ..sources import containers
 from ..sources.tables import StoredTable, Table
@@ -178,10 +178,8 @@ class TokenStore:
                 f"{self.name}: measured has the shape {array.shape}, but there are "
                 f"{len(self.inputs)} inputs and {self.vocabulary_size} tokens. {COPY_AGAIN}."
             )
-        measured = np.empty(shape, array.dtype)
         with reading(self.name, "measured"):
-            array.read(0, measured)
-        return measured.astype(bool)
+            return read_whole(array).astype(bool)
 
     def fingerprint(self) -> str:
         """A string that changes when the content does; costs no reading of a file."""
@@ -238,9 +236,8 @@ class TokenStore:
     def _open_arrays(self) -> None:
         stored = self._array("offsets")
         self._require("offsets", stored.dtype, np.dtype(np.int64), stored.shape)
-        self.offsets = np.empty(stored.shape, stored.dtype)  # [c + 1]
         with reading(self.name, "offsets"):
-            stored.read(0, self.offsets)
+            self.offsets = read_whole(stored)  # [c + 1]
         self.n_cells = len(self.offsets) - 1
         self.genes = self._chunks("genes", gene_dtype(self.vocabulary_size))
         self.values = self._chunks("values", value_dtype(self.preprocessing))
