@@ -234,7 +234,7 @@ def _warn_of_logarithms(
             break
     # of some genes of cells that were normalised to it
     low, high = look.low_library / target_sum, look.high_library / target_sum
-    plausible = low > 0.05 and 0.5 < high < 1.01
+    plausible = low > 0.15 * high and 0.5 < high < 1.01
     if expected == "auto" and look.evidence == "size" and not plausible:
         warn(
             f"{name}: found {look.reason}, but nothing else shows that they are logarithms of "
