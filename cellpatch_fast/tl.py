@@ -278,6 +278,8 @@ def _compute(
         "device": embedder.device.type,
         "genes_matched": stream.genes_matched,
         "genes_unknown": stream.genes_unknown,
+        "genes_duplicated": stream.genes_duplicated,
+        "genes_ambiguous": stream.genes_ambiguous,
         "unknown_entries": unknown,
         "empty_cells": empty,
     }

@@ -148,6 +148,8 @@ def test_what_is_added(
         "device": "cpu",
         "genes_matched": GENES,
         "genes_unknown": 3,
+        "genes_duplicated": 0,
+        "genes_ambiguous": 0,
         "empty_cells": 1,
     }
     matched, added = caplog.messages

@@ -51,13 +51,21 @@ class Pipeline:
         Of bytes, the outermost (undone first) in front.
     delta
         Whether the numbers are differences, to be summed up (modulo their type's range).
+
+    Attributes
+    ----------
+    only_blosc
+        Whether Blosc is all there is, but for a checksum behind it (``checked``).
+    plain
+        Whether what is stored is the numbers themselves.
     """
 
     def __init__(self, codecs: Sequence[Codec], delta: bool = False) -> None:
         *self._outer, self._last = [*codecs] or [Copy()]
         self.delta = delta
-        self.only_blosc = not self._outer and isinstance(self._last, Blosc)
-        self.plain = not codecs and not delta  # what is stored is the numbers themselves
+        self.checked = [type(codec) for codec in self._outer] == [Crc32c]
+        self.only_blosc = isinstance(self._last, Blosc) and (self.checked or not self._outer)
+        self.plain = not codecs and not delta
 
     def decode(self, packed: Packed, out: np.ndarray) -> None:
         """Decode a whole chunk into ``out``, one-dimensional and contiguous."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from ...errors import summary
 from ..interfaces import ChunkError
-from .blosc_compiled import decompressor, unpack_blosc
+from .blosc_compiled import decompressor, summer, unpack_blosc
 from .codecs import Pipeline
 from .files import Range, Ranges
 
@@ -163,18 +163,28 @@ class DirectChunks(ABC):
         """Decode chunks, from the ``first`` one on, that lie in ``content``."""
         target = out[first.first * self.chunk : (first.first + len(starts)) * self.chunk]
         done = len(target) // self.chunk  # whole ones
-        if first.pipeline.only_blosc and decompressor() and done:
+        pipeline = first.pipeline
+        compiled = decompressor() and (summer() or not pipeline.checked)
+        if pipeline.only_blosc and compiled and done:
             bits = target[: done * self.chunk].view(f"u{self.dtype.itemsize}")
-            places = starts[:done], stops[:done]
-            delta = first.pipeline.delta
-            if unpack_blosc(decompressor(), content, *places, bits, self.chunk, delta) >= 0:
+            damaged = unpack_blosc(
+                address=decompressor(),
+                summer=summer() if pipeline.checked else 0,
+                packed=content,
+                starts=starts[:done],
+                stops=stops[:done],
+                out=bits,
+                chunk=self.chunk,
+                delta=pipeline.delta,
+            )
+            if damaged >= 0:
                 done = 0  # one by one, they tell what is wrong
         else:
             done = 0
         for which in range(done, len(starts)):
             place = first.first + which
             packed = content[starts[which] : stops[which]].data
-            self._decode(int(numbers[place]), first.pipeline, packed, self._target(out, place))
+            self._decode(int(numbers[place]), pipeline, packed, self._target(out, place))
 
     def _decode(self, chunk: int, pipeline: Pipeline, packed: memoryview, out: np.ndarray) -> None:
         try:

@@ -21,6 +21,7 @@ from ...errors import InputError
 from ..interfaces import COPY_AGAIN, StoredArray, reading
 from . import remote
 from .arrays import Hdf5Array, ZarrArray, absent_chunks, local_keys
+from .identity import content_digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +31,6 @@ NOT_ANNDATA = (
     "matrix.mtx)"
 )
 SPARSE_PARTS = ("indptr", "indices", "data")
-ZARR_METADATA = ("zarr.json", ".zgroup", ".zarray", ".zattrs", ".zmetadata")  # 3, and 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,14 +99,12 @@ class Container:
         return [] if present is None else absent_chunks(element, present)
 
     def identity(self, key: str) -> str:
-        """Changes when the content does, as far as that can be told without reading it."""
-        if self.path is not None:
-            return identity(self.path, key)
-        with reading(self.name, "its metadata"):
-            arrays = [key, *(f"{key}/{part}" for part in SPARSE_PARTS)]
-            version_3 = self.file_format == "Zarr v3"
-            names = ZARR_METADATA[:1] if version_3 else ZARR_METADATA[1:]
-            return remote.identity(self.root, ["", "obs", "var", *arrays], names)
+        """Changes when the matrix ``key``, obs or var do; see `identity` for what that reads."""
+        raw = raw_prefix(self)
+        var = f"{raw}var" if raw and key == f"{raw}X" else "var"
+        with reading(self.name, "its content"):
+            parts = [(part, part != key) for part in ("obs", var, key) if part in self.root]
+            return content_digest((self.root[part], whole) for part, whole in parts)
 
     def close(self) -> None:
         """Close the file."""
@@ -159,32 +157,6 @@ def _zipped_root(path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
         tops = {name.split("/")[0] for name in archive.namelist()}
     return tops.pop() if len(tops) == 1 else ""
-
-
-def identity(path: Path, key: str) -> str:
-    """Changes when the file at ``path`` does, or the Zarr folder's metadata or list of chunks."""
-    if path.is_file():
-        return files_identity([path])
-    matrix = path / key
-    folders = [matrix, *(matrix / part for part in SPARSE_PARTS)]
-    metadata = (
-        folder / name
-        for folder in (path, path / "obs", path / "var", *folders)
-        for name in ZARR_METADATA
-    )
-    chunks = (folder / inner for folder in folders for inner in ("", "c"))
-    return files_identity([path for path in (*metadata, *chunks) if path.exists()])
-
-
-def files_identity(paths: list[Path]) -> str:
-    """Name, size and time of the last change of files (of folders no size).
-
-    Copying a file, or moving it within a disk, with its times does not change this.
-    """
-    facts = [(path.name, path.is_file(), path.stat()) for path in paths]
-    return repr(
-        [(name, facts.st_size * is_file, facts.st_mtime_ns) for name, is_file, facts in facts]
-    )
 
 
 def layer_names(container: Container) -> list[str]:

@@ -125,4 +125,4 @@ def _backed(stored: Any, memory_limit: int) -> tuple[Matrix, Callable[[], str], 
         file_format = "h5ad"
     container = containers.Container(root, str(path), path, file_format, lambda: None)
     matrix = stored_matrix(container, key, memory_limit)
-    return matrix, lambda: containers.identity(path, key), container.close
+    return matrix, lambda: container.identity(key), container.close

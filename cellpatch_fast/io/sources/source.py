@@ -28,6 +28,7 @@ from ...config import Reading
 from ...errors import InputError
 from ..interfaces import COPY_AGAIN, is_address
 from . import containers, memory, tenx
+from .identity import files_digest
 from .matrices import MAX_ENTRIES, CsrMatrix, DenseMatrix, Matrix, read_blocks
 from .stored import stored_matrix
 from .tables import FrameTable, StoredTable, Table
@@ -148,7 +149,7 @@ class CellSource:
         return FrameTable(self.read_obs()) if self._obs_table is None else self._obs_table()
 
     def fingerprint(self) -> str:
-        """A string that changes when the input does, for resuming; costs no reading of a file."""
+        """A string that changes when the input does; `identity` says what is read for it."""
         facts = (self._identity(), self._element, self._matrix.shape, self._matrix.entries)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -341,7 +342,7 @@ def _tenx_source(
         var=adata.var,
         read_obs=lambda: adata.obs,
         contents={"layers": [], "raw": False, "obs_columns": list(adata.obs.columns)},
-        identity=lambda: containers.files_identity(tenx.files(path)),
+        identity=lambda: files_digest(tenx.files(path)),
     )
 
 

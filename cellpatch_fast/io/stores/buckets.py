@@ -25,8 +25,9 @@ import torch
 
 from ...cells import RaggedCells
 from ...errors import InputError
+from ...files import make_folders, to_disk, write_whole
 from ..sorting import Runs, by_bucket, by_row
-from .partial import DELETE, replace_json, to_disk
+from .partial import DELETE
 
 BUCKET_BYTES = 1 << 27  # of a bucket; sorting it takes three times as much memory
 GATHERED_BYTES = 1 << 26  # of cells that are appended together, which takes as much again twice
@@ -99,7 +100,7 @@ class Buckets:
         self._checkpoint_bytes = checkpoint_bytes or max(
             CHECKPOINT_BYTES, CHECKPOINT_FILE_BYTES * self._buckets
         )
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         if (folder / STATE).exists():
             self._resume()
         else:
@@ -173,15 +174,14 @@ class Buckets:
         for file in files:
             if file.exists():
                 to_disk(file)
-        replace_json(
-            self._folder / STATE,
-            {
-                "cells": self.next_cell,
-                "unknown_entries": self.unknown_entries,
-                "bucket_rows": self._bucket_rows,
-                "sizes": [file.stat().st_size if file.exists() else 0 for file in files],
-            },
-        )
+        to_disk(self._folder)  # the files' names
+        state = {
+            "cells": self.next_cell,
+            "unknown_entries": self.unknown_entries,
+            "bucket_rows": self._bucket_rows,
+            "sizes": [file.stat().st_size if file.exists() else 0 for file in files],
+        }
+        write_whole(self._folder / STATE, json.dumps(state))
         self._unsafe = 0
 
     def _resume(self) -> None:
