@@ -77,7 +77,9 @@ def _gene_rows(tokens: np.ndarray, rows: int) -> str:
         return text
     bounds = np.flatnonzero(np.diff(spare) > 1) + 1
     stretches = [(part[0], part[-1]) for part in np.split(spare, bounds)]
-    listed = [f"{first:,} to {last:,}" for first, last in stretches[:3]]
+    listed = [
+        f"{first:,} to {last:,}" if last > first else f"{first:,}" for first, last in stretches[:3]
+    ]
     listed += ["…"] if len(stretches) > 3 else []
     return f"{text}, {len(spare):,} spare ({', '.join(listed)}) for genes that are added"
 

@@ -14,6 +14,7 @@ What is done about each scale:
 - Natural logarithms of counts that were not normalised are refused, unless the user says
   ``lognorm``: then there is a warning.
 - Other logarithms, logarithms of logarithms and square roots are refused.
+- Values that were scaled to one standard deviation are refused, unless the user says otherwise.
 - Cells that do not all hold the same are refused, unless the user says what they hold: then there
   is a warning, and all are taken as that. See `changes` for the cells that are read later.
 """
@@ -149,6 +150,11 @@ def detect_input(
             f"normalised counts, or counts. {ELSEWHERE}, or undo the transformation: "
             f"{look.scale.undoing}."
         )
+    if look.scaled and expected == "auto":
+        raise InputError(
+            f"{name}: found {look.reason}{seen}, which are no use to the model. {ELSEWHERE}. To "
+            'use them all the same, set input (--values) to "counts" or "lognorm".'
+        )
     kind = _decide(look, f"{look.reason}{seen}", name, expected)
     reason = look.reason
     if expected == "lognorm" and not look.normalized:
@@ -228,13 +234,13 @@ def _warn_of_logarithms(
             break
     # of some genes of cells that were normalised to it
     low, high = look.low_library / target_sum, look.high_library / target_sum
-    plausible = low > 0.05 and 0.5 < high < 1.01
+    plausible = low > 0.15 * high and 0.5 < high < 1.01
     if expected == "auto" and look.evidence == "size" and not plausible:
         warn(
             f"{name}: found {look.reason}, but nothing else shows that they are logarithms of "
             'normalised counts. Set input (--values) to "lognorm" if they are, to "counts" if they '
-            "are counts with fractions (corrected ones, for example); values that were scaled or "
-            f"integrated are no use. {ELSEWHERE} if there are any.",
+            "are counts with fractions (corrected ones, for example); values that were integrated "
+            f"are no use. {ELSEWHERE} if there are any.",
             InputKindWarning,
         )
 
