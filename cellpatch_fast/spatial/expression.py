@@ -19,9 +19,8 @@ from scipy import sparse
 from ..config import Reading
 from ..errors import InputError
 from ..io.sources.source import CellSource, open_source
-from ..loading.inputs import sample_of
+from ..loading.inputs import detect_in, sample_of
 from ..preprocessing.blocks import invalid_entry, readable_block
-from ..preprocessing.detection import detect_input
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,10 +85,7 @@ def read_expression(
         logged values; or scikit-misc, which that needs, is missing.
     """
     with open_source(data, layer=reading.layer, use_raw=reading.use_raw) as source:
-        detected = detect_input(
-            sample_of(source), source.name, reading.input,
-            target_sum=target_sum, gene_names=source.var.index,
-        )  # fmt: skip
+        detected = detect_in(source, sample_of(source), reading.input, target_sum)
         logged = detected.kind == "lognorm"
         chosen = np.arange(source.n_genes)
         if source.n_genes > variable_genes:
@@ -145,7 +141,7 @@ def _matrix_of(block: CellBlock, source: CellSource) -> sparse.csr_matrix:
 
 
 def _in_memory(source: CellSource, kept: _Columns) -> sparse.csr_matrix:
-    return sparse.vstack([kept.of(block) for block in source.blocks()], format="csr")
+    return sparse.vstack([kept.of(block) for block in source.read_cells()], format="csr")
 
 
 def _on_disk(source: CellSource, kept: _Columns, folder: Path) -> sparse.csr_matrix:
@@ -154,7 +150,7 @@ def _on_disk(source: CellSource, kept: _Columns, folder: Path) -> sparse.csr_mat
     columns, values = folder / "columns", folder / "values"
     width = 0
     with columns.open("wb") as to_columns, values.open("wb") as to_values:
-        for rows in map(kept.of, source.blocks()):
+        for rows in map(kept.of, source.read_cells()):
             _append(to_columns, rows.indices.astype(np.int32))
             _append(to_values, rows.data)
             offsets.append(rows.indptr[1:].astype(np.int64) + offsets[-1][-1])
@@ -222,6 +218,5 @@ def _sample(source: CellSource) -> Iterator[sparse.csr_matrix]:
         length = CHOOSING_SPOTS // STRETCHES
         starts = np.linspace(0, source.n_cells - length, STRETCHES).astype(int)
         ranges = [(int(start), int(start) + length) for start in starts]
-    for start, stop in ranges:
-        for block in source.blocks(start, stop):
-            yield _matrix_of(block, source).astype(np.float32)
+    for block in source.read_cells(ranges):
+        yield _matrix_of(block, source).astype(np.float32)
