@@ -98,9 +98,9 @@ def test_blocks_that_spots_are_read_in_change_nothing(
 ) -> None:
     expected = read(tissue)
     path = FORMATS["csr"](tissue, tmp_path)
-    defaults = CellSource.blocks.__kwdefaults__
+    defaults = CellSource.read_cells.__kwdefaults__
     assert defaults is not None
-    monkeypatch.setitem(defaults, "max_cells", 13)
+    monkeypatch.setitem(defaults, "max_entries", 131)
     assert same(read(path), expected)
     assert same(read(path, folder=tmp_path), expected)
 
