@@ -51,6 +51,11 @@ def column_of(column: pd.Series[Any]) -> pd.Series[Any]:
 
     if is_numeric_dtype(column) and not is_bool_dtype(column):
         return column.astype(np.float64)
+    return labels_of(column)
+
+
+def labels_of(column: pd.Series[Any]) -> pd.Series[Any]:
+    """A column of obs as labels (object, str), also of numbers; none is missing."""
     labels = column.astype(object)
     return labels.where(labels.notna(), "missing").astype(str).astype(object)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .figures import GREY, new_figure
-from .scatter import Palette
+from .scatter import NO_CLASS, Palette
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SIDE = 4.2  # inches of a panel
 FILLED = 0.95  # of the distance to the next spot, is a spot's width
 SMALLEST, LARGEST = 0.3, 40.0  # points of a spot
+GAP = 0.1  # of a slice's longer side, between slices
 WEAKEST = 0.05  # connectivity of two domains that a line is drawn for
 
 
@@ -34,17 +35,36 @@ class Image(NamedTuple):
 def match_labels(found: pd.Series[Any], truth: pd.Series[Any]) -> dict[str, str]:
     """For each found label the true one it is drawn as, by the Hungarian method; each once.
 
-    Labels that are left over, where more are found than true, stand for themselves.
+    Labels that are left over, where more are found than true, stand for themselves; what has no
+    label matches none.
     """
     import pandas as pd
     from scipy.optimize import linear_sum_assignment
 
-    shared = pd.crosstab(found, truth)
+    shared = pd.crosstab(found, truth).drop(columns=list(NO_CLASS), errors="ignore")
     rows, columns = linear_sum_assignment(-shared.to_numpy())
     matched = {
         str(shared.index[r]): str(shared.columns[c]) for r, c in zip(rows, columns, strict=True)
     }
     return {str(name): matched.get(str(name), f"domain {name}") for name in sorted(found.unique())}
+
+
+def side_by_side(places: np.ndarray, slices: np.ndarray) -> np.ndarray:
+    """Slices moved such that each stands to the right of the one before, with some space.
+
+    Parameters
+    ----------
+    places
+        [spots, 2].
+    slices
+        [spots]: names.
+    """
+    moved, edge = places.copy(), 0.0
+    for name in np.unique(slices):
+        spots = slices == name
+        moved[spots] += [edge, 0] - places[spots].min(axis=0)
+        edge = moved[spots, 0].max() + GAP * np.ptp(places[spots], axis=0).max()
+    return moved
 
 
 def draw_tissue(

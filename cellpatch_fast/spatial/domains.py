@@ -121,12 +121,12 @@ def find_domains(
         If numbers are not finite, there are fewer spots than domains, or R is missing.
     """
     rows = np.asarray(embedding, np.float64)
-    _check(rows, count, method, starts)
+    _check(rows)
+    require_possible(len(rows), count, method, starts)
     if method == "leiden":
         return Domains(by_size(_leiden(rows, count, seed)), method)
     if method == "mclust":
-        if count is None:
-            raise InputError("mclust needs a number of domains: give n")
+        assert count is not None
         return Domains(by_size(_mclust(rows, count, seed)), method)
     if count is not None:
         return _mixture(rows, count, starts, seed, progress)[0]
@@ -148,18 +148,35 @@ def find_domains(
     return Domains(best.labels, method, best.spot_agreement, best.starts, numbers)
 
 
-def _check(rows: np.ndarray, count: int | None, method: str, starts: int) -> None:
+def require_possible(spots: int, count: int | None, method: Method, starts: int = STARTS) -> None:
+    """Refuse what `find_domains` cannot do with so many spots, whatever their embedding.
+
+    Raises
+    ------
+    InputError
+        As of `find_domains`.
+    """
     if method not in get_args(Method):
         raise InputError(f"unknown method {method!r}: choose {', '.join(get_args(Method))}")
+    if count is not None and not 1 <= count <= spots:
+        raise InputError(f"there can be 1 to {spots:,} domains, one per spot; found n={count}")
+    if starts < 1:
+        raise InputError(f"a mixture needs at least 1 start, found {starts}")
+    if method == "mclust" and count is None:
+        raise InputError("mclust needs a number of domains: give n (--domains)")
+    if method == "mclust" and shutil.which("Rscript") is None:
+        raise InputError(
+            "method='mclust' runs R, but there is no Rscript: install R and its package mclust, or "
+            "use method='mixture', which fits the same model"
+        )
+
+
+def _check(rows: np.ndarray) -> None:
     if rows.ndim != 2 or not rows.size:
         raise InputError(f"an embedding is [spots, width], found shape {list(rows.shape)}")
     if not np.isfinite(rows).all():
         bad = int((~np.isfinite(rows).all(axis=1)).sum())
         raise InputError(f"{bad:,} of {len(rows):,} spots have embeddings that are not finite")
-    if count is not None and not 1 <= count <= len(rows):
-        raise InputError(f"there can be 1 to {len(rows):,} domains, one per spot; found n={count}")
-    if starts < 1:
-        raise InputError(f"a mixture needs at least 1 start, found {starts}")
 
 
 def whiten(rows: np.ndarray) -> np.ndarray:
@@ -322,11 +339,6 @@ write.table(fit$classification, arguments[2], row.names = FALSE, col.names = FAL
 
 def _mclust(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Labels by R's mclust."""
-    if shutil.which("Rscript") is None:
-        raise InputError(
-            "method='mclust' runs R, but there is no Rscript: install R and its package mclust, or "
-            "use method='mixture', which fits the same model"
-        )
     with tempfile.TemporaryDirectory() as folder:
         script, table, labels = (Path(folder, name) for name in ("mclust.R", "rows", "labels"))
         script.write_text(MCLUST)

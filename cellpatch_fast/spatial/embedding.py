@@ -44,6 +44,7 @@ logger = logging.getLogger("cellpatch_fast")
 WHOLE_SPOTS = 2 * TILE_SPOTS  # that are one piece, where nothing else is asked for
 MEMORY = 2 << 30  # bytes of pieces that are kept in memory
 ENTRY_BYTES = 28  # of a piece, per entry: it is sorted by row and by column
+SCRATCH = ".tissue-"  # what the name of a temporary folder begins with
 COLUMNS = {EPOCHS: ["epoch", "step", "loss"]}
 
 
@@ -115,11 +116,7 @@ def embed_tissue(
     InputError
         If the input is not usable, or ``folder`` holds a run with other settings.
     """
-    if model is None and features is None and settings.features == "trained":
-        raise InputError(
-            "this preset trains a CellPatch model's features with the network, but there is no "
-            "model: name one, or use the preset 'default'"
-        )
+    require_model(settings, model is not None or features is not None)
     target = default_device() if device is None else usable_device(device)
     identity = None if model is None else fingerprint(model)
     model = None if model is None else as_written(data, model, reading)
@@ -173,6 +170,15 @@ def embed_tissue(
         return SpatialEmbedding(rows, fit.losses, list(map(str, expression.genes)), params)
 
 
+def require_model(settings: SpatialSettings, given: bool) -> None:
+    """Refuse settings that train a model's features, unless one is given."""
+    if settings.features == "trained" and not given:
+        raise InputError(
+            "this preset trains a CellPatch model's features with the network, but there is no "
+            "model: name one, or use the preset 'default'"
+        )
+
+
 def _scratch(
     stack: contextlib.ExitStack, data: object, spots: int, folder: Path | None
 ) -> Path | None:
@@ -180,7 +186,7 @@ def _scratch(
     if not isinstance(data, str | Path) or spots <= WHOLE_SPOTS:
         return None
     beside = None if folder is None else folder.parent
-    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".tissue-", dir=beside)))
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=SCRATCH, dir=beside)))
 
 
 class _Tissue:

@@ -10,8 +10,9 @@ import numpy as np
 
 from ..errors import InputError
 from ..plots.figures import finish
-from ..plots.scatter import column_of, import_scanpy, umap_of
-from ..plots.spatial import Image, draw_graph, draw_tissue, match_labels
+from ..plots.scatter import import_scanpy, labels_of, umap_of
+from ..plots.spatial import Image, draw_graph, draw_tissue, match_labels, side_by_side
+from .graphs import slices_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -24,6 +25,7 @@ def spatial_domains(
     domains: str | Sequence[str] = "domain",
     truth: str | None = None,
     basis: str = "spatial",
+    batch_key: str | None = None,
     image: str | bool = True,
     save: str | Path | None = None,
     show: bool = False,
@@ -36,16 +38,18 @@ def spatial_domains(
     Parameters
     ----------
     adata
-        With coordinates in ``obsm[basis]``, of one slice.
+        With coordinates in ``obsm[basis]``.
     domains
         Column of ``adata.obs``, or several, from `cellpatch_fast.tl.spatial_domains`.
     truth
         Column of ``adata.obs`` with annotated layers; None for none.
     basis
         Where the coordinates are.
+    batch_key
+        Column of ``adata.obs`` with the slice of each spot: slices are drawn side by side.
     image
-        Draw the picture of the tissue below, where ``uns["spatial"]`` has one, as Space Ranger's
-        readers store it; the name of a library chooses one of several.
+        Draw the picture of the tissue below one slice, where ``uns["spatial"]`` has one, as Space
+        Ranger's readers store it; the name of a library chooses one of several.
     save, show
         As of `embedding`.
 
@@ -59,13 +63,15 @@ def spatial_domains(
         _require_column(adata, name)
     if basis not in adata.obsm:
         raise InputError(f"adata.obsm lacks {basis!r}, where coordinates of spots belong")
-    panels = {name: column_of(adata.obs[name]).astype(str).astype(object) for name in names}
+    panels = {name: labels_of(adata.obs[name]) for name in names}
     if truth is not None:
-        known = column_of(adata.obs[truth]).astype(str).astype(object)
-        panels = {name: labels.map(match_labels(labels, known)) for name, labels in panels.items()}
-        panels = {truth: known} | panels
-    places = np.asarray(adata.obsm[basis], np.float64)[:, :2]
-    figure = draw_tissue(places, panels, image=_image_of(adata, image), show=show)
+        annotated = labels_of(adata.obs[truth])
+        panels = {n: labels.map(match_labels(labels, annotated)) for n, labels in panels.items()}
+        panels = {truth: annotated} | panels
+    places, picture = np.asarray(adata.obsm[basis], np.float64)[:, :2], _image_of(adata, image)
+    if (slices := slices_of(adata, batch_key)) is not None:
+        places, picture = side_by_side(places, slices), None
+    figure = draw_tissue(places, panels, image=picture, show=show)
     return finish(figure, save, show)
 
 
@@ -101,7 +107,7 @@ def spatial_paga(
     from anndata import AnnData
 
     _require_column(adata, domains)
-    labels = column_of(adata.obs[domains]).astype(str)
+    labels = labels_of(adata.obs[domains])
     order = sorted(labels.unique(), key=lambda name: (len(name), name))
     if len(order) < 2:
         raise InputError(f"adata.obs[{domains!r}] has {len(order)} domain: a graph needs two")
