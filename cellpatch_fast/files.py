@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 
@@ -23,6 +24,12 @@ def write_whole(path: str | Path, content: bytes | memoryview | str) -> None:
         to_disk(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def is_unfinished(path: Path, names: Collection[str] | None = None) -> bool:
+    """Whether a kill has left this of writing a file (with one of ``names``) in one step."""
+    match = re.fullmatch(r"\.(.+)\.\d+\.unfinished", path.name)
+    return match is not None and (names is None or match[1] in names)
 
 
 def to_disk(path: Path) -> None:
@@ -55,3 +62,27 @@ def made_whole(path: Path) -> Iterator[Path]:
         if unfinished.is_dir():
             shutil.rmtree(unfinished)
         unfinished.unlink(missing_ok=True)
+
+
+def names_to_disk(path: Path, top: Path) -> None:
+    """See to the disk the folders that ``path`` lies in, from below, up to ``top``."""
+    for folder in path.parents:
+        to_disk(folder)
+        if folder == top:
+            return
+
+
+def tree_to_disk(folder: Path) -> None:
+    """See a folder to the disk: its files, then the names in it, from below."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            to_disk(Path(place, name))
+        to_disk(Path(place))
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder, and those above it that are missing, and see their names to the disk."""
+    if not path.is_dir():
+        make_folders(path.parent)
+        path.mkdir(exist_ok=True)
+        to_disk(path.parent)

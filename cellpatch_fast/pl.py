@@ -168,6 +168,9 @@ def embedding(
         If the embedding or a column is missing, there are too few cells, the embedding holds
         numbers that are not finite, or ``highlight`` is not of these cells.
     """
+    from .io.sources.memory import require_anndata  # brings PyTorch, which other plots do without
+
+    require_anndata(adata, "pl.embedding draws an AnnData object")
     names = [color] if isinstance(color, str) else list(dict.fromkeys(color))
     if not names:
         raise InputError("color is empty: name a column of adata.obs")

@@ -16,10 +16,10 @@ from .cells import RaggedCells
 from .config import CellPatchConfig, Expected, Reading
 from .errors import InputError
 from .genes import GeneVocabulary
-from .io.sources.source import CellSource, open_source
+from .io.sources.memory import require_anndata
+from .io.sources.source import open_source
 from .loading import CellLoader
-from .loading.inputs import open_stream, sample_of
-from .preprocessing.detection import Detected, detect_input
+from .loading.inputs import detect_in, open_stream, sample_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,6 +65,7 @@ def quality_control(
         The copy if ``copy``; else None, and ``adata`` is filtered. Adds ``obs["n_genes"]`` and
         ``var["n_cells"]``, as scanpy does.
     """
+    require_anndata(adata, "pp.quality_control filters an AnnData object")
     scanpy = _import_scanpy()
     adata = adata.copy() if copy else adata
     cells, genes = adata.shape
@@ -114,11 +115,12 @@ def normalize(
     Raises
     ------
     InputError
-        If the matrix is already logged, or holds negative, infinite or missing values (the
-        first thousand cells are looked at), or the layer does not exist.
+        If the matrix is already logged, or holds negative, infinite or missing values (two
+        thousand cells are looked at), or the layer does not exist.
     """
+    require_anndata(adata, "pp.normalize changes an AnnData object")
     with open_source(adata, layer=layer) as source:
-        detected = _detect(source, "auto", target_sum)
+        detected = detect_in(source, sample_of(source), "auto", target_sum)
     place = "X" if layer is None else f"layer {layer!r}"
     if detected.kind == "lognorm":
         raise InputError(
@@ -202,14 +204,6 @@ def tokenize(
         f"{unknown:,}",
     )
     return cells
-
-
-def _detect(source: CellSource, expected: Expected, target_sum: float) -> Detected:
-    return detect_input(
-        *(sample_of(source), source.name, expected),
-        target_sum=target_sum,
-        gene_names=source.var.index,
-    )
 
 
 def _import_scanpy() -> Any:

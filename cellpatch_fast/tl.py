@@ -14,9 +14,9 @@ import numpy as np
 
 from .config import Reading
 from .errors import InputError
-from .genes.names import first_names
 from .inference.embedder import Embedder
 from .inference.labels import label_column, most_likely, require_threshold
+from .io.sources.memory import require_anndata
 from .model.storage import fingerprint
 from .progress import progress_bar
 from .spatial.tools import spatial_domains, spatial_embed, spatial_graph, spatial_niches
@@ -111,7 +111,7 @@ def embed(
     >>> cellpatch_fast.tl.embed(adata, "my-model")  # doctest: +SKIP
     >>> scanpy.pp.neighbors(adata, use_rep="X_cellpatch")  # doctest: +SKIP
     """
-    _require_anndata(adata, "embed", copy)
+    _require_object(adata, "embed", copy)
     if not key_added:
         raise InputError("key_added is empty: name the embedding in obsm")
     warn_of_unfinished(model)
@@ -181,7 +181,7 @@ def annotate(
     >>> cellpatch_fast.tl.annotate(adata, "my-annotator")  # doctest: +SKIP
     >>> adata.obs["cellpatch_label"].value_counts()  # doctest: +SKIP
     """
-    _require_anndata(adata, "annotate", copy)
+    _require_object(adata, "annotate", copy)
     if not key_added:
         raise InputError("key_added is empty: name what is added")
     warn_of_unfinished(model)
@@ -223,26 +223,14 @@ def annotate(
     return adata if copy else None
 
 
-def _require_anndata(adata: object, tool: str, copy: bool) -> None:
+def _require_object(adata: AnnData, tool: str, copy: bool) -> None:
     """Refuse what nothing can be added to, before anything is computed."""
-    from anndata import AnnData
-
     if isinstance(adata, str | Path):
         raise InputError(
             f"tl.{tool} adds to an AnnData object, found the path {str(adata)!r}: read it first "
             f"(anndata.read_h5ad), or have cellpatch_fast.atlas.{tool} make a store of the file"
         )
-    if isinstance(modalities := getattr(adata, "mod", None), Mapping):  # MuData
-        raise InputError(
-            f"tl.{tool} adds to an AnnData object, found a {type(adata).__name__} that holds "
-            f"{first_names(list(modalities)) or 'none'}: pass the one with genes, as in "
-            "mdata['rna']"
-        )
-    if not isinstance(adata, AnnData):
-        raise InputError(
-            f"tl.{tool} adds to an AnnData object, found {type(adata).__module__}."
-            f"{type(adata).__qualname__}: anndata.AnnData(X, obs, var) makes one of cells x genes"
-        )
+    require_anndata(adata, f"tl.{tool} adds to an AnnData object")
     if adata.isbacked and adata.is_view and not copy:
         raise InputError(
             "adata is a view of an object that is backed by a file, and nothing can be added to "
@@ -298,6 +286,8 @@ def _compute(
         "device": embedder.device.type,
         "genes_matched": stream.genes_matched,
         "genes_unknown": stream.genes_unknown,
+        "genes_duplicated": stream.genes_duplicated,
+        "genes_ambiguous": stream.genes_ambiguous,
         "unknown_entries": unknown,
         "empty_cells": empty,
     }

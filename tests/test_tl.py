@@ -148,6 +148,8 @@ def test_what_is_added(
         "device": "cpu",
         "genes_matched": GENES,
         "genes_unknown": 3,
+        "genes_duplicated": 0,
+        "genes_ambiguous": 0,
         "empty_cells": 1,
     }
     matched, added = caplog.messages
@@ -249,6 +251,23 @@ def test_what_is_no_anndata_object(
     name = tool.__name__
     with pytest.raises(InputError, match=f"tl.{name} .*" + message.format(tool=name)):
         tool(thing, small_model)
+
+
+def test_other_functions_say_so_too(small_model: CellPatch) -> None:
+    path = "cells.h5ad"
+    calls: list[tuple[Callable[..., Any], dict[str, str]]] = [
+        (cp.pl.embedding, {"color": "kind"}),
+        (cp.pp.normalize, {}),
+        (cp.pp.quality_control, {}),
+    ]
+    for function, options in calls:
+        name = function.__name__
+        with pytest.raises(
+            InputError, match=rf"{name} \w+ an AnnData object, found the path 'cell"
+        ):
+            function(path, **options)
+    with pytest.raises(InputError, match=r"a path or an AnnData object, found numpy.ndarray"):
+        cp.CellLoader(np.zeros((2, 3)), small_model.vocabulary, small_model.config)
 
 
 @pytest.mark.filterwarnings("ignore:::mudata")

@@ -5,7 +5,7 @@
 
 from .annotate import Annotated, annotate
 from .embed import embed
-from .making import Summary
+from .summary import Summary
 from .tokenize import tokenize
 
 __all__ = ["Annotated", "Summary", "annotate", "embed", "tokenize"]

@@ -20,8 +20,9 @@ from ..inference.labels import label_column, most_likely, require_threshold, tru
 from ..io.stores.embeddings import EmbeddingWriter
 from ..model.storage import fingerprint
 from ..training.folder import warn_of_unfinished
-from .making import KEY, PROBABILITIES, Summary, make_store
+from .making import KEY, PROBABILITIES, make_store
 from .selection import Selection
+from .summary import Summary
 
 if TYPE_CHECKING:
     import torch

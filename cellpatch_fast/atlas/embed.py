@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Literal
 from ..config import Reading
 from ..inference.embedder import Embedder
 from ..training.folder import warn_of_unfinished
-from .making import KEY, Summary, make_store
+from .making import KEY, make_store
 from .selection import Selection
+from .summary import Summary
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from ..model.storage import fingerprint
 from ..progress import progress_bar
 from .paths import input_paths, output_path
 from .selection import Selection, selected
+from .summary import Summary, gene_counts
 
 if TYPE_CHECKING:
     from ..config import Reading
@@ -38,48 +39,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("cellpatch_fast")
 KEY = "X_cellpatch"
 PROBABILITIES = "cellpatch_probabilities"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a run did.
-
-    Parameters
-    ----------
-    output
-        The finished store.
-    cells
-        Cells in it; ``embedded`` of them were computed by this run, the others by an earlier,
-        interrupted one (or all, where the store was finished already).
-    genes_matched, genes_unknown
-        Genes of the inputs that the model's vocabulary has and lacks, summed over inputs.
-    unknown_entries
-        Non-zero entries dropped because of unknown genes.
-    empty_cells
-        Cells without any known gene.
-    seconds
-        From the first cell read to the last one written.
-    """
-
-    output: Path
-    cells: int
-    embedded: int
-    genes_matched: int
-    genes_unknown: int
-    unknown_entries: int
-    empty_cells: int
-    seconds: float
-
-    def __str__(self) -> str:
-        if not self.embedded:
-            return f"{self.output} is complete already: {self.cells:,} cells, nothing to do"
-        earlier = self.cells - self.embedded
-        resumed = f" ({earlier:,} of them earlier)" if earlier else ""
-        return (
-            f"{self.output}: {self.cells:,} cells{resumed}, {self.genes_matched:,} genes matched, "
-            f"{self.genes_unknown:,} unknown, {self.empty_cells:,} empty cells, "
-            f"{self.embedded / self.seconds:,.0f} cells/s"
-        )
 
 
 def make_store(
@@ -119,6 +78,7 @@ def make_store(
             streams.append(stream)
         tables, chosen = _chosen_obs(streams, selection)
         begin(tables, [stream.name for stream in streams])
+        genes = gene_counts(streams)
         settings = {
             "model": fingerprint(embedder.model),
             "vocabulary": embedder.model.vocabulary.fingerprint,
@@ -132,21 +92,12 @@ def make_store(
             "backend": embedder.backend,
             "device": embedder.device.type,
             **extras,
+            **genes,
         }
         cells = sum(map(len, tables))
-        summary = Summary(
-            output=output,
-            cells=cells,
-            embedded=0,
-            genes_matched=sum(stream.genes_matched for stream in streams),
-            genes_unknown=sum(stream.genes_unknown for stream in streams),
-            unknown_entries=0,
-            empty_cells=0,
-            seconds=0.0,
-        )
+        summary = Summary(output, cells, **genes)
         if is_taken(output) and not overwrite:
-            counts = finished_counts(output, ATTRIBUTE, settings)
-            return _counted(summary, counts)
+            return summary.counted(finished_counts(output, ATTRIBUTE, settings))
         with EmbeddingWriter(
             output, settings, cells, widths, np.dtype(dtype), overwrite=overwrite
         ) as writer:
@@ -161,8 +112,7 @@ def make_store(
             seconds = time.perf_counter() - started
             finish(writer)
             counts = writer.finish()
-    summary = replace(summary, embedded=cells - earlier, seconds=seconds)
-    return _counted(summary, counts)
+    return replace(summary, computed=cells - earlier, seconds=seconds).counted(counts)
 
 
 def _chosen_obs(
@@ -175,12 +125,6 @@ def _chosen_obs(
         return tables, None
     logger.info("%s of %s cells are chosen", f"{len(chosen):,}", f"{sum(map(len, tables)):,}")
     return selected(tables, chosen), chosen
-
-
-def _counted(summary: Summary, counts: dict[str, int]) -> Summary:
-    return replace(
-        summary, unknown_entries=counts["unknown_entries"], empty_cells=counts["empty_cells"]
-    )
 
 
 def _missing_shards(
@@ -206,7 +150,7 @@ def _missing_shards(
                 key: np.empty((stop - start, width), writer.dtype)
                 for key, width in writer.widths.items()
             }
-            counts = {"unknown_entries": 0, "empty_cells": 0}
+            counts = {"entries": 0, "unknown_entries": 0, "empty_cells": 0}
             filled = 0
             while filled < stop - start:
                 cells = next(parts)
@@ -216,6 +160,7 @@ def _missing_shards(
                     assert rows is not None
                     block[filled : filled + len(cells)] = _fitting(rows, writer.dtype)
                 filled += len(cells)
+                counts["entries"] += int(cells.entries.sum())
                 counts["unknown_entries"] += int(cells.unknown_entries.sum())
                 counts["empty_cells"] += int((cells.entries == 0).sum())
                 yield len(cells)

@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ from ..loading import CellLoader
 from ..loading.inputs import CellStream, describe_input, open_stream
 from ..progress import progress_bar
 from .paths import input_paths, output_path
+from .summary import Summary, gene_counts
 
 if TYPE_CHECKING:
     from ..config import Expected
@@ -46,52 +47,6 @@ logger = logging.getLogger("cellpatch_fast")
 
 MAX_CELLS, MAX_ENTRIES = 65_536, 1 << 22  # of a batch: 4 million entries take some 100 MB
 HUMAN = "human"  # the vocabulary of this name is the bundled one
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a run did.
-
-    Parameters
-    ----------
-    output
-        The finished store.
-    cells
-        Cells in it; ``tokenized`` of them were read by this run, the others by an earlier,
-        interrupted one (or all, where the store was finished already).
-    genes_matched, genes_unknown
-        Genes of the inputs that the vocabulary has and lacks, summed over inputs.
-    entries
-        Entries of all cells together.
-    unknown_entries
-        Non-zero entries dropped because of unknown genes.
-    empty_cells
-        Cells without any known gene.
-    seconds
-        From the first cell read to the last one written.
-    """
-
-    output: Path
-    cells: int
-    tokenized: int
-    genes_matched: int
-    genes_unknown: int
-    entries: int
-    unknown_entries: int
-    empty_cells: int
-    seconds: float
-
-    def __str__(self) -> str:
-        if not self.seconds:
-            return f"{self.output} is complete already: {self.cells:,} cells, nothing to do"
-        earlier = self.cells - self.tokenized
-        resumed = f" ({earlier:,} of them earlier)" if earlier else ""
-        speed = f", {self.tokenized / self.seconds:,.0f} cells/s" if self.tokenized else ""
-        return (
-            f"{self.output}: {self.cells:,} cells{resumed}, {self.entries:,} entries, "
-            f"{self.genes_matched:,} genes matched, {self.genes_unknown:,} unknown, "
-            f"{self.empty_cells:,} empty cells{speed}"
-        )
 
 
 def tokenize(
@@ -178,6 +133,7 @@ def tokenize(
             opened.callback(stream.close)
             logger.info("%s", stream)
             streams.append(stream)
+        genes = gene_counts(streams)
         settings = {
             "vocabulary": vocabulary.fingerprint,
             **dataclasses.asdict(preprocessing),
@@ -186,16 +142,19 @@ def tokenize(
             ],
             **reading.record(),
             "shuffle": f"with seed {seed}" if shuffle else "",
+            **genes,
         }
         cells = sum(stream.n_cells for stream in streams)
-        matched = sum(stream.genes_matched for stream in streams)
-        unknown = sum(stream.genes_unknown for stream in streams)
-        summary = Summary(output, cells, 0, matched, unknown, 0, 0, 0, 0.0)
+        summary = Summary(output, cells, **genes)
         if is_taken(output) and not overwrite:
-            return _counted(summary, finished_counts(output, ATTRIBUTE, settings))
+            return summary.counted(finished_counts(output, ATTRIBUTE, settings))
         names = [str(path) for path in paths]
         with TokenWriter(
-            *(output, settings, cells, vocabulary, preprocessing),
+            output=output,
+            settings=settings,
+            cells=cells,
+            vocabulary=vocabulary,
+            preprocessing=preprocessing,
             measured={
                 name: stream.measured()[0] for name, stream in zip(names, streams, strict=True)
             },
@@ -211,11 +170,11 @@ def tokenize(
             else:
                 buckets = _buckets(writer, streams, rows, vocabulary, preprocessing)
                 tokenized = _write_shuffled(
-                    *(writer, buckets, streams, vocabulary, preprocessing, progress)
+                    writer, buckets, streams, vocabulary, preprocessing, progress
                 )
             seconds = time.perf_counter() - started
             counts = writer.finish()
-    return _counted(replace(summary, tokenized=tokenized, seconds=seconds), counts)
+    return replace(summary, computed=tokenized, seconds=seconds).counted(counts)
 
 
 def _resolved(
@@ -253,15 +212,6 @@ def _open(
     stream = open_stream(path, vocabulary, config, reading)
     assert isinstance(stream, CellStream)
     return stream
-
-
-def _counted(summary: Summary, counts: dict[str, int]) -> Summary:
-    return replace(
-        summary,
-        entries=counts["entries"],
-        unknown_entries=counts["unknown_entries"],
-        empty_cells=counts["empty_cells"],
-    )
 
 
 def _batches(streams: Sequence[CellStream], start: int) -> Generator[CellBatch]:

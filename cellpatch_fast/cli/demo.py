@@ -143,7 +143,7 @@ def _results(output: Path, data: AnnData, clock: _Clock) -> Results:
         _vote(annotated.obsm["X_cellpatch"], data),
         _vote(_principal_components(data), data),
         clock.seconds,
-        annotation.summary.embedded / annotation.summary.seconds,
+        annotation.summary.computed / annotation.summary.seconds,
     )
 
 

@@ -6,7 +6,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+import numpy as np
+
+from ..errors import InputError, InputWarning
 from ..io.stores.embeddings import ATTRIBUTE
 from ..io.stores.partial import finished_facts, partial_of, unfinished_facts
 from ..io.stores.tokens import KIND, TokenStore, is_token_store
@@ -60,7 +62,26 @@ def _model(path: Path) -> dict[str, Any]:
         **{name: list(names) for name, names in classes.items()},
         **_run(path),
         **model.config.to_dict(),
+        "gene rows": _gene_rows(model.vocabulary.tokens, model.config.max_genes),
     }
+
+
+def _gene_rows(tokens: np.ndarray, rows: int) -> str:
+    """Which rows of a gene embedding belong to genes."""
+    free = np.ones(rows, bool)
+    free[0] = False  # padding
+    free[tokens] = False
+    spare = np.flatnonzero(free)
+    text = f"{rows:,}: row 0 for padding, {len(tokens):,} for genes"
+    if not len(spare):
+        return text
+    bounds = np.flatnonzero(np.diff(spare) > 1) + 1
+    stretches = [(part[0], part[-1]) for part in np.split(spare, bounds)]
+    listed = [
+        f"{first:,} to {last:,}" if last > first else f"{first:,}" for first, last in stretches[:3]
+    ]
+    listed += ["…"] if len(stretches) > 3 else []
+    return f"{text}, {len(spare):,} spare ({', '.join(listed)}) for genes that are added"
 
 
 def _run(path: Path) -> dict[str, Any]:
@@ -69,10 +90,10 @@ def _run(path: Path) -> dict[str, Any]:
 
     if not (path / SETTINGS).exists():
         return {}
-    found = read_settings(path)
-    versions = ", ".join(f"{name} {x}" for name, x in found["versions"].items() if x)
-    data = found["settings"].get("data", [])
-    return {"made by": found["kind"], "data": data, "versions": versions}
+    run = read_settings(path)
+    versions = ", ".join(f"{name} {x}" for name, x in run["versions"].items() if x)
+    data = run["settings"].get("data", [])
+    return {"made by": run["kind"], "data": data, "versions": versions}
 
 
 def _embeddings(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -98,23 +119,29 @@ def _unfinished(journal: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _usable(source: CellSource) -> dict[str, str]:
+def _usable(source: CellSource) -> dict[str, Any]:
     """Whether the values and names of the genes are such that the cells can be embedded."""
+    from ..config import CellPatchConfig
     from ..genes import GeneVocabulary
-    from ..loading.inputs import sample_of
-    from ..preprocessing.detection import detect_input
+    from ..loading.inputs import detect_in, sample_of, warn_if_selected
 
-    facts = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they say is in the facts
+    facts: dict[str, Any] = {}
+    vocabulary, match = GeneVocabulary.human(), None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         try:
-            found = detect_input(sample_of(source), source.name, gene_names=source.var.index)
-            facts["values"] = found.reason
+            match = vocabulary.match_var(source.var, None, source.name)
+            names = str(match)
+        except InputError as error:
+            names = str(error)
+        try:
+            sample = sample_of(source)
+            detected = detect_in(source, sample, "auto", CellPatchConfig().target_sum)
+            facts["values"] = detected.reason
+            if match is not None:
+                warn_if_selected(source, sample, detected, match, vocabulary)
         except InputError as error:
             facts["values"] = f"cannot be embedded: {error}"
-        try:
-            match = GeneVocabulary.human().match_var(source.var, None, source.name)
-            facts["human genes"] = str(match)
-        except InputError as error:
-            facts["human genes"] = str(error)
-    return facts
+    facts["human genes"] = names
+    said = [str(one.message) for one in caught if issubclass(one.category, InputWarning)]
+    return facts | ({"warnings": said} if said else {})

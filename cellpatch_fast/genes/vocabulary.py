@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InputError, InputWarning
+from ..errors import InputError, InputWarning, warn
 from ..files import write_whole
 from .names import first_names, human_genes, original_names, split_name, var_columns, var_names
 
@@ -333,11 +332,10 @@ class GeneVocabulary:
                 f"Ensembl IDs or symbols are (gene_column, --gene-column): {var_columns(var)}"
             )
         if 2 * best.matched < len(best.tokens):
-            warnings.warn(
+            warn(
                 f"{path}: only {best}. Unknown genes are left out: {first_names(best.unknown)}. "
                 "Is this the right species, and are these Ensembl IDs or current symbols?",
                 GeneMatchWarning,
-                stacklevel=2,
             )
         return best
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import InputError, InputWarning
+from ..errors import InputError, warn
 from ..genes.names import first_names
 from ..loading.columns import read_names
 from .evaluation import UNKNOWN
@@ -105,7 +104,7 @@ def true_labels(
     counts = Counter(name for name in truth if name is not None)
     others = {name: count for name, count in counts.most_common() if name not in classes}
     if others:
-        _warn(
+        warn(
             f"{sum(others.values()):,} of {counts.total():,} labelled cells have a label in "
             f"obs[{column!r}] that is not among the model's classes: {first_names(list(others))} "
             f"({len(others):,} labels); the classes are {first_names(list(classes))} "
@@ -122,9 +121,9 @@ def _warn_of_no_effect(
     if pairs[0][0] not in labels and pairs[0][1] not in classes:
         logger.info("label map: %r, %r is taken for a header", *pairs.pop(0))
     if absent := [name for name, _ in pairs if name not in labels]:
-        _warn(f"label map: no cell has the label {_listed(absent)}")
+        warn(f"label map: no cell has the label {_listed(absent)}")
     if strange := [target for _, target in pairs if target not in classes]:
-        _warn(
+        warn(
             f"label map: {_listed(strange)} is not among the model's classes, which are "
             f"{_listed(classes)}"
         )
@@ -132,10 +131,6 @@ def _warn_of_no_effect(
 
 def _listed(names: Collection[str]) -> str:
     return ", ".join(map(repr, dict.fromkeys(names)))
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, InputWarning, stacklevel=3)
 
 
 def most_likely(probabilities: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:

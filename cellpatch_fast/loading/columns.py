@@ -72,17 +72,17 @@ def read_names(tables: Sequence[Table], names: Sequence[str], column: str) -> np
         If one of the tables, called ``names``, has no such column, or it holds numbers that are
         no names.
     """
-    found = read_column(tables, names, column)
-    if found.categories is not None:
-        texts = np.array([*map(str, found.categories), None], object)  # -1 is the last
-        chosen: np.ndarray = texts[found.values]
+    classes = read_column(tables, names, column)
+    if classes.categories is not None:
+        texts = np.array([*map(str, classes.categories), None], object)  # -1 is the last
+        chosen: np.ndarray = texts[classes.values]
         return chosen
-    if found.values.dtype.kind not in "biu":
+    if classes.values.dtype.kind not in "biu":
         raise InputError(
-            f"obs[{column!r}] holds numbers such as {found.values[0]:.6g}, but classes need names: "
-            "choose another column"
+            f"obs[{column!r}] holds numbers such as {classes.values[0]:.6g}, but classes need "
+            "names: choose another column"
         )
-    return found.values.astype(str).astype(object)
+    return classes.values.astype(str).astype(object)
 
 
 def balancing_weights(column: Column, name: str) -> np.ndarray:

@@ -1,11 +1,13 @@
 """What the loader reads from: AnnData sources prepared for a model, and token stores.
 
 Both know how many cells there are, how their genes match the vocabulary and how to read rows of
-them (`fetching.Rows`); the loader needs nothing else.
+them (`rows.Rows`); the loader needs nothing else.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,25 +18,27 @@ from ..config import Preprocessing, Reading
 from ..errors import InputError
 from ..io.sources.matrices import CsrMatrix, DenseMatrix
 from ..io.sources.source import CellSource, open_source
-from ..io.sources.transpose import CscMatrix
 from ..io.stores.obs import SOURCE_COLUMN
 from ..io.stores.tokens import TokenStore, is_token_store
 from ..preprocessing.changes import Expectation
-from ..preprocessing.detection import detect_input, warn_of_selection
+from ..preprocessing.detection import Detected, detect_input, warn_of_selection
 from ..preprocessing.selection import selection_of_genes
+from ..preprocessing.tokens import token_types, tokenize
 from .columns import read_column
-from .rows import CsrRows, DenseRows, Rows, TokenRows
+from .rows import MatrixRows, Rows, TokenRows
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from ..config import CellPatchConfig
+    from ..config import CellPatchConfig, Expected
     from ..genes import GeneVocabulary
+    from ..genes.vocabulary import GeneMatch
     from ..io.sources.tables import Table
 
 # What the kind of a matrix is told from: cells, in runs all over it; and at most
 SAMPLE_CELLS, SAMPLE_RUNS = 2_000, 8
 SAMPLE_ENTRIES = 8_000_000
+SAMPLE_VALUES = 4_000_000  # of a run in a dense matrix, zeros included
 SAMPLE_BYTES = 1 << 28  # of chunks, unless a single one has more
 TOTALS_CELLS = 5_000_000  # whose total counts are read, a whole column, to be compared
 
@@ -82,42 +86,28 @@ class CellStream:
         self._vocabulary_size = vocabulary.size
         sample = sample_of(source)
         self._sampled_entries = len(sample.data) / len(sample)  # of a cell
-        self.detected = detect_input(
-            sample,
-            source.name,
-            reading.input,
-            target_sum=config.target_sum,
-            gene_names=source.var.index,
-            n_cells=source.n_cells,
-        )
-        if self.detected.sums_matter:
-            counts = self.detected.kind == "counts" and self.n_cells <= TOTALS_CELLS
-            shown = selection_of_genes(
-                source.var, self.match, vocabulary, sample, source.obs_table() if counts else None
-            )
-            if shown:
-                warn_of_selection(self.detected, self.name, self.n_genes, shown)
+        self.detected = detect_in(source, sample, reading.input, config.target_sum)
+        warn_if_selected(source, sample, self.detected, self.match, vocabulary)
         self.kind: str = self.detected.kind
         self._rows: Rows | None = None
 
     def rows(self) -> Rows:
         """How to read the cells. A matrix that is stored by genes is turned into rows here."""
         if self._rows is None:
-            matrix = self.source.matrix
-            if isinstance(matrix, CscMatrix):
-                matrix = matrix.rows()
             # where the user has said what all cells hold, nothing is expected of them
             requested = self.detected.requested
-            settings = (
-                *(np.asarray(self.match.tokens), self.preprocessing, self.detected.kind),
-                *(self._vocabulary_size, self.name, self.source.var.index),
-                None if requested else Expectation(self.detected, self.name),
+            tokenizing = partial(
+                tokenize,
+                tokens=np.asarray(self.match.tokens),
+                preprocessing=self.preprocessing,
+                kind=self.detected.kind,
+                vocabulary_size=self._vocabulary_size,
+                name=self.name,
+                gene_names=self.source.var.index,
+                expectation=None if requested else Expectation(self.detected, self.name),
             )
-            if isinstance(matrix, CsrMatrix):
-                self._rows = CsrRows(matrix, *settings)
-            else:
-                assert isinstance(matrix, DenseMatrix)
-                self._rows = DenseRows(matrix, *settings)
+            types = token_types(self.preprocessing, self._vocabulary_size)
+            self._rows = MatrixRows(self.source.matrix.reader(), types, tokenizing)
         return self._rows
 
     def measured(self) -> np.ndarray:
@@ -270,6 +260,37 @@ def open_stream(
         raise
 
 
+def detect_in(
+    source: CellSource, sample: CellBlock, expected: Expected, target_sum: float
+) -> Detected:
+    """What a source holds, told from a sample of it; see `detect_input`."""
+    return detect_input(
+        sample,
+        source.name,
+        expected,
+        target_sum=target_sum,
+        gene_names=source.var.index,
+        n_cells=source.n_cells,
+    )
+
+
+def warn_if_selected(
+    source: CellSource,
+    sample: CellBlock,
+    detected: Detected,
+    match: GeneMatch,
+    vocabulary: GeneVocabulary,
+) -> None:
+    """Warn if the genes of a source are a selection and its values depend on that."""
+    if not detected.sums_matter:
+        return
+    counts = detected.kind == "counts" and source.n_cells <= TOTALS_CELLS
+    obs = source.obs_table() if counts else None
+    shown = selection_of_genes(source.var, match, vocabulary, sample, obs)
+    if shown:
+        warn_of_selection(detected, source.name, source.n_genes, shown)
+
+
 def sample_of(source: CellSource) -> CellBlock:
     """Runs of cells from all over a source, enough to tell what its matrix holds.
 
@@ -281,10 +302,12 @@ def sample_of(source: CellSource) -> CellBlock:
         runs = max(1, min(runs, SAMPLE_BYTES // _run_bytes(matrix)))
     length = -(-min(SAMPLE_CELLS, source.n_cells) // runs)
     starts = [run * source.n_cells // runs for run in range(runs)]
-    blocks = [
-        next(source.blocks(start, start + length, max_entries=SAMPLE_ENTRIES // runs))
-        for start in starts
-    ]
+    read = source.read_cells(
+        [(start, start + length) for start in starts],
+        max_entries=SAMPLE_VALUES if isinstance(matrix, DenseMatrix) else SAMPLE_ENTRIES // runs,
+        whole=False,
+    )
+    blocks = [_shortened(block, SAMPLE_ENTRIES // runs) for block in read]
     ends = np.cumsum([0, *(len(block.data) for block in blocks)])
     return CellBlock(
         start=0,
@@ -294,6 +317,15 @@ def sample_of(source: CellSource) -> CellBlock:
         indices=np.concatenate([block.indices for block in blocks]),
         data=np.concatenate([block.data for block in blocks]),
         positions=np.concatenate([np.arange(block.start, block.stop) for block in blocks]),
+    )
+
+
+def _shortened(block: CellBlock, entries: int) -> CellBlock:
+    """The block's first cells, with up to so many entries, one cell at least."""
+    cells = max(1, int(np.searchsorted(block.indptr, entries, side="right")) - 1)
+    indptr = block.indptr[: cells + 1]
+    return replace(
+        block, indptr=indptr, indices=block.indices[: indptr[-1]], data=block.data[: indptr[-1]]
     )
 
 

@@ -4,7 +4,7 @@
     for batch in loader:
         features = model.encode(batch.cells)
 
-An epoch is cut into windows (see `sampling`). Worker threads each take one window at a time: read
+An epoch is cut into windows (see `sampler`). Worker threads each take one window at a time: read
 its byte ranges, decode the chunks without the GIL, tokenise in one compiled pass, all into memory
 that is reused, and put it on its way to the GPU on a stream of its own. The consumer gets the
 windows' batches in order.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -31,13 +32,8 @@ from ..errors import InputError
 from ..preprocessing.masking import Masked, Masking, Measured, mask
 from .columns import balancing_weights, read_column
 from .inputs import CellStream, Stream, TokenStream, open_stream
-from .sampling import (
-    Chosen,
-    Epoch,
-    Sampling,
-    batches_per_epoch,
-    warn_of_unequal_batches,
-)
+from .sampler import Chosen, Epoch, Sampler, checked_windows
+from .sampling import Sampling, warn_of_unequal_batches
 from .windows import Assembly, CellBatch, run
 
 if TYPE_CHECKING:
@@ -80,6 +76,9 @@ class CellLoader:
     weights
         With ``shuffle``: how often each cell comes, relative to the others, float [cells]; or the
         name of a categorical column of obs, whose categories then come equally often.
+    sampler
+        Says which cells come in which batch, instead of all the options above; see
+        `sampler.Sampler`. The seed stays that of masks.
     rows
         The cells to take, as positions: int64 [cells], ascending; or as ranges
         ``[(start, stop), …]``, ascending too. All by default.
@@ -139,6 +138,7 @@ class CellLoader:
         world_size: int = 1,
         share_batches: bool = False,
         weights: np.ndarray | str | None = None,
+        sampler: Sampler | None = None,
         rows: np.ndarray | Sequence[tuple[int, int]] | None = None,
         obs: Sequence[str] = (),
         masking: Masking | None = None,
@@ -150,10 +150,21 @@ class CellLoader:
         threads: int | None = None,
         memory_limit: int = MEMORY_LIMIT,
     ) -> None:
-        self.sampling = Sampling(
-            *(batch_size, max_entries, shuffle, block_size, buffer_size),
-            *(seed, drop_last, rank, world_size, share_batches),
+        sampling = Sampling(
+            batch_size=batch_size,
+            max_entries=max_entries,
+            shuffle=shuffle,
+            block_size=block_size,
+            buffer_size=buffer_size,
+            seed=seed,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+            share_batches=share_batches,
         )
+        if sampler is not None:
+            _refuse_options(sampling, weights)
+        self.sampler, self._seed = sampler or sampling, seed
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, found {threads}")
         self.device, self.epoch, self.first_batch = torch.device(device), 0, 0
@@ -191,7 +202,8 @@ class CellLoader:
     ) -> None:
         self.n_cells = sum(stream.n_cells for stream in self.streams)
         self._chosen = Chosen(rows, self.n_cells)
-        warn_of_unequal_batches(self.sampling, len(self._chosen))
+        if isinstance(self.sampler, Sampling):
+            warn_of_unequal_batches(self.sampler, len(self._chosen))
         self._sources = [stream.rows() for stream in self.streams]
         _check_same_types(self.streams)
         balanced = isinstance(weights, str)
@@ -204,11 +216,10 @@ class CellLoader:
             for name, column in columns.items()
             if column.categories is not None
         }
-        self._weights = None
         if isinstance(weights, str):
             weights = balancing_weights(read_column(annotations, names, weights), weights)
-        if weights is not None:
-            self._weights = self._chosen_weights(np.asarray(weights, np.float64))
+        if weights is not None and isinstance(self.sampler, Sampling):
+            self.sampler = replace(self.sampler, weights=self._chosen_weights(weights))
         if self._masking is not None:
             self._prepare_masking()
 
@@ -219,27 +230,23 @@ class CellLoader:
         inputs = [stream.input_of_cells() for stream in self.streams]
         self._measured = Measured(np.concatenate(tables))
         self._inputs = np.concatenate(
-            [own.astype(np.int32) + first for own, first in zip(inputs, firsts, strict=True)],
+            [rows.astype(np.int32) + first for rows, first in zip(inputs, firsts, strict=True)],
             dtype=np.int32,
         )
 
     def _chosen_weights(self, weights: np.ndarray) -> np.ndarray:
-        """The weights of the chosen cells, checked."""
-        if not self.sampling.shuffle:
-            raise ValueError("weights need shuffle=True")
+        """The weights of the chosen cells."""
+        weights = np.asarray(weights, np.float64)
         if weights.shape != (self.n_cells,):
             raise ValueError(
                 f"weights must be one number per cell, [{self.n_cells}], found "
                 f"{list(weights.shape)}"
             )
-        weights = weights[self._chosen.rows(np.arange(len(self._chosen)))]
-        if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
-            raise ValueError("weights must be finite, not negative, and not all 0")
-        return weights
+        return weights[self._chosen.rows(np.arange(len(self._chosen)))]
 
     def __len__(self) -> int:
         """Batches per epoch of this rank (`TypeError` with ``max_entries``)."""
-        return batches_per_epoch(self.sampling, len(self._chosen))
+        return self.sampler.batches_per_epoch(len(self._chosen))
 
     def __iter__(self) -> Generator[CellBatch]:
         number, first_batch = self.epoch, self.first_batch
@@ -248,14 +255,17 @@ class CellLoader:
             self._sources,
             self._chosen,
             obs=self._obs,
-            in_order=not self.sampling.shuffle,
             mask=self._mask(number),
             device=self.device,
         )
-        epoch = Epoch(self.sampling, assembly.lengths, len(self._chosen), number, self._weights)
         size = min(WINDOW_BYTES, self._memory_limit // WINDOWS_IN_MEMORY)
-        entries = min(WINDOW_ENTRIES, size // assembly.entry_bytes)
-        windows = epoch.windows(entries, first_batch)
+        epoch = Epoch(
+            number=number,
+            cells=len(self._chosen),
+            lengths=assembly.lengths,
+            window_entries=min(WINDOW_ENTRIES, size // assembly.entry_bytes),
+        )
+        windows = checked_windows(self.sampler.windows(epoch), epoch.cells, first_batch)
         return self._until_closed(run(assembly, windows, self._threads, self._memory_limit))
 
     def _until_closed(self, batches: Generator[CellBatch]) -> Generator[CellBatch]:
@@ -279,7 +289,7 @@ class CellLoader:
                 measured=self._measured,
                 inputs=self._inputs[rows],
                 masking=self._masking,
-                seed=self.sampling.seed,
+                seed=self._seed,
                 epoch=number,
             )
 
@@ -306,10 +316,25 @@ class CellLoader:
 def listed_inputs(inputs: Any) -> list[Any]:
     """One input, or several, as a list."""
     several = isinstance(inputs, Sequence) and not isinstance(inputs, str)
-    found = list(inputs) if several else [inputs]
-    if not found:
+    listed = list(inputs) if several else [inputs]
+    if not listed:
         raise InputError("no input was given")
-    return found
+    return listed
+
+
+def _refuse_options(sampling: Sampling, weights: np.ndarray | str | None) -> None:
+    """Raise `ValueError` if there are options that a sampler of the user's would not see."""
+    given = [
+        option.name
+        for option in fields(Sampling)
+        if option.name != "seed" and getattr(sampling, option.name) != option.default
+    ]
+    given += ["weights"] if weights is not None else []
+    if given:
+        raise ValueError(
+            f"a sampler decides on its own which cells come in which batch: leave out "
+            f"{', '.join(given)}, or leave out the sampler"
+        )
 
 
 def _check_same_types(streams: Sequence[Stream]) -> None:

@@ -1,8 +1,8 @@
 """From rows of a source to tokens in place: what a worker of the loader does.
 
-A source of cells is one of `TokenRows` (a token store), `CsrRows` or `DenseRows` (a matrix, to be
-tokenised). The loader asks it for a *part*, the rows that a window takes from it, and a worker
-then has `Part.write` read, decode and tokenise them into the window's memory.
+A source of cells is `TokenRows` (a token store) or `MatrixRows` (a matrix, to be tokenised). The
+loader asks it for a *part*, the rows that a window takes from it, and a worker then has
+`Part.write` read, decode and tokenise them into the window's memory.
 
 - The lengths of a token store's cells are known beforehand, so its tokens go from the decoder
   into the window in one step. A matrix's entries are decoded into buffers that each worker keeps
@@ -11,20 +11,15 @@ then has `Part.write` read, decode and tokenise them into the window's memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from ..cells import CellBlock
-from ..config import Preprocessing
-from ..io.chunks import chunks_of
+from ..io.chunks.gathering import EntryChunks, Shared, buffer
 from ..io.interfaces import Chunks
-from ..io.sources.matrices import CsrMatrix, DenseMatrix, dense_to_csr, numbers
-from ..preprocessing.changes import Expectation
-from ..preprocessing.detection import InputKind
-from ..preprocessing.tokens import Tokenized, token_types, tokenize
-from .gathering import EntryChunks, Shared, buffer
+from ..io.sources.matrices import RowReader
+from ..preprocessing.tokens import Tokenized
 
 
 class Part(Protocol):
@@ -57,8 +52,8 @@ class Rows(Protocol):
     def fixed_bytes(self) -> int:
         """Memory that a worker needs in any case."""
 
-    def part(self, rows: np.ndarray, *, in_order: bool) -> Part:
-        """The ``rows``, int64 [cells]; ``in_order`` where the next window goes on after them.
+    def part(self, rows: np.ndarray) -> Part:
+        """The ``rows``, int64 [cells].
 
         To be called in the order of the windows, from one thread.
         """
@@ -90,8 +85,8 @@ class TokenRows:
         self._arrays = [EntryChunks(name, offsets, chunks) for chunks in (genes, values)]
         self.fixed_bytes = sum(array.chunk_bytes for array in self._arrays)
 
-    def part(self, rows: np.ndarray, *, in_order: bool) -> Part:
-        return _TokenPart(self, rows, [array.share(rows, in_order) for array in self._arrays])
+    def part(self, rows: np.ndarray) -> Part:
+        return _TokenPart(self, rows, [array.share(rows) for array in self._arrays])
 
     def close(self) -> None:
         for array in self._arrays:
@@ -113,113 +108,45 @@ class _TokenPart:
         return lengths, np.zeros(len(rows), np.int64)
 
 
-class CsrRows:
-    """The cells of a CSR matrix.
+class MatrixRows:
+    """The cells of a matrix, to be tokenised.
 
     Parameters
     ----------
-    matrix
-        The matrix.
-    tokens, preprocessing, kind, vocabulary_size, name, gene_names, expectation
-        See `tokens.tokenize`.
+    reader
+        Reads them; closed with this.
+    types
+        Of the genes and values that are made.
+    tokenizing
+        `tokens.tokenize`, with all that it needs to know besides the cells.
     """
 
     def __init__(
         self,
-        matrix: CsrMatrix,
-        tokens: np.ndarray,
-        preprocessing: Preprocessing,
-        kind: InputKind,
-        vocabulary_size: int,
-        name: str,
-        gene_names: Sequence[str],
-        expectation: Expectation | None,
+        reader: RowReader,
+        types: tuple[np.dtype[Any], np.dtype[Any]],
+        tokenizing: Callable[..., Tokenized],
     ) -> None:
-        self.offsets = matrix.indptr
-        self.types = token_types(preprocessing, vocabulary_size)
-        self._settings = (tokens, preprocessing, kind, vocabulary_size, name, gene_names)
-        self._expectation = expectation
-        self._arrays = [
-            EntryChunks(matrix.name, matrix.indptr, chunks_of(array))
-            for array in (matrix.indices, matrix.data)
-        ]
-        stored = sum(array.chunks.dtype.itemsize for array in self._arrays)
-        self.entry_bytes = stored + 12  # at most: int32 columns and float64 values made of them
-        self.fixed_bytes = sum(array.chunk_bytes for array in self._arrays)
+        self.offsets, self.types = reader.offsets, types
+        self.entry_bytes, self.fixed_bytes = reader.entry_bytes, reader.fixed_bytes
+        self._reader, self._tokenizing = reader, tokenizing
 
-    def part(self, rows: np.ndarray, *, in_order: bool) -> Part:
-        return _CsrPart(self, rows, [array.share(rows, in_order) for array in self._arrays])
-
-    def read(self, rows: np.ndarray, shared: Sequence[Shared]) -> CellBlock:
-        """The ``rows``, ascending and each once."""
-        lengths = self.offsets[rows + 1] - self.offsets[rows]
-        indptr = np.concatenate([[0], np.cumsum(lengths)])
-        columns, values = (
-            buffer(name, int(indptr[-1]), array.chunks.dtype)
-            for name, array in zip(("columns", "values"), self._arrays, strict=True)
-        )
-        for array, target, shares in zip(self._arrays, (columns, values), shared, strict=True):
-            array.gather(rows, indptr[:-1], target, shares)
-        return CellBlock(0, indptr, columns, numbers(values), rows)  # tokenize takes any columns
-
-    def tokenize(
-        self, block: CellBlock, order: np.ndarray, into: tuple[np.ndarray, np.ndarray]
-    ) -> Tokenized:
-        return tokenize(
-            block, *self._settings, order=order, into=into, expectation=self._expectation
-        )
+    def part(self, rows: np.ndarray) -> Part:
+        return _MatrixPart(self._reader, self._tokenizing, rows)
 
     def close(self) -> None:
-        for array in self._arrays:
-            array.close()
+        self._reader.close()
 
 
-class _CsrPart:
-    def __init__(self, source: CsrRows | DenseRows, rows: np.ndarray, shared: Any) -> None:
-        self._source, self._rows, self._shared = source, rows, shared
+class _MatrixPart:
+    def __init__(
+        self, reader: RowReader, tokenizing: Callable[..., Tokenized], rows: np.ndarray
+    ) -> None:
+        self._reader, self._tokenizing, self._rows = reader, tokenizing, rows
+        self._shared = reader.share(rows)
 
     def write(self, genes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows, order = np.unique(self._rows, return_inverse=True)
-        block = self._source.read(rows, self._shared)
-        made = self._source.tokenize(block, order, (genes, values))
-        return np.diff(made.offsets), made.unknown
-
-
-class DenseRows(CsrRows):
-    """The cells of a dense matrix, each of which counts as one entry per gene.
-
-    Parameters
-    ----------
-    matrix
-        The matrix.
-    tokens, preprocessing, kind, vocabulary_size, name, gene_names, expectation
-        See `tokens.tokenize`.
-    """
-
-    def __init__(
-        self,
-        matrix: DenseMatrix,
-        tokens: np.ndarray,
-        preprocessing: Preprocessing,
-        kind: InputKind,
-        vocabulary_size: int,
-        name: str,
-        gene_names: Sequence[str],
-        expectation: Expectation | None,
-    ) -> None:
-        cells, self._genes = matrix.shape
-        self.offsets = np.arange(cells + 1, dtype=np.int64) * self._genes
-        self.types = token_types(preprocessing, vocabulary_size)
-        self._settings = (tokens, preprocessing, kind, vocabulary_size, name, gene_names)
-        self._expectation = expectation
-        self._arrays = [EntryChunks(matrix.name, self.offsets, chunks_of(matrix.array))]
-        # If no value is 0: the values, their places, columns, and copies of both.
-        self.entry_bytes = 2 * self._arrays[0].chunks.dtype.itemsize + 8 + 8 + 12
-        self.fixed_bytes = self._arrays[0].chunk_bytes
-
-    def read(self, rows: np.ndarray, shared: Sequence[Shared]) -> CellBlock:
-        (array,) = self._arrays
-        dense = buffer("dense", len(rows) * self._genes, array.chunks.dtype)
-        array.gather(rows, np.arange(len(rows)) * self._genes, dense, shared[0])
-        indptr, indices, data = dense_to_csr(dense.reshape(len(rows), self._genes))
-        return CellBlock(0, indptr, indices, data, rows)
+        block = self._reader.read(rows, self._shared, buffer)
+        tokenized = self._tokenizing(block, order=order, into=(genes, values))
+        return np.diff(tokenized.offsets), tokenized.unknown

@@ -1,4 +1,4 @@
-"""Which cells come in which batch: the order of an epoch, cut into windows and batches.
+"""The package's own sampler: the order of an epoch, cut into windows and batches.
 
 All of it is arithmetic on positions. Nothing is read, so the order depends on the settings alone
 and not on threads, memory or timing, and it can be tested as sets of numbers.
@@ -17,21 +17,17 @@ and not on threads, memory or timing, and it can be tested as sets of numbers.
 - Or (`Sampling.share_batches`) the ranks take consecutive, equal parts of every batch. The batches
   are then those of a single process, so that training takes the same course on any number of
   devices; each rank reads the blocks that all of them need.
-
-A *window* is what the loader reads, decodes and holds as one piece; it consists of whole batches.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..errors import InputWarning
-
-Lengths = Callable[[np.ndarray], np.ndarray]  # positions [cells] to stored entries [cells]
+from ..errors import warn
+from .sampler import Epoch, Window
 
 WINDOW_CELLS = 1_024  # where the end of a window in file order is looked for, at first
 BLOCKS, CELLS, PHASE = range(3)  # what a random number is for, so that no two are related
@@ -39,7 +35,7 @@ BLOCKS, CELLS, PHASE = range(3)  # what a random number is for, so that no two a
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an epoch is cut and ordered.
+    """How an epoch is cut and ordered; a `Sampler`.
 
     Parameters
     ----------
@@ -64,6 +60,9 @@ class Sampling:
         Which part of each epoch this process takes.
     share_batches
         Whether that is a part of each batch, instead of some of the batches.
+    weights
+        float64 [cells that take part]: how often each comes, relative to the others. Needs
+        ``shuffle``.
 
     Raises
     ------
@@ -81,6 +80,7 @@ class Sampling:
     rank: int = 0
     world_size: int = 1
     share_batches: bool = False
+    weights: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_entries", "block_size", "buffer_size", "world_size"):
@@ -96,155 +96,72 @@ class Sampling:
                 "drop_last and max_entries exclude each other: batches by entries have no full "
                 "size. Leave one of them out"
             )
+        if self.weights is not None:
+            self._check_weights(self.weights)
 
+    def _check_weights(self, weights: np.ndarray) -> None:
+        if not self.shuffle:
+            raise ValueError("weights need shuffle=True")
+        if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
+            raise ValueError("weights must be finite, not negative, and not all 0")
 
-@dataclass(frozen=True, eq=False)
-class Window:
-    """Cells that are read together.
+    def windows(self, epoch: Epoch) -> Iterator[Window]:
+        """The windows of this rank, in order."""
+        order = _Order(self, epoch)
+        windows = order.shuffled() if self.shuffle else order.in_order()
+        return map(self._shared, windows)
 
-    Parameters
-    ----------
-    positions
-        int64 [cells]: the cells in the order of the batches.
-    cuts
-        int64 [batches + 1]: batch ``b`` has the positions ``cuts[b] : cuts[b + 1]``.
-    """
+    def batches_per_epoch(self, cells: int) -> int:
+        """The number of batches of this rank.
 
-    positions: np.ndarray
-    cuts: np.ndarray
-
-
-class Chosen:
-    """The rows that take part; their positions are counted from 0.
-
-    Parameters
-    ----------
-    rows
-        int64 rows, ascending and each once; or ranges ``[(start, stop), …]``, ascending; or None
-        for all.
-    total
-        How many rows there are.
-
-    Raises
-    ------
-    ValueError
-        If the rows are not in order or not there.
-    """
-
-    def __init__(self, rows: np.ndarray | Sequence[tuple[int, int]] | None, total: int) -> None:
-        ranges = np.array([[0, total]]) if rows is None else _ranges(np.asarray(rows))
-        if (ranges[:, 0] >= ranges[:, 1]).any() or (ranges[1:, 0] < ranges[:-1, 1]).any():
-            raise ValueError("rows must be ascending, and none may come twice")
-        if len(ranges) and not 0 <= ranges[0, 0] <= ranges[-1, 1] <= total:
-            raise ValueError(
-                f"rows {ranges[0, 0]} to {ranges[-1, 1] - 1} are not within 0 to {total - 1}"
-            )
-        self._starts = ranges[:, 0]
-        self._ends = np.cumsum(ranges[:, 1] - ranges[:, 0])  # positions
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def rows(self, positions: np.ndarray) -> np.ndarray:
-        """int64 [cells]: the rows at ``positions``."""
-        if len(self._starts) == 1:
-            return positions + self._starts[0]
-        which = np.searchsorted(self._ends, positions, side="right")
-        before = np.concatenate([[0], self._ends])[which]
-        return positions - before + self._starts[which]
-
-
-def _ranges(rows: np.ndarray) -> np.ndarray:
-    """int64 [ranges, 2]: runs of rows that follow each other."""
-    if rows.ndim == 2 and rows.shape[1] == 2:
-        return rows.astype(np.int64)
-    if rows.ndim != 1 or (rows.dtype.kind not in "iu" and len(rows)):
-        raise ValueError(
-            f"rows must be positions of cells or ranges of them, found {rows.dtype} "
-            f"{list(rows.shape)}"
-        )
-    rows = rows.astype(np.int64)
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-    starts = np.concatenate([[0], breaks])[: len(rows)].astype(np.int64)
-    ends = np.concatenate([breaks, [len(rows)]])[: len(starts)].astype(np.int64)
-    return np.stack([rows[starts], rows[ends - 1] + 1], axis=1)
-
-
-class Epoch:
-    """The cells of one epoch that one rank sees.
-
-    Parameters
-    ----------
-    sampling
-        How it is cut and ordered.
-    lengths
-        Positions to stored entries: a function of an int64 array that returns one.
-    cells
-        How many cells there are.
-    number
-        Of the epoch, from 0.
-    weights
-        float64 [cells], not negative: how often a cell comes, relative to the others. Needs
-        ``sampling.shuffle``.
-    """
-
-    def __init__(
-        self,
-        sampling: Sampling,
-        lengths: Lengths,
-        cells: int,
-        number: int = 0,
-        weights: np.ndarray | None = None,
-    ) -> None:
-        self._sampling, self._lengths, self._cells, self._number = sampling, lengths, cells, number
-        self._weights = weights
-        self._phase = 0.0
-        self._order, self._ends, self._marks = self._blocks()
-        self._first, self._last = _part(sampling, cells)
-
-    def __len__(self) -> int:
-        """Cells of this rank, or of all ranks where they share batches."""
-        return self._last - self._first
-
-    def windows(self, window_entries: int, first_batch: int = 0) -> Iterator[Window]:
-        """The windows, in order, from a batch on.
-
-        Parameters
-        ----------
-        window_entries
-            About the entries of a window; matters in file order only.
-        first_batch
-            Batches to leave out at the beginning.
+        Raises
+        ------
+        TypeError
+            If it depends on the cells, that is with ``max_entries``.
         """
-        windows = self._shuffled() if self._sampling.shuffle else self._in_order(window_entries)
-        for window in windows:
-            batches = len(window.cuts) - 1
-            if first_batch < batches:
-                yield self._shared(_from_batch(window, first_batch))
-            first_batch = max(0, first_batch - batches)
+        if self.max_entries is not None:
+            raise TypeError("with max_entries the number of batches depends on the cells")
+        first, last = self.part(cells)
+        return -(-(last - first) // self.batch_size)
+
+    def part(self, cells: int) -> tuple[int, int]:
+        """The part of the order that this rank takes, or takes its parts of batches from."""
+        rank, ranks = (0, 1) if self.share_batches else (self.rank, self.world_size)
+        if self.drop_last:
+            part = cells // (ranks * self.batch_size) * self.batch_size
+            return rank * part, (rank + 1) * part
+        return cells * rank // ranks, cells * (rank + 1) // ranks
 
     def _shared(self, window: Window) -> Window:
         """This rank's part of every batch, where batches are shared."""
-        sampling = self._sampling
-        if not sampling.share_batches or sampling.world_size == 1:
+        if not self.share_batches or self.world_size == 1:
             return window
         starts, sizes = window.cuts[:-1], np.diff(window.cuts)
         firsts, lasts = (
-            starts + sizes * rank // sampling.world_size
-            for rank in (sampling.rank, sampling.rank + 1)
+            starts + sizes * rank // self.world_size for rank in (self.rank, self.rank + 1)
         )
-        parts = [window.positions[i:j] for i, j in zip(firsts, lasts, strict=True)]
-        cuts = np.concatenate([[0], np.cumsum(lasts - firsts)])
-        return Window(np.concatenate(parts), cuts)
+        return Window.of(
+            [window.positions[first:last] for first, last in zip(firsts, lasts, strict=True)]
+        )
 
-    def _in_order(self, window_entries: int) -> Iterator[Window]:
-        """Batches in file order, as many per window as stay within ``window_entries``."""
-        size = self._sampling.batch_size
+
+class _Order:
+    """The cells of one epoch in their order."""
+
+    def __init__(self, sampling: Sampling, epoch: Epoch) -> None:
+        self._sampling, self._epoch, self._cells = sampling, epoch, epoch.cells
+        self._weights, self._phase = sampling.weights, 0.0
+        self._order, self._ends, self._marks = self._blocks()
+        self._first, self._last = sampling.part(epoch.cells)
+
+    def in_order(self) -> Iterator[Window]:
+        """Batches in file order, as many per window as stay within its entries."""
+        size, window_entries = self._sampling.batch_size, self._epoch.window_entries
         reach = -(-WINDOW_CELLS // size) * size  # whole batches
         start = self._first
         while start < self._last:
             positions = np.arange(start, min(start + reach, self._last))
-            offsets = np.concatenate([[0], np.cumsum(self._lengths(positions))])
+            offsets = np.concatenate([[0], np.cumsum(self._epoch.lengths(positions))])
             goes_on = start + reach < self._last
             if goes_on and offsets[-1] <= window_entries:
                 reach *= 2  # to see where the window ends
@@ -257,14 +174,14 @@ class Epoch:
             yield Window(positions[: cuts[-1]], cuts)
             start += int(cuts[-1])
 
-    def _shuffled(self) -> Iterator[Window]:
+    def shuffled(self) -> Iterator[Window]:
         sampling = self._sampling
         size = -(-sampling.buffer_size // sampling.batch_size) * sampling.batch_size
         for number, start in enumerate(range(self._first, self._last, size)):
             positions = self._ordered(start, min(start + size, self._last))
             rank = 0 if sampling.share_batches else sampling.rank
             positions = self._random(CELLS, rank, number).permutation(positions)
-            offsets = np.concatenate([[0], np.cumsum(self._lengths(positions))])
+            offsets = np.concatenate([[0], np.cumsum(self._epoch.lengths(positions))])
             yield Window(positions, _cuts(offsets, sampling.batch_size, sampling.max_entries))
 
     def _blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -309,21 +226,7 @@ class Epoch:
         return np.repeat(positions, counts)
 
     def _random(self, *purpose: int) -> np.random.Generator:
-        return np.random.default_rng([self._sampling.seed, self._number, *purpose])
-
-
-def batches_per_epoch(sampling: Sampling, cells: int) -> int:
-    """The number of batches of this rank.
-
-    Raises
-    ------
-    TypeError
-        If it depends on the cells, that is with ``max_entries``.
-    """
-    if sampling.max_entries is not None:
-        raise TypeError("with max_entries the number of batches depends on the cells")
-    first, last = _part(sampling, cells)
-    return -(-(last - first) // sampling.batch_size)
+        return np.random.default_rng([self._sampling.seed, self._epoch.number, *purpose])
 
 
 def warn_of_unequal_batches(sampling: Sampling, cells: int) -> None:
@@ -337,7 +240,7 @@ def warn_of_unequal_batches(sampling: Sampling, cells: int) -> None:
     if sampling.max_entries is not None:
         numbers = "numbers of batches that depend on their cells (max_entries), and can differ"
     else:
-        counts = [batches_per_epoch(replace(sampling, rank=r), cells) for r in range(ranks)]
+        counts = [replace(sampling, rank=r).batches_per_epoch(cells) for r in range(ranks)]
         if len(set(counts)) == 1:
             return
         most = counts.count(max(counts))
@@ -345,29 +248,11 @@ def warn_of_unequal_batches(sampling: Sampling, cells: int) -> None:
             f"unequal numbers of batches: {most} of them {max(counts):,} per epoch, "
             f"{ranks - most} {min(counts):,}"
         )
-    warnings.warn(
+    warn(
         f"the {ranks} ranks get {numbers}. Training that synchronises every batch waits for ever "
         "at the end of the epoch: share_batches=True gives all ranks the same number, and so does "
-        "drop_last=True (with batches by cells)",
-        InputWarning,
-        stacklevel=4,  # at CellLoader(…)
+        "drop_last=True (with batches by cells)"
     )
-
-
-def _part(sampling: Sampling, cells: int) -> tuple[int, int]:
-    """The part of the order that this rank takes, or takes its parts of batches from."""
-    rank, ranks = sampling.rank, sampling.world_size
-    if sampling.share_batches:
-        rank, ranks = 0, 1
-    if sampling.drop_last:
-        part = cells // (ranks * sampling.batch_size) * sampling.batch_size
-        return rank * part, (rank + 1) * part
-    return cells * rank // ranks, cells * (rank + 1) // ranks
-
-
-def _from_batch(window: Window, first: int) -> Window:
-    """The window without its first batches."""
-    return Window(window.positions[window.cuts[first] :], window.cuts[first:] - window.cuts[first])
 
 
 def _cuts(offsets: np.ndarray, batch_size: int, max_entries: int | None) -> np.ndarray:

@@ -15,16 +15,17 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from ..cells import RaggedCells
 from ..errors import InputError
+from ..io.chunks.gathering import copy_rows
 from ..preprocessing.masking import MaskCounts, Masked
-from .gathering import copy_rows
 from .rows import Part, Rows
-from .sampling import Chosen, Window
+from .sampler import Chosen, Window
 from .slots import ALIGNMENT, Slot, Slots, slot_bytes
 
 Mask = Callable[[RaggedCells, np.ndarray], Masked]  # of cells and their rows
@@ -99,8 +100,6 @@ class Assembly:
         The rows that take part.
     obs
         The columns that batches carry, each [rows of all sources].
-    in_order
-        Whether windows follow each other in file order.
     mask
         Hides genes for pretraining.
     device
@@ -113,12 +112,11 @@ class Assembly:
         chosen: Chosen,
         *,
         obs: Mapping[str, np.ndarray],
-        in_order: bool,
         mask: Mask | None,
         device: torch.device,
     ) -> None:
         self._sources, self._chosen, self._obs = sources, chosen, obs
-        self._in_order, self._mask, self._device = in_order, mask, device
+        self._mask, self._device = mask, device
         self._starts = np.cumsum([0, *(len(source.offsets) - 1 for source in sources)])
         self._types = sources[0].types
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -136,8 +134,8 @@ class Assembly:
     @property
     def entry_bytes(self) -> int:
         """Memory that a window needs per stored entry."""
-        own = sum(dtype.itemsize for dtype in self._types)
-        return own + max(source.entry_bytes for source in self._sources)
+        of_window = sum(dtype.itemsize for dtype in self._types)
+        return of_window + max(source.entry_bytes for source in self._sources)
 
     def lengths(self, positions: np.ndarray) -> np.ndarray:
         """int64 [cells]: stored entries of the chosen cells at ``positions``."""
@@ -157,7 +155,7 @@ class Assembly:
             source, local = self._sources[which], rows[places] - self._starts[which]
             entries = int((source.offsets[local + 1] - source.offsets[local]).sum())
             size += entries * source.entry_bytes + self._slot_bytes(entries, len(local), batches)
-            parts.append((source.part(local, in_order=self._in_order), places, entries))
+            parts.append((source.part(local), places, entries))
         if len(parts) > 1:
             size *= 2  # each is made on its own
         if self._mask is not None:
@@ -173,16 +171,15 @@ class Assembly:
         )
         lengths, unknown = _write(plan, genes.numpy(), values.numpy())
         offsets = np.concatenate([[0], np.cumsum(lengths)])  # [c + 1]
-        cuts = zip(plan.window.cuts[:-1].tolist(), plan.window.cuts[1:].tolist(), strict=True)
-        made = []
-        for start, stop in cuts:
+        batches = []
+        for start, stop in pairwise(plan.window.cuts.tolist()):
             first, last = int(offsets[start]), int(offsets[stop])
-            own = slot.tensor(stop - start + 1, torch.int64)
-            np.subtract(offsets[start : stop + 1], first, out=own.numpy())
-            cells = RaggedCells(own, genes[first:last], values[first:last])
-            known = plan.rows[start:stop], lengths[start:stop], unknown[start:stop]
-            made.append(self._sent(cells, known, slot))
-        return made
+            batch_offsets = slot.tensor(stop - start + 1, torch.int64)
+            np.subtract(offsets[start : stop + 1], first, out=batch_offsets.numpy())
+            cells = RaggedCells(batch_offsets, genes[first:last], values[first:last])
+            facts = plan.rows[start:stop], lengths[start:stop], unknown[start:stop]
+            batches.append(self._sent(cells, facts, slot))
+        return batches
 
     def received(self, sent: Sent) -> CellBatch:
         """The batch, for which the consumer's CUDA stream waits from now on."""
@@ -196,12 +193,13 @@ class Assembly:
         return batch
 
     def _sent(
-        self, cells: RaggedCells, known: tuple[np.ndarray, np.ndarray, np.ndarray], slot: Slot
+        self, cells: RaggedCells, facts: tuple[np.ndarray, np.ndarray, np.ndarray], slot: Slot
     ) -> Sent:
-        """Cells as a batch, on the way to the device; ``known`` are rows, entries, unknown ones."""
+        """Cells as a batch, on the way to the device; ``facts`` are rows, entries, unknown ones."""
+        rows, entries, unknown_entries = facts
         targets, counts = None, None
         if self._mask is not None:
-            masked = self._mask(cells, known[0])
+            masked = self._mask(cells, rows)
             cells, targets, counts = masked.encoder, masked.decoder, masked.counts
         copied = None
         if self._copies is not None:
@@ -213,8 +211,17 @@ class Assembly:
                     targets = targets.to(self._device, non_blocking=True)
                 copied = self._copies.record_event()
             slot.copied(copied)
-        obs = {name: column[known[0]] for name, column in self._obs.items()}
-        return CellBatch(cells, *known, obs, targets, counts), copied
+        obs = {name: column[rows] for name, column in self._obs.items()}
+        batch = CellBatch(
+            cells=cells,
+            rows=rows,
+            entries=entries,
+            unknown_entries=unknown_entries,
+            obs=obs,
+            targets=targets,
+            mask_counts=counts,
+        )
+        return batch, copied
 
     def _by_source(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """The sources that ``rows`` lie in, each with the places of its rows."""
@@ -236,15 +243,15 @@ def _write(plan: Plan, genes: np.ndarray, values: np.ndarray) -> tuple[np.ndarra
     if len(plan.parts) == 1:
         return plan.parts[0][0].write(genes, values)
     lengths, unknown = (np.empty(len(plan.rows), np.int64) for _ in range(2))
-    made = []
+    written = []
     for part, places, entries in plan.parts:
-        own = np.empty(entries, genes.dtype), np.empty(entries, values.dtype)
-        lengths[places], unknown[places] = part.write(*own)
-        made.append(own)
+        part_genes, part_values = np.empty(entries, genes.dtype), np.empty(entries, values.dtype)
+        lengths[places], unknown[places] = part.write(part_genes, part_values)
+        written.append((part_genes, part_values))
     starts = np.cumsum(lengths) - lengths
-    for (_, places, _), own in zip(plan.parts, made, strict=True):
+    for (_, places, _), arrays in zip(plan.parts, written, strict=True):
         ends = np.cumsum(lengths[places])
-        for source, target in zip(own, (genes, values), strict=True):
+        for source, target in zip(arrays, (genes, values), strict=True):
             copy_rows(source, ends - lengths[places], ends, target, starts[places])
     return lengths, unknown
 

@@ -66,13 +66,13 @@ def invalid_entry(
     gene = f"gene column {column}"
     if gene_names is not None and 0 <= column < len(gene_names):
         gene += f" ({gene_names[column]})"
-    found = f"{name}: cell {cell} (the first is 0), {gene}: the value is {value:.6g}"
+    what = f"{name}: cell {cell} (the first is 0), {gene}: the value is {value:.6g}"
     if value < 0:
         return InputError(
-            f"{found}. Counts and their logarithms are never negative; scaled data are. Choose "
+            f"{what}. Counts and their logarithms are never negative; scaled data are. Choose "
             "the raw counts with layer or use_raw."
         )
     return InputError(
-        f"{found}, which is not a finite number. Correct or remove this cell, or choose another "
+        f"{what}, which is not a finite number. Correct or remove this cell, or choose another "
         "matrix with layer or use_raw."
     )

@@ -8,7 +8,7 @@ are, and cells that look out of place are looked at more closely, a few of each 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from .detection import Detected
 
 LOOKED_AT = 32  # cells of a block, at most
-MANY = 16  # cells that must be out of place where single ones may well be
+CROWD, STRETCH = 16, 24  # so many of so many neighbours must be out of place where 5 % may be
+
+
+class Sums(NamedTuple):
+    """What the compiled pass says of cells, [cells] each."""
+
+    lengths: np.ndarray  # stored entries
+    libraries: np.ndarray  # the sum of them
+    highest: np.ndarray
+    whole: np.ndarray  # bool
 
 
 class Expectation:
@@ -38,9 +47,7 @@ class Expectation:
     def __init__(self, detected: Detected, name: str) -> None:
         self._detected, self._name = detected, name
 
-    def check(
-        self, block: CellBlock, rows: np.ndarray, highest: np.ndarray, whole: np.ndarray
-    ) -> None:
+    def check(self, block: CellBlock, rows: np.ndarray, sums: Sums) -> None:
         """Compare cells with it.
 
         Parameters
@@ -49,15 +56,17 @@ class Expectation:
             Cells as they are stored.
         rows
             int64 [cells]: which of them.
-        highest, whole
-            [cells]: their highest value; whether their values are whole.
+        sums
+            What they show.
 
         Raises
         ------
         InputError
             If some hold something else, saying which.
         """
-        strange = self._strange(np.diff(block.indptr)[rows], highest, whole)
+        strange = self._strange(sums)
+        if strange.any() and self._by_chance:
+            strange = _crowded(rows, strange)
         if not strange.any():
             return
         rows = np.unique(rows[strange])
@@ -72,21 +81,25 @@ class Expectation:
                 f"{remedy_of_mixture([look])}"
             )
 
-    def _strange(self, lengths: np.ndarray, highest: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    def _strange(self, sums: Sums) -> np.ndarray:
         """bool [cells]: whether a cell is worth a closer look."""
-        look = self._detected.look
+        look, enough = self._detected.look, sums.lengths >= TELLING_GENES
         if self._detected.kind == "lognorm":
             most = LARGEST_LOGARITHM
             if look.evidence == "library":  # no gene of a cell can have more than that
                 most = 1.01 * np.log1p(look.high_library)
-            return (whole & (lengths >= TELLING_GENES)) | (highest > most)
+            return (sums.whole & enough) | (sums.highest > most)
         if look.evidence == "integers":
-            return ~whole
-        low = ~whole & (highest < min(self._detected.low_highest, LARGEST_LOGARITHM))
-        if self._detected.kind == "normalized" and look.evidence == "library":
-            low |= highest > 1.01 * look.high_library
-        enough = low.sum() >= MANY and low.mean() > 0.25  # 5 % are to be expected
-        return low if enough else np.zeros_like(low)
+            return ~sums.whole
+        if look.evidence == "library":
+            return enough & (np.abs(sums.libraries / look.high_library - 1) > 0.02)
+        return ~sums.whole & (sums.highest < min(self._detected.low_highest, LARGEST_LOGARITHM))
+
+    @property
+    def _by_chance(self) -> bool:
+        """Whether cells are strange that hold what they should: here and there, 5 %."""
+        unlogged = self._detected.kind != "lognorm"
+        return unlogged and self._detected.look.evidence not in ("integers", "library")
 
     def _contradicts(self, look: Look) -> bool:
         if look.evidence == "nothing":
@@ -98,3 +111,16 @@ class Expectation:
         if self._detected.look.evidence == "integers":
             return look.scale is not VALUES
         return look.certain and look.scale is not VALUES
+
+
+def _crowded(rows: np.ndarray, strange: np.ndarray) -> np.ndarray:
+    """Those ``strange`` cells, bool [cells], that are a crowd: ``rows`` are their places."""
+    order = np.argsort(rows, kind="stable")
+    counts = np.concatenate([[0], np.cumsum(strange[order])])
+    if len(counts) <= STRETCH:
+        return np.zeros_like(strange)
+    starts = np.flatnonzero(counts[STRETCH:] - counts[:-STRETCH] >= CROWD)
+    crowded = np.zeros_like(strange)
+    for offset in range(STRETCH):
+        crowded[order[starts + offset]] = True
+    return crowded & strange

@@ -14,6 +14,7 @@ What is done about each scale:
 - Natural logarithms of counts that were not normalised are refused, unless the user says
   ``lognorm``: then there is a warning.
 - Other logarithms, logarithms of logarithms and square roots are refused.
+- Values that were scaled to one standard deviation are refused, unless the user says otherwise.
 - Cells that do not all hold the same are refused, unless the user says what they hold: then there
   is a warning, and all are taken as that. See `changes` for the cells that are read later.
 """
@@ -149,6 +150,11 @@ def detect_input(
             f"normalised counts, or counts. {ELSEWHERE}, or undo the transformation: "
             f"{look.scale.undoing}."
         )
+    if look.scaled and expected == "auto":
+        raise InputError(
+            f"{name}: found {look.reason}{seen}, which are no use to the model. {ELSEWHERE}. To "
+            'use them all the same, set input (--values) to "counts" or "lognorm".'
+        )
     kind = _decide(look, f"{look.reason}{seen}", name, expected)
     reason = look.reason
     if expected == "lognorm" and not look.normalized:
@@ -164,8 +170,8 @@ def warn_of_selection(detected: Detected, name: str, n_genes: int, shown: str) -
     warn(
         f"{name}: its {n_genes:,} genes are a selection of those that were measured: {shown}. "
         "Normalised to the sum of these genes, values are larger than the model expects. Read all "
-        "genes (layer, use_raw, or the matrix before genes were selected), or set input to "
-        f'"{"lognorm" if detected.kind == "lognorm" else "counts"}" if they are all there were.',
+        "genes (layer, use_raw, or the matrix before genes were selected), or set input (--values) "
+        f'to "{"lognorm" if detected.kind == "lognorm" else "counts"}" if they are all there were.',
         InputKindWarning,
     )
 
@@ -176,15 +182,15 @@ def _decide(look: Look, found: str, name: str, expected: Expected) -> InputKind:
     if expected == "lognorm":
         if unlogged and (look.normalized or look.highest > LARGEST_LOGARITHM):
             raise InputError(
-                f"{name}: log-normalised values were expected, but found {found}. Set input to "
-                '"auto", which normalises and logs them, or choose the log-normalised matrix with '
-                "layer or use_raw."
+                f"{name}: log-normalised values were expected, but found {found}. Set input "
+                '(--values) to "auto", which normalises and logs them, or choose the '
+                "log-normalised matrix with layer or use_raw."
             )
         return "lognorm"
     if expected == "counts" and look.certain and (look.normalized or not unlogged):
         raise InputError(
-            f"{name}: raw counts were expected, but found {found}. {ELSEWHERE}, or set input to "
-            '"auto" to use the matrix as what it is.'
+            f"{name}: raw counts were expected, but found {found}. {ELSEWHERE}, or set input "
+            '(--values) to "auto" to use the matrix as what it is.'
         )
     if expected == "counts":
         if not unlogged:
@@ -199,7 +205,7 @@ def _decide(look: Look, found: str, name: str, expected: Expected) -> InputKind:
         raise InputError(
             f"{name}: found {found}, but the model needs logarithms of normalised counts, or "
             f"counts. {ELSEWHERE}, or undo the logarithm: {look.scale.undoing}. To use the "
-            'logarithms as they are, set input to "lognorm".'
+            'logarithms as they are, set input (--values) to "lognorm".'
         )
     return "lognorm"
 
@@ -228,13 +234,13 @@ def _warn_of_logarithms(
             break
     # of some genes of cells that were normalised to it
     low, high = look.low_library / target_sum, look.high_library / target_sum
-    plausible = low > 0.05 and 0.5 < high < 1.01
+    plausible = low > 0.15 * high and 0.5 < high < 1.01
     if expected == "auto" and look.evidence == "size" and not plausible:
         warn(
             f"{name}: found {look.reason}, but nothing else shows that they are logarithms of "
-            'normalised counts. Set input to "lognorm" if they are, to "counts" if they are '
-            "counts with fractions (corrected ones, for example); values that were scaled or "
-            f"integrated are no use. {ELSEWHERE} if there are any.",
+            'normalised counts. Set input (--values) to "lognorm" if they are, to "counts" if they '
+            "are counts with fractions (corrected ones, for example); values that were integrated "
+            f"are no use. {ELSEWHERE} if there are any.",
             InputKindWarning,
         )
 

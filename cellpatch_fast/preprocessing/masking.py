@@ -172,11 +172,23 @@ def mask(
     decoder = _Ragged.empty(count, int(most.sum()), genes.dtype, values.dtype)
     counts = np.zeros(len(fields(MaskCounts)), np.int64)
     refused = mask_cells(
-        *(offsets, genes, values, identities.view(np.uint64), inputs),
-        *(measured.tokens, measured.starts, measured.vocabulary_size),
-        *(masking.hidden, masking.zeros, masking.max_encoder, masking.max_decoder),
-        ((measured.vocabulary_size - 1).bit_length() + 1) // 2,
-        *(_run_key(seed, epoch), encoder, decoder, counts),
+        offsets=offsets,
+        genes=genes,
+        values=values,
+        identities=identities.view(np.uint64),
+        inputs=inputs,
+        tokens=measured.tokens,
+        starts=measured.starts,
+        vocabulary_size=measured.vocabulary_size,
+        hidden_share=masking.hidden,
+        zeros_share=masking.zeros,
+        max_encoder=masking.max_encoder,
+        max_decoder=masking.max_decoder,
+        digit=((measured.vocabulary_size - 1).bit_length() + 1) // 2,
+        run=_run_key(seed, epoch),
+        encoder=encoder,
+        decoder=decoder,
+        counts=counts,
     )
     if refused >= 0:
         raise _explain(refused, cells, int(inputs[refused]), measured)

@@ -171,30 +171,30 @@ def _draw_zeros(genes: Any, measured: Any, key: Any, counter: int, taken: Any, d
     taken[:] = 0
     for entry in range(len(genes)):
         _mark(taken, genes[entry])
-    found, last = 0, counter
+    number, last = 0, counter
     if 2 * (len(genes) + len(drawn)) <= len(measured):
         last += 4 * len(drawn) + 64
-    while found < len(drawn) and counter < last:
+    while number < len(drawn) and counter < last:
         token = measured[_below(key, counter, len(measured))]
         counter += 1
         if not _is_marked(taken, token):
             _mark(taken, token)
-            drawn[found] = token
-            found += 1
-    if found == len(drawn):
-        return found
+            drawn[number] = token
+            number += 1
+    if number == len(drawn):
+        return number
 
     left = 0
     for token in measured:
         left += not _is_marked(taken, token)
     for token in measured:
-        if found < len(drawn) and not _is_marked(taken, token):
-            if _below(key, counter, left) < len(drawn) - found:
-                drawn[found] = token
-                found += 1
+        if number < len(drawn) and not _is_marked(taken, token):
+            if _below(key, counter, left) < len(drawn) - number:
+                drawn[number] = token
+                number += 1
             counter += 1
             left -= 1
-    return found
+    return number
 
 
 @njit(nogil=True, cache=True)

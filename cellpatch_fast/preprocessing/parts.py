@@ -91,7 +91,7 @@ def remedy_of_mixture(looks: Sequence[Look]) -> str:
     """What to do about cells that do not all hold the same."""
     remedy = f"{ELSEWHERE}, or read the cells as separate files."
     if all(look.scale in USABLE for look in looks):
-        remedy += ' To take all as one kind, set input to "counts" or "lognorm".'
+        remedy += ' To take all as one kind, set input (--values) to "counts" or "lognorm".'
     return remedy
 
 

@@ -18,7 +18,7 @@ taken as counts: logarithms rounded to integers look the same as a matrix of ver
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 LARGEST_LOGARITHM = 20.0  # log2(1e6 + 1); natural logarithms of as much end at 13.8
 LARGEST_NATURAL_LOGARITHM = 15.0
 TELLING_ENTRIES = 300_000  # whole cells up to so many show the structure well enough
+OFTEN = 20  # cells of a gene, and such genes, that tell how values of a gene vary
+TELLING_COUNTS = 20  # of all cells, to be whole numbers
 TELLING_GENES = 5  # of a cell, at least, for its library size or its values to tell anything
 
 Evidence = Literal["integers", "whole", "library", "multiples", "size", "nothing"]
@@ -80,6 +82,8 @@ class Look:
     low_library, high_library
         Library sizes on that scale, of the genes that there are: of the cell that 5 % are below,
         and the largest.
+    scaled
+        Whether genes have one standard deviation, which tells that they were divided by it.
     """
 
     scale: Scale
@@ -88,6 +92,7 @@ class Look:
     reason: str
     low_library: float = 0.0
     high_library: float = 0.0
+    scaled: bool = False
 
     @property
     def certain(self) -> bool:
@@ -115,20 +120,37 @@ def look_at(cells: CellBlock) -> Look:
     precise = cells.data.dtype.itemsize > 2
     values, offsets = _thinned(values, offsets)
     structures = [
-        (scale, _structure(values, scale, offsets, 100.0 if precise else 3.0))
+        (scale, _structure(values, scale, offsets, precise))
         for scale in SCALES
         if highest <= scale.largest
     ]
-    if look := _look_for_whole(structures[1:], highest):
+    # Whole numbers that have one sum are counts that were sampled to it: normalised ones.
+    normalised = min(structure.spread for _, structure in structures) < 1e-3
+    if not normalised and (look := _look_for_whole(structures[1:], highest)):
         return look
     if whole >= 0.5:  # estimated counts; scaled or logged ones are hardly ever whole
         reason = f"counts up to {highest:,.6g}, {whole:.0%} of them whole: raw counts"
         return Look(VALUES, "whole", highest, reason)
-    return (
-        _look_for_library(structures, highest)
-        or _look_for_multiples(structures, highest)
-        or _look_at_size(structures, highest)
-    )
+    look = _look_for_library(structures, highest) or _look_for_multiples(structures, highest)
+    if look is None:
+        look = _look_at_size(structures, highest)
+        if _are_scaled(cells):
+            reason = "fractions whose standard deviation is 1 in every gene: scaled values"
+            look = replace(look, scaled=True, reason=reason)
+    return look
+
+
+def _are_scaled(cells: CellBlock) -> bool:
+    """Whether nearly all genes that are seen often have a standard deviation of about 1."""
+    values, genes = cells.data.astype(np.float64), cells.indices
+    seen = np.bincount(genes[values != 0])
+    often = seen >= max(OFTEN, 0.05 * len(cells))
+    if often.sum() < OFTEN:
+        return False
+    mean = np.bincount(genes, values, len(seen))[often] / len(cells)
+    variance = np.bincount(genes, values**2, len(seen))[often] / len(cells) - mean**2
+    low, high = np.quantile(np.sqrt(np.maximum(variance, 0)), [0.1, 0.9])
+    return bool(low > 0.75 and high < 1.33)
 
 
 class _Structure(NamedTuple):
@@ -151,8 +173,6 @@ def _look_for_whole(structures: Structures, highest: float) -> Look | None:
     scale, best = max(structures, key=lambda item: item[1].whole)
     if best.whole < 0.95:
         return None
-    if best.spread < 1e-3:  # counts that were sampled to one library size
-        return _of_library(scale, best, highest)
     return Look(scale, "whole", highest, f"{scale.name} of raw counts, not normalised")
 
 
@@ -169,6 +189,8 @@ def _look_for_library(structures: Structures, highest: float) -> Look | None:
 
 def _look_for_multiples(structures: Structures, highest: float) -> Look | None:
     scale, best = max(structures, key=lambda item: item[1].multiples)
+    if scale is ROOTS and structures[0][1].multiples >= 0.5 * best.multiples:
+        scale, best = structures[0]  # squares of whole multiples are whole multiples, too
     if best.multiples < 0.5:
         return None
     reason = _normalised(scale, "each cell's values are whole multiples of its smallest")
@@ -180,10 +202,10 @@ def _look_at_size(structures: Structures, highest: float) -> Look:
         reason = f"fractions up to {highest:,.6g}, too large for logarithms: counts with fractions"
         return Look(VALUES, "size", highest, reason)
     reason = f"fractions up to only {highest:.4g}: log-normalised values"
-    found = dict(structures)[NATURAL]
-    enough = found.spread < np.inf and found.telling >= 50
+    structure = dict(structures)[NATURAL]
+    enough = structure.spread < np.inf and structure.telling >= 50
     evidence: Evidence = "size" if enough else "nothing"
-    return Look(NATURAL, evidence, highest, reason, found.low_library, found.high_library)
+    return Look(NATURAL, evidence, highest, reason, structure.low_library, structure.high_library)
 
 
 def _of_library(scale: Scale, structure: _Structure, highest: float) -> Look:
@@ -197,22 +219,25 @@ def _normalised(scale: Scale, shows: str) -> str:
     return f"{scale.name} of normalised counts (before that, {shows})"
 
 
-def _structure(stored: np.ndarray, scale: Scale, offsets: np.ndarray, reach: float) -> _Structure:
+def _structure(stored: np.ndarray, scale: Scale, offsets: np.ndarray, precise: bool) -> _Structure:
     """`_Structure` of positive values [entries] of cells with ``offsets`` [cells + 1].
 
-    Beyond ``reach`` rounding errors show.
+    Large numbers tell nothing, because rounding errors show there: early, unless the values were
+    ``precise``.
     """
     values = scale.undo(stored)
     lengths = np.diff(offsets)
     starts, lengths = offsets[:-1][lengths > 0], lengths[lengths > 0]
     smallest = np.minimum.reduceat(values, starts)
     multiple = values / np.repeat(smallest, lengths)
-    telling = multiple[(multiple > 1.5) & (multiple < reach)]
-    multiples = _share_whole(telling) if len(telling) >= TELLING_GENES else 0.0
-    counts = values[(values < reach) & (stored != np.rint(stored))]
+    telling = multiple[(multiple > 1.5) & (multiple < (100 if precise else 3))]
+    multiples = _share_whole(telling, 0.01) if len(telling) >= TELLING_GENES else 0.0
+    counts = values[(values < (2_000 if precise else 8)) & (stored != np.rint(stored))]
     whole = 0.0
-    if len(counts) >= TELLING_GENES and np.mean(smallest > 0.99) > 0.95:
-        whole = _share_whole(counts)
+    if len(counts) >= TELLING_COUNTS and np.mean(smallest > 0.99) > 0.95:
+        whole = _share_whole(counts, 5e-6 * (1 + counts) if precise else 0.02)
+        if len(np.unique(np.rint(counts))) < (2 if precise else 3):  # whole by chance, perhaps
+            whole = 0.0
     libraries = np.add.reduceat(values, starts)
     high = float(libraries.max())
     libraries = libraries[lengths >= TELLING_GENES]
@@ -222,8 +247,8 @@ def _structure(stored: np.ndarray, scale: Scale, offsets: np.ndarray, reach: flo
     return _Structure(low, library, high, (most - low) / library, whole, multiples, len(telling))
 
 
-def _share_whole(values: np.ndarray) -> float:
-    return float(np.mean(np.abs(values - np.rint(values)) < 0.01))
+def _share_whole(values: np.ndarray, tolerance: float | np.ndarray) -> float:
+    return float(np.mean(np.abs(values - np.rint(values)) < tolerance))
 
 
 def _thinned(values: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 #: Columns of ``obs`` that hold the counts of a cell, as scanpy, Seurat, CELLxGENE and others write.
 TOTALS = (
-    *("total_counts", "n_counts", "nCount_RNA", "nCount_Spatial", "raw_sum"),
-    *("n_umis", "n_umi", "nUMI", "total_umis", "total_UMIs"),
-)
+    "total_counts", "n_counts", "nCount_RNA", "nCount_Spatial", "raw_sum",
+    "n_umis", "n_umi", "nUMI", "total_umis", "total_UMIs",
+)  # fmt: skip
 MORE = 1.3  # times the counts that there are: removed genes, and less is ambient RNA or a filter
 SELECTIONS = range(500, 6_000)  # genes; panels have fewer, whole transcriptomes more
 RIBOSOMAL = re.compile(r"RP[SL](\d+[AX]?|A|P\d)\Z", re.IGNORECASE)  # 77 human genes

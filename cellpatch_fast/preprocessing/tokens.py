@@ -43,7 +43,7 @@ from ..cells import RaggedCells
 from ..config import Preprocessing
 from ..errors import InputError
 from .blocks import floating_type, invalid_entry, readable_block
-from .changes import Expectation
+from .changes import Expectation, Sums
 from .detection import InputKind
 from .ordering import digit_bits
 from .tokens_compiled import tokenize_cells
@@ -160,19 +160,36 @@ def tokenize(
         into = np.empty(lengths.sum(), types[0]), np.empty(lengths.sum(), types[1])
     logged = kind == "lognorm"
     offsets, unknown = np.zeros(len(order) + 1, np.int64), np.empty(len(order), np.int64)
-    highest, whole = np.empty(len(order), floating.dtype), np.empty(len(order), bool)
+    libraries, highest = np.empty(len(order)), np.empty(len(order), floating.dtype)
+    whole = np.empty(len(order), bool)
     longest = int(lengths.max(initial=0))
     refused = tokenize_cells(
-        *(block.indptr, block.indices, block.data, order, tokens),
-        *(preprocessing.target_sum, logged, preprocessing.discrete),
-        _boundaries(preprocessing, logged) if preprocessing.discrete else np.empty(0),
-        math.inf if preprocessing.value_clip is None else preprocessing.value_clip,
-        *(*into, offsets, unknown, highest, whole, longest, digit_bits(vocabulary_size)),
+        indptr=block.indptr,
+        indices=block.indices,
+        data=block.data,
+        order=order,
+        tokens=tokens,
+        target_sum=preprocessing.target_sum,
+        logged=logged,
+        discrete=preprocessing.discrete,
+        boundaries=_boundaries(preprocessing, logged) if preprocessing.discrete else np.empty(0),
+        clip=math.inf if preprocessing.value_clip is None else preprocessing.value_clip,
+        genes=into[0],
+        values=into[1],
+        offsets=offsets,
+        unknown=unknown,
+        libraries=libraries,
+        highest=highest,
+        whole=whole,
+        longest=longest,
+        digit=digit_bits(vocabulary_size),
     )
     if refused >= 0:
         raise _explain(block, int(order[refused]), len(tokens), name, gene_names)
     if expectation is not None:
-        expectation.check(block, order, highest, whole)
+        expectation.check(
+            block, order, Sums(lengths=lengths, libraries=libraries, highest=highest, whole=whole)
+        )
     genes, values = (array[: offsets[-1]] for array in into)
     return Tokenized(offsets, genes, values, unknown)
 

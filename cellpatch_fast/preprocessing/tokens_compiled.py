@@ -33,6 +33,7 @@ def tokenize_cells(
     values: Any,  # likewise
     offsets: Any,  # [c + 1], likewise
     unknown: Any,  # [c], likewise
+    libraries: Any,  # [c], likewise
     highest: Any,  # [c], likewise
     whole: Any,  # [c], likewise
     longest: int,
@@ -48,7 +49,7 @@ def tokenize_cells(
         row, columns = data[entries], indices[entries]
         start = offsets[place]
         stop = start + len(row)  # unless some entries are left out
-        library = library_size(row)
+        libraries[place] = library = library_size(row)
         scale = 1.0
         if not logged and library > 0:
             scale = target_sum / library

@@ -28,8 +28,6 @@ import io
 import json
 import os
 import platform
-import re
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -38,8 +36,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import InputError, InputWarning
-from ..files import to_disk, write_whole
+from ..errors import InputError, warn
+from ..files import is_unfinished, to_disk, write_whole
 from ..io.stores.partial import LOCK, differences, locked
 from ..model.saving import settle
 from ..model.storage import ORDER, RUN, RUN_BEGUN
@@ -136,7 +134,7 @@ class RunFolder:
         """Bring to an end, or clear away, what a killed process of this run was writing."""
         settle(self.path, ORDER)
         for path in self.path.iterdir():
-            if _is_unfinished(path, {SETTINGS, BEGUN, CHECKPOINT, *RESULTS}):
+            if is_unfinished(path, {SETTINGS, BEGUN, CHECKPOINT, *RESULTS}):
                 path.unlink()
 
     def _resume(self, free: Collection[str]) -> dict[str, Any] | None:
@@ -263,7 +261,7 @@ def require_run_folder(path: Path) -> None:
     if not path.is_dir() or (path / SETTINGS).exists() or (path / BEGUN).exists():
         return
     begun = {SETTINGS, BEGUN}
-    if any(file.name != LOCK and not _is_unfinished(file, begun) for file in path.iterdir()):
+    if any(file.name != LOCK and not is_unfinished(file, begun) for file in path.iterdir()):
         raise InputError(f"{path} holds other things than a training run: choose another --output")
 
 
@@ -288,12 +286,6 @@ def require_same_run(
             f"choose another --output, or begin anew with --overwrite (overwrite=True)."
             f"{differences(before, now)}"
         )
-
-
-def _is_unfinished(path: Path, names: Collection[str]) -> bool:
-    """Whether a kill has left this of writing a file with one of ``names`` (`write_whole`)."""
-    match = re.fullmatch(r"\.(.+)\.\d+\.unfinished", path.name)
-    return match is not None and match[1] in names
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -328,11 +320,9 @@ def warn_of_unfinished(model: object) -> None:
     except (InputError, KeyError):
         return  # what is wrong with the run is no matter of the model beside it
     if not checkpoint["finished"]:
-        warnings.warn(
+        warn(
             f"{path} is the folder of a training run that is not finished: its model is the best "
-            f"of {done} of {epochs} epochs. The command that began it goes on with it",
-            InputWarning,
-            stacklevel=3,
+            f"of {done} of {epochs} epochs. The command that began it goes on with it"
         )
 
 

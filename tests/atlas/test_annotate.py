@@ -12,6 +12,7 @@ import torch
 
 import cellpatch_fast as cp
 from cellpatch_fast import CellPatch, CellPatchAnnotator, InputError
+from cellpatch_fast.errors import InputWarning
 from cellpatch_fast.inference.embedder import Embedder
 
 CLASSES = ["c", "a", "b"]  # as obs["kind"] has them
@@ -39,6 +40,15 @@ def test_a_class_called_unknown_is_refused_before_any_cell(
     assert list(output.parent.iterdir()) == [cells_file]
     cp.atlas.annotate(cells_file, model, output)
     assert "unknown" in anndata.read_zarr(output).obs["cellpatch_label"].cat.categories
+
+
+def test_warnings_point_at_the_line_that_annotates(
+    cells_file: Path, small_model: CellPatch, output: Path
+) -> None:
+    with pytest.warns(InputWarning, match="not among the model's classes") as caught:
+        cp.atlas.annotate(cells_file, annotator(small_model, ["a", "b"]), output, label="kind")
+    ours = [warning for warning in caught if warning.category is InputWarning]
+    assert [warning.filename for warning in ours] == [__file__]
 
 
 def test_a_choice_of_cells_is_annotated_and_compared(

@@ -175,13 +175,14 @@ def test_summary(
 ) -> None:
     with caplog.at_level(logging.INFO, "cellpatch_fast"):
         summary = cp.atlas.embed(str(cells_file), str(model_directory), str(output))
-    assert (summary.cells, summary.embedded, summary.empty_cells) == (CELLS, CELLS, 1)
+    assert (summary.cells, summary.computed, summary.empty_cells) == (CELLS, CELLS, 1)
     assert (summary.genes_matched, summary.genes_unknown) == (GENES, 3)
-    counts = anndata.read_h5ad(cells_file).X[:, GENES:]
-    assert summary.unknown_entries == counts.nnz
+    counts = anndata.read_h5ad(cells_file).X
+    assert summary.unknown_entries == counts[:, GENES:].nnz
+    assert summary.entries == counts[:, :GENES].nnz
     assert re.fullmatch(
-        rf"{re.escape(str(output))}: 211 cells, 307 genes matched, 3 unknown, 1 empty cells, "
-        r"[\d,]+ cells/s",
+        rf"{re.escape(str(output))}: 211 cells, {summary.entries:,} entries, 307 genes matched, "
+        r"3 unknown, 1 empty cells, [\d,]+ cells/s",
         str(summary),
     )
     (line,) = caplog.messages
@@ -197,7 +198,7 @@ def test_repeating_a_finished_run_does_nothing(
     assert {path: path.stat().st_mtime_ns for path in [output, *output.rglob("*")]} == times
     assert sorted(path.name for path in output.parent.iterdir()) == [cells_file.name, output.name]
     assert str(second) == f"{output} is complete already: 211 cells, nothing to do"
-    assert second.embedded == 0
+    assert second.computed == 0
     assert second.unknown_entries == first.unknown_entries > 0
     assert second.empty_cells == 1
 
@@ -212,7 +213,7 @@ def test_error_while_writing_surfaces_and_the_run_resumes(
     threads = {thread.name.rsplit("_", 1)[0] for thread in threading.enumerate()}
     assert not threads & {"cellpatch-read", "cellpatch-write"}
     summary = cp.atlas.embed(cells_file, small_model, output)
-    assert summary.embedded == CELLS - 20 * shards
+    assert summary.computed == CELLS - 20 * shards
     assert (f"211 cells ({20 * shards} of them earlier)" in str(summary)) == (shards > 0)
     assert summary.empty_cells == 1
     cp.atlas.embed(cells_file, small_model, tmp_path / "uninterrupted.zarr")

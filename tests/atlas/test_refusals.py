@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import anndata
+import numpy as np
 import pytest
 import torch
 import zarr
@@ -15,9 +17,9 @@ import zarr
 import cellpatch_fast as cp
 from cellpatch_fast import CellPatch, GeneVocabulary, InputError
 from cellpatch_fast.io.stores import embeddings
-from cellpatch_fast.io.stores.partial import partial_of
+from cellpatch_fast.io.stores.partial import PartialStore, partial_of
 
-from ..conftest import stopped_after, tree, write_zarr
+from ..conftest import MakeCells, stopped_after, tree, write_zarr
 
 CELLS = 211
 KEY = "X_cellpatch"
@@ -110,18 +112,42 @@ def test_changed_setting_is_refused_and_named(
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_changed_input_is_refused_and_a_moved_one_is_not(
-    begun: Path, cells_file: Path, small_model: CellPatch, tmp_path: Path, finished: bool
+def test_input_with_another_time_is_the_same(
+    begun: Path, cells_file: Path, small_model: CellPatch, finished: bool
 ) -> None:
     if finished:
         cp.atlas.embed(cells_file, small_model, begun)
-    elsewhere = tmp_path / "elsewhere" / cells_file.name
-    elsewhere.parent.mkdir()
-    shutil.move(cells_file, elsewhere)
-    os.symlink(elsewhere, cells_file)
-    os.utime(elsewhere, ns=(1, 1))
-    with pytest.raises(InputError, match=r"inputs: was \['cells.h5ad: 211 cells.*is now"):
-        cp.atlas.embed(cells_file, small_model, begun)
+    os.utime(cells_file, ns=(1, 1))
+    summary = cp.atlas.embed(cells_file, small_model, begun)
+    assert summary.computed == (0 if finished else CELLS - 60)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("command", [cp.atlas.embed, cp.atlas.tokenize])
+def test_changed_labels_are_refused(
+    make_cells: MakeCells,
+    small_model: CellPatch,
+    tmp_path: Path,
+    command: Callable[..., Any],
+    finished: bool,
+) -> None:
+    """They are in one chunk of obs, which has as many bytes as before."""
+    cells, output = write_zarr(make_cells(), tmp_path / "cells.zarr"), tmp_path / "out.zarr"
+    command(cells, output=output, model=small_model)
+    if not finished:  # killed before it got its name
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PartialStore, "_publish", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                command(cells, output=output, model=small_model, overwrite=True)
+        shutil.rmtree(output)
+    codes = zarr.open_array(cells / "obs/kind/codes")
+    codes[:] = (np.asarray(codes[:]) + 1) % 3
+    with pytest.raises(InputError, match=r"inputs: was \['cells.zarr: 211 cells.*is now"):
+        command(cells, output=output, model=small_model)
+
+
+def interrupted(store: PartialStore) -> None:
+    raise KeyboardInterrupt
 
 
 def test_moved_input_is_recognised(
@@ -131,7 +157,7 @@ def test_moved_input_is_recognised(
     elsewhere.parent.mkdir()
     shutil.move(cells_file, elsewhere)
     summary = cp.atlas.embed(elsewhere, small_model, begun)
-    assert summary.embedded == CELLS - 60
+    assert summary.computed == CELLS - 60
 
 
 def test_overwriting_replaces_a_store(
@@ -139,7 +165,7 @@ def test_overwriting_replaces_a_store(
 ) -> None:
     cp.atlas.embed(cells_file, small_model, begun)
     summary = cp.atlas.embed(cells_file, small_model, begun, pool="mean", overwrite=True)
-    assert summary.embedded == CELLS
+    assert summary.computed == CELLS
     assert zarr.open_array(begun / "obsm" / KEY).shape == (CELLS, 10)
     cp.atlas.embed(cells_file, small_model, tmp_path / "new.zarr", pool="mean")
     assert tree(begun) == tree(tmp_path / "new.zarr")
@@ -212,7 +238,7 @@ def test_output_is_where_the_user_says(
     ):
         cp.atlas.embed(cells_file.name, model_directory, output)
         assert anndata.read_zarr(tmp_path / made).n_obs == CELLS
-        assert cp.atlas.embed(cells_file, model_directory, output).embedded == 0
+        assert cp.atlas.embed(cells_file, model_directory, output).computed == 0
     assert (tmp_path / "link.zarr").is_symlink()
 
 

@@ -79,7 +79,7 @@ def test_query_chooses_as_pandas_does(
 ) -> None:
     summary = cp.atlas.embed(files, small_model, output, obs_query=query)
     chosen = np.flatnonzero(mask(every.obs))
-    assert summary.cells == summary.embedded == len(chosen)
+    assert summary.cells == summary.computed == len(chosen)
     require_rows(output, every, chosen)
 
 
@@ -128,7 +128,7 @@ def test_interrupted_work_goes_on_with_the_same_choice_only(
         with pytest.raises(InputError, match=r"other settings(.|\n)*obs_query: was 'depth <"):
             cp.atlas.embed(files, small_model, output, **other)
     done = cp.atlas.embed(files, small_model, output, obs_query="depth < 0.5")
-    assert done.embedded == done.cells - 40
+    assert done.computed == done.cells - 40
     at_once = tmp_path / "at-once.zarr"
     cp.atlas.embed(files, small_model, at_once, obs_query="depth < 0.5")
     assert tree(output) == tree(at_once)

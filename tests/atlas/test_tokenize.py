@@ -214,9 +214,9 @@ def test_model_and_its_vocabulary_make_the_same_store(
     """What a store depends on is the vocabulary and the preprocessing, not the weights."""
     tokenize(cells_file)
     for model in (small_model, model_directory):
-        assert cp.atlas.tokenize(cells_file, output, model=model).tokenized == 0
+        assert cp.atlas.tokenize(cells_file, output, model=model).computed == 0
     path = model_directory / "vocabulary.json"
-    assert cp.atlas.tokenize(cells_file, output, vocabulary=path).tokenized == 0
+    assert cp.atlas.tokenize(cells_file, output, vocabulary=path).computed == 0
 
 
 def test_human_vocabulary(cells_file: Path, output: Path) -> None:
@@ -252,7 +252,7 @@ def test_summary(
     adata = anndata.read_h5ad(cells_file)
     with caplog.at_level(logging.INFO, "cellpatch_fast"):
         summary = cp.atlas.tokenize(str(cells_file), str(output), vocabulary=small_vocabulary)
-    assert (summary.cells, summary.tokenized, summary.empty_cells) == (CELLS, CELLS, 1)
+    assert (summary.cells, summary.computed, summary.empty_cells) == (CELLS, CELLS, 1)
     assert (summary.genes_matched, summary.genes_unknown) == (GENES, 3)
     assert summary.unknown_entries == adata.X[:, GENES:].nnz
     assert summary.entries == adata.X[:, :GENES].nnz
@@ -263,3 +263,27 @@ def test_summary(
     )
     (line,) = caplog.messages
     assert line.startswith(f"{cells_file}: {GENES} of {GENES + 3} genes matched by the var index")
+
+
+@pytest.mark.parametrize("rounding", ["round", "none"])
+def test_tokens_embed_as_documented(
+    cells_file: Path, small_vocabulary: GeneVocabulary, tmp_path: Path, rounding: str
+) -> None:
+    """Discrete values to the bit; continuous ones as far off as half precision is."""
+    config = CellPatchConfig(
+        max_genes=small_vocabulary.size,
+        value_rounding=rounding,  # type: ignore[arg-type]
+        value_clip=5 if rounding == "round" else None,
+    )
+    torch.manual_seed(11)
+    model = CellPatch(config, small_vocabulary).eval()
+    tokens, outputs = tmp_path / "tokens.zarr", [tmp_path / "one.zarr", tmp_path / "two.zarr"]
+    cp.atlas.tokenize(cells_file, tokens, model=model)
+    for data, output in zip([cells_file, tokens], outputs, strict=True):
+        cp.atlas.embed(data, model, output)
+    one, two = (anndata.read_zarr(output).obsm["X_cellpatch"] for output in outputs)
+    if rounding == "round":
+        assert np.array_equal(one, two)
+    else:
+        off = np.linalg.norm(one - two, axis=1) / np.linalg.norm(one, axis=1)
+        assert 0 < off.max() < 5e-4

@@ -90,7 +90,9 @@ def test_new_model_can_embed(capsys: Capture, cells_file: Path, tmp_path: Path) 
     options = ["--model", tmp_path / "one", "--output", output]
     code, out, err = run(capsys, "embed", cells_file, *options)
     assert code == 0
-    assert re.fullmatch(rf"{output}: 211 cells, {GENES} genes matched, 3 .* cells/s\n", out)
+    assert re.fullmatch(
+        rf"{output}: 211 cells, .* entries, {GENES} genes matched, 3 .* cells/s\n", out
+    )
     assert re.fullmatch(rf"{cells_file}: {GENES} of .* raw counts\n", err)
     embedded = cellpatch_fast.tl.embed(
         anndata.read_h5ad(cells_file), CellPatch.from_pretrained(tmp_path / "one"), copy=True

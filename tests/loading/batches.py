@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,11 @@ import torch
 
 from cellpatch_fast import CellPatch, RaggedCells
 from cellpatch_fast.loading import CellBatch, CellLoader
+
+CELLS = 211
+CHUNK, SHARD_CHUNKS = 101, 7  # of the token store `originals`
+
+Files = dict[str, Path]  # by format
 
 
 def loading_threads() -> list[str]:
@@ -21,11 +27,11 @@ def loading_threads() -> list[str]:
 
 def open_files(part: str) -> set[str]:
     """Open files that have ``part`` in their path."""
-    found = set()
+    names = set()
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the one that lists
-            found.add(os.readlink(f"/proc/self/fd/{number}"))
-    return {name for name in found if part in name}
+            names.add(os.readlink(f"/proc/self/fd/{number}"))
+    return {name for name in names if part in name}
 
 
 def load(inputs: object, model: CellPatch | None = None, **options: Any) -> list[CellBatch]:
@@ -44,15 +50,15 @@ def in_file_order(batches: list[CellBatch]) -> RaggedCells:
     return together(batches).take(torch.from_numpy(np.argsort(rows, kind="stable")))
 
 
-def assert_same(found: RaggedCells, expected: RaggedCells) -> None:
-    assert torch.equal(found.offsets, expected.offsets)
-    assert found.genes.dtype == expected.genes.dtype
-    np.testing.assert_array_equal(found.genes.numpy(), expected.genes.numpy())
-    assert torch.equal(found.values, expected.values)
+def assert_same(cells: RaggedCells, expected: RaggedCells) -> None:
+    assert torch.equal(cells.offsets, expected.offsets)
+    assert cells.genes.dtype == expected.genes.dtype
+    np.testing.assert_array_equal(cells.genes.numpy(), expected.genes.numpy())
+    assert torch.equal(cells.values, expected.values)
 
 
-def assert_same_batches(found: list[CellBatch], expected: list[CellBatch]) -> None:
-    for batch, other in zip(found, expected, strict=True):
+def assert_same_batches(batches: list[CellBatch], expected: list[CellBatch]) -> None:
+    for batch, other in zip(batches, expected, strict=True):
         np.testing.assert_array_equal(batch.rows, other.rows)
         np.testing.assert_array_equal(batch.entries, other.entries)
         assert_same(batch.cells, other.cells)

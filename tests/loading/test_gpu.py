@@ -61,7 +61,8 @@ def files(
     folder = tmp_path_factory.mktemp("gpu-loader")
     files = {name: folder / name for name in ("tokens.zarr", "cells.h5ad")}
     write_store(
-        *(files["tokens.zarr"], tokens),
+        files["tokens.zarr"],
+        tokens,
         vocabulary=small_model.vocabulary,
         chunk_entries=211,
         shard_chunks=13,
@@ -79,38 +80,43 @@ def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Slots, bool]]:
     """Where each slot came from, and whether it is page-locked."""
-    found: list[tuple[Slots, bool]] = []
+    slots: list[tuple[Slots, bool]] = []
     take = Slots.take
 
     def note(self: Slots, size: int) -> Slot:
         slot = take(self, size)
-        found.append((self, slot._whole.is_pinned()))
+        slots.append((self, slot._whole.is_pinned()))
         return slot
 
     monkeypatch.setattr(Slots, "take", note)
-    return found
+    return slots
 
 
 @pytest.fixture
 def allocations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of each page-locked allocation."""
-    found: list[int] = []
+    sizes: list[int] = []
     empty = torch.empty
 
     def note(*size: Any, **options: Any) -> Tensor:
         if options.get("pin_memory"):
-            found.append(size[0])
+            sizes.append(size[0])
         return empty(*size, **options)
 
     monkeypatch.setattr("cellpatch_fast.loading.slots.torch.empty", note)
-    return found
+    return sizes
 
 
 def on_cpu(batch: CellBatch) -> CellBatch:
     targets = None if batch.targets is None else batch.targets.to("cpu")
     return CellBatch(
-        *(batch.cells.to("cpu"), batch.rows, batch.entries, batch.unknown_entries, batch.obs),
-        *(targets, batch.mask_counts),
+        cells=batch.cells.to("cpu"),
+        rows=batch.rows,
+        entries=batch.entries,
+        unknown_entries=batch.unknown_entries,
+        obs=batch.obs,
+        targets=targets,
+        mask_counts=batch.mask_counts,
     )
 
 
@@ -176,14 +182,14 @@ def test_a_consumer_on_its_own_stream_sees_whole_batches(
             sums.append(torch.stack([values.sum(), (values * genes).sum()]))
             rows.append(batch.rows)
             del batch, values, genes
-        found = torch.stack(sums).cpu()
+        totals = torch.stack(sums).cpu()
     expected = []
     for part in rows:
         cells = tokens.take(torch.from_numpy(part))
         values = cells.values.double()
         genes = torch.from_numpy(cells.genes.numpy().astype(np.float64))
         expected.append(torch.stack([values.sum(), (values * genes).sum()]))
-    assert torch.equal(found, torch.stack(expected))  # whole numbers: exact in any order
+    assert torch.equal(totals, torch.stack(expected))  # whole numbers: exact in any order
 
 
 @each_kind
@@ -219,9 +225,9 @@ def test_features_are_those_of_batches_moved_by_hand(
     with torch.inference_mode():
         options: dict[str, Any] = {"batch_size": 61, "threads": 3, "device": "cuda"}
         with CellLoader(files["tokens.zarr"], model.vocabulary, **options) as loader:
-            found = torch.cat([model.encode(batch.cells) for batch in loader])
+            features = torch.cat([model.encode(batch.cells) for batch in loader])
         parts = [
             tokens.slice(first, min(first + 61, CELLS)).to("cuda") for first in range(0, CELLS, 61)
         ]
         expected = torch.cat([model.encode(part) for part in parts])
-    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert (features - expected).norm() <= 1e-5 * expected.norm()

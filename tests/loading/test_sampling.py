@@ -10,33 +10,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellpatch_fast.loading.sampling import (
-    Epoch,
-    Sampling,
-    Window,
-    batches_per_epoch,
-    warn_of_unequal_batches,
-)
+from cellpatch_fast.loading import Epoch, Sampling, Window
+from cellpatch_fast.loading.sampler import checked_windows
+from cellpatch_fast.loading.sampling import warn_of_unequal_batches
 
 
 def windows_of(
     sampling: Sampling,
     lengths: np.ndarray,
     number: int = 0,
-    weights: np.ndarray | None = None,
     window_entries: int = 1 << 20,
     first_batch: int = 0,
 ) -> list[Window]:
-    epoch = Epoch(sampling, lambda positions: lengths[positions], len(lengths), number, weights)
-    return list(epoch.windows(window_entries, first_batch))
+    epoch = Epoch(number, len(lengths), lambda positions: lengths[positions], window_entries)
+    return list(checked_windows(sampling.windows(epoch), epoch.cells, first_batch))
 
 
 def batches_of(windows: list[Window]) -> list[np.ndarray]:
-    return [
-        window.positions[start:stop]
-        for window in windows
-        for start, stop in zip(window.cuts[:-1], window.cuts[1:], strict=True)
-    ]
+    return [batch for window in windows for batch in window.batches()]
 
 
 samplings = st.fixed_dictionaries(
@@ -66,18 +57,18 @@ def test_every_cell_comes_once_per_epoch_over_all_ranks(
     for rank in range(world_size):
         sampling = Sampling(**options, rank=rank, world_size=world_size, drop_last=drop_last)
         batches = batches_of(windows_of(sampling, lengths, window_entries=window_entries))
-        assert len(batches) == batches_per_epoch(sampling, cells)
+        assert len(batches) == sampling.batches_per_epoch(cells)
         sizes = [len(batch) for batch in batches]
         assert all(size == sampling.batch_size for size in sizes[: None if drop_last else -1])
         seen += batches
         counts.append(sum(sizes))
-    found = np.sort(np.concatenate(seen)) if seen else np.empty(0, int)
+    cells_seen = np.sort(np.concatenate(seen)) if seen else np.empty(0, int)
     if drop_last:
         assert len(set(counts)) == 1
-        assert len(np.unique(found)) == len(found) == sum(counts)
-        assert cells - len(found) < world_size * options["batch_size"]
+        assert len(np.unique(cells_seen)) == len(cells_seen) == sum(counts)
+        assert cells - len(cells_seen) < world_size * options["batch_size"]
     else:
-        np.testing.assert_array_equal(found, np.arange(cells))
+        np.testing.assert_array_equal(cells_seen, np.arange(cells))
         assert max(counts) - min(counts) <= 1
 
 
@@ -126,7 +117,7 @@ def test_weighted_epochs_have_as_many_cells_each_within_one_of_its_share(
         for rank in range(world_size)
         for batch in batches_of(
             windows_of(
-                Sampling(**options, rank=rank, world_size=world_size), lengths, weights=weights
+                Sampling(**options, rank=rank, world_size=world_size, weights=weights), lengths
             )
         )
     ]
@@ -140,10 +131,10 @@ def test_weighted_epochs_have_as_many_cells_each_within_one_of_its_share(
 def test_weights_hold_on_average() -> None:
     weights = np.array([1.0, 2.0, 0.0, 0.5, 4.0] * 7)
     lengths = np.ones(len(weights), int)
-    sampling = Sampling(batch_size=5, shuffle=True, block_size=3, buffer_size=10)
+    sampling = Sampling(batch_size=5, shuffle=True, block_size=3, buffer_size=10, weights=weights)
     counts = np.zeros(len(weights))
     for number in range(400):
-        for batch in batches_of(windows_of(sampling, lengths, number, weights)):
+        for batch in batches_of(windows_of(sampling, lengths, number)):
             counts += np.bincount(batch, minlength=len(weights))
     # systematic sampling: a cell's count per epoch varies by less than one, s.d. at most 0.5
     np.testing.assert_allclose(counts / 400, weights * 35 / weights.sum(), atol=4 * 0.5 / 20)
@@ -170,7 +161,7 @@ def test_ranks_that_share_batches_have_those_of_one_process(
             sampling, lengths, window_entries=window_entries, first_batch=first_batch
         )
         parts.append(batches_of(windows))
-        assert len(parts[-1]) == max(0, batches_per_epoch(sampling, cells) - first_batch)
+        assert len(parts[-1]) == max(0, sampling.batches_per_epoch(cells) - first_batch)
     for batch, *shares in zip(whole, *parts, strict=True):
         assert np.array_equal(batch, np.concatenate(shares))
         sizes = [len(share) for share in shares]
@@ -229,7 +220,7 @@ def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], messag
 
 def test_the_number_of_batches_is_unknown_with_a_budget_of_entries() -> None:
     with pytest.raises(TypeError, match="depends on the cells"):
-        batches_per_epoch(Sampling(max_entries=7), 10)
+        Sampling(max_entries=7).batches_per_epoch(10)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,78 +26,17 @@ from cellpatch_fast import (
 )
 from cellpatch_fast.config import Preprocessing
 from cellpatch_fast.inference.embedder import Embedder
-from cellpatch_fast.io.stores.token_writer import TokenWriter
 from cellpatch_fast.loading import CellLoader
-from cellpatch_fast.preprocessing.masking import Masking
 
-from ..conftest import GENES, MakeCells, tokenizing
 from ..io.stores.token_files import LARGE_VOCABULARY, VOCABULARY, write_store
 from ..io.stores.token_files import make_cells as make_tokens
 from .batches import assert_same, assert_same_batches, in_file_order, load, together
+from .conftest import MakeStore
 
 CONTINUOUS = CellPatchConfig(value_rounding="none", value_clip=None)
-SIZES = [31, 1, 67, 13]  # cells of several files
+
 
 few = settings(deadline=None, max_examples=7, suppress_health_check=[HealthCheck.too_slow])
-
-MakeStore = Callable[..., Path]
-
-
-class SmallWriter(TokenWriter):
-    """Chunks of 211 entries, shards of 7 chunks."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, chunk_entries=211, shard_chunks=7, **options)
-
-
-@pytest.fixture(scope="module")
-def adata(make_cells: MakeCells) -> anndata.AnnData:
-    return make_cells(211)
-
-
-@pytest.fixture(scope="module")
-def file(adata: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("anndata") / "cells.h5ad"
-    adata.write_h5ad(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def files(make_cells: MakeCells, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Files of odd sizes whose genes differ: all, in another order, the first half, some."""
-    folder = tmp_path_factory.mktemp("several")
-    genes = [slice(None), slice(None, None, -1), slice(GENES // 2), slice(3, None, 5)]
-    paths = []
-    for seed, (cells, part) in enumerate(zip(SIZES, genes, strict=True)):
-        paths.append(folder / f"{seed}.h5ad")
-        make_cells(cells, seed)[:, part].copy().write_h5ad(paths[-1])
-    return paths
-
-
-@pytest.fixture(scope="module")
-def make_store(
-    small_vocabulary: GeneVocabulary, tmp_path_factory: pytest.TempPathFactory
-) -> MakeStore:
-    """``make_store(inputs, **options)``: by `atlas.tokenize`, in chunks that cells cross."""
-
-    def make(inputs: Path | list[Path], **options: Any) -> Path:
-        output = tmp_path_factory.mktemp("stores") / "tokens.zarr"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tokenizing, "TokenWriter", SmallWriter)
-            atlas.tokenize(inputs, output, **{"vocabulary": small_vocabulary} | options)
-        return output
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def store(make_store: MakeStore, file: Path) -> Path:
-    return make_store(file)
-
-
-@pytest.fixture(scope="module")
-def tokens(adata: anndata.AnnData, small_model: CellPatch) -> RaggedCells:
-    return pp.tokenize(adata, small_model.vocabulary, small_model.config)
 
 
 # --- the same cells ----------------------------------------------------------------------------
@@ -133,15 +71,15 @@ def test_batches_are_those_of_the_anndata_file(
             "shard_chunks": -(-shard_entries // chunk_entries),
         }
         write_store(store, tokens, vocabulary=small_model.vocabulary, **sizes)
-        found = load(store, small_model, **options)
-    assert_same_batches(found, load(file, small_model, **options))
+        batches = load(store, small_model, **options)
+    assert_same_batches(batches, load(file, small_model, **options))
 
 
 @pytest.mark.parametrize("max_entries", [1, 100, 307, 5_000])
 def test_batches_by_entries_are_those_of_the_anndata_file(
     store: Path, tokens: RaggedCells, max_entries: int
 ) -> None:
-    """A cell that has more is a batch of its own."""
+    """A cell that has more is a batch of its expressed_genes."""
     batches = load(store, batch_size=50, max_entries=max_entries)
     assert_same(together(batches), tokens)
     alone = [batch for batch in batches if batch.cells.entries > max_entries]
@@ -171,12 +109,12 @@ def test_round_trip_gives_scanpys_values(
     )[:, matched >= 0]
     if discrete:
         expected = np.rint(expected.clip(max=5))
-    found = np.full_like(expected, np.nan)
+    values = np.full_like(expected, np.nan)
     for batch in batches:
         assert batch.cells.values.dtype == (torch.uint8 if discrete else torch.float16)
         rows = np.repeat(batch.rows, batch.cells.lengths.numpy())
-        found[rows, batch.cells.genes.numpy().astype(int)] = batch.cells.values.numpy()
-    np.testing.assert_allclose(found, expected, rtol=0 if discrete else 2**-11, atol=0)
+        values[rows, batch.cells.genes.numpy().astype(int)] = batch.cells.values.numpy()
+    np.testing.assert_allclose(values, expected, rtol=0 if discrete else 2**-11, atol=0)
 
 
 def test_continuous_tokens_are_the_same_in_half_precision(
@@ -200,131 +138,6 @@ def test_large_vocabularies_have_tokens_of_32_bits(tmp_path: Path) -> None:
     assert_same(in_file_order(batches), cells)
 
 
-# --- several inputs ----------------------------------------------------------------------------
-
-
-def test_stores_and_files_follow_each_other(
-    files: list[Path], several: list[Path], make_store: MakeStore, small_model: CellPatch
-) -> None:
-    mixed = [make_store(files[:2]), files[2], several[3]]
-    for inputs, shuffle in [(several, False), (several, True), (mixed, False), (mixed, True)]:
-        options: dict[str, Any] = {"batch_size": 11, "shuffle": shuffle, "obs": ["kind", "depth"]}
-        expected = load(files, small_model, **options)
-        found = load(inputs, small_model, **options)
-        assert_same_batches(found, expected)
-        for batch, other in zip(found, expected, strict=True):
-            assert batch.obs.keys() == {"kind", "depth"}
-            for name, column in batch.obs.items():
-                np.testing.assert_array_equal(column, other.obs[name])
-
-
-def test_a_store_of_several_inputs_knows_what_each_measured(
-    files: list[Path], make_store: MakeStore, small_model: CellPatch
-) -> None:
-    """Masks are those of the files; zeros are genes of the cell's own input that it lacks."""
-    options: dict[str, Any] = {"masking": Masking(zeros=7.0), "batch_size": 23}
-    store = make_store(files)
-    found = load(store, small_model, **options)
-    assert_same_batches(found, load(files, small_model, **options))
-    sources = np.repeat(np.arange(len(SIZES)), SIZES)
-    names = [anndata.read_h5ad(path, backed="r").var_names for path in files]
-    known = [small_model.vocabulary.match(genes).tokens for genes in names]
-    expressed = together(load(store))
-    zeros = 0
-    for batch in found:
-        assert batch.targets is not None
-        for cell, row in enumerate(batch.rows):
-            target = batch.targets.slice(cell, cell + 1)
-            own = expressed.slice(int(row), int(row) + 1).genes.numpy()
-            drawn = np.setdiff1d(target.genes.numpy(), own)
-            assert np.isin(drawn, known[sources[row]]).all()
-            zeros += len(drawn)
-        assert batch.mask_counts is not None
-        zeros -= batch.mask_counts.zeros
-    assert zeros == 0  # all of them were looked at
-
-
-def test_a_shuffled_store_says_which_input_a_cell_is_from(
-    files: list[Path], make_store: MakeStore, small_model: CellPatch
-) -> None:
-    store = make_store(files, shuffle=True, seed=5)
-    rows = np.random.default_rng(5).permutation(sum(SIZES))
-    expected = together(load(files, small_model)).take(torch.from_numpy(np.argsort(rows)))
-    with CellLoader(store, batch_size=19, obs=["cellpatch_input"]) as loader:
-        batches = list(loader)
-        names = loader.categories["cellpatch_input"]
-    assert_same(together(batches), expected)
-    sources = np.repeat(np.arange(len(SIZES)), SIZES)[np.argsort(rows)]
-    for batch in batches:
-        found = names[batch.obs["cellpatch_input"]]
-        assert found.tolist() == [str(files[source]) for source in sources[batch.rows]]
-
-
-@pytest.mark.filterwarnings("ignore:the . ranks get")
-@few
-@given(
-    world_size=st.integers(1, 5),
-    batch_size=st.integers(1, 60),
-    block_size=st.integers(1, 40),
-    buffer_size=st.integers(1, 150),
-    shuffle=st.booleans(),
-    max_entries=st.none() | st.integers(50, 3_000),
-)
-def test_every_cell_comes_exactly_once(
-    several: list[Path],
-    several_tokens: RaggedCells,
-    small_model: CellPatch,
-    world_size: int,
-    **options: Any,
-) -> None:
-    """Cells longer than ``max_entries`` too, whatever the ranks and the sizes of the files."""
-    batches = [
-        batch
-        for rank in range(world_size)
-        for batch in load(several, small_model, rank=rank, world_size=world_size, **options)
-    ]
-    rows = np.sort(np.concatenate([batch.rows for batch in batches]))
-    np.testing.assert_array_equal(rows, np.arange(sum(SIZES)))
-    assert_same(in_file_order(batches), several_tokens)
-    assert all(len(batch.cells) <= options["batch_size"] for batch in batches)
-
-
-@pytest.fixture(scope="module")
-def several(files: list[Path], make_store: MakeStore) -> list[Path]:
-    """Stores and files, of odd sizes."""
-    return [make_store(files[0]), files[1], make_store(files[2]), files[3]]
-
-
-@pytest.fixture(scope="module")
-def several_tokens(several: list[Path], small_model: CellPatch) -> RaggedCells:
-    return together(load(several, small_model))
-
-
-@few
-@given(world_size=st.integers(1, 5), batch_size=st.integers(1, 40), shuffle=st.booleans())
-def test_drop_last_leaves_out_what_fills_no_batch(
-    several: list[Path],
-    several_tokens: RaggedCells,
-    small_model: CellPatch,
-    world_size: int,
-    batch_size: int,
-    shuffle: bool,
-) -> None:
-    """Every rank has as many batches, all of them full, and no cell comes twice."""
-    options: dict[str, Any] = {"batch_size": batch_size, "shuffle": shuffle, "drop_last": True}
-    options |= {"world_size": world_size, "buffer_size": 50}
-    full = sum(SIZES) // (world_size * batch_size)
-    seen = []
-    for rank in range(world_size):
-        batches = load(several, small_model, rank=rank, **options)
-        assert [len(batch.cells) for batch in batches] == [batch_size] * full
-        for batch in batches:
-            assert_same(batch.cells, several_tokens.take(torch.from_numpy(batch.rows)))
-            seen.append(batch.rows)
-    rows = np.concatenate([np.empty(0, int), *seen])
-    assert len(np.unique(rows)) == len(rows) == full * world_size * batch_size
-
-
 # --- embedding ---------------------------------------------------------------------------------
 
 
@@ -341,9 +154,9 @@ def test_embeddings_of_a_store_are_those_of_the_anndata(
     np.testing.assert_array_equal(features[1], features[0])
     summary = atlas.embed(store, small_model, tmp_path / "out.zarr")
     assert summary.cells == len(features[0])
-    found = anndata.read_zarr(tmp_path / "out.zarr")
-    np.testing.assert_array_equal(found.obsm["X_cellpatch"], features[0])
-    assert list(found.obs_names) == list(anndata.read_h5ad(file).obs_names)
+    written = anndata.read_zarr(tmp_path / "out.zarr")
+    np.testing.assert_array_equal(written.obsm["X_cellpatch"], features[0])
+    assert list(written.obs_names) == list(anndata.read_h5ad(file).obs_names)
 
 
 def test_a_store_of_continuous_values_is_embedded(

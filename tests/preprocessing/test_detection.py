@@ -231,7 +231,9 @@ def test_other_transformations_are_refused(case: str, step: int, expected: Expec
 def test_logarithms_of_raw_counts_are_for_those_who_want_them(step: int) -> None:
     matrix = block_of(np.log1p(COUNTS)[:, ::step])
     found = "natural logarithms of raw counts, not normalised"
-    with pytest.raises(InputError, match=f'i.h5ad: found {found}.*expm1.*input to "lognorm"'):
+    with pytest.raises(
+        InputError, match=f'i.h5ad: found {found}.*expm1.*input .--values. to "lognorm"'
+    ):
         detect_input(matrix, "i.h5ad")
     with pytest.raises(InputError, match=f"raw counts were expected, but found {found}"):
         detect_input(matrix, "i.h5ad", "counts")
@@ -253,13 +255,37 @@ def test_logarithms_per_million_of_some_genes_are_a_warning() -> None:
 
 
 def test_what_nothing_but_its_size_tells_is_a_warning() -> None:
-    """Values divided by the standard deviation of their gene, clipped."""
-    scaled = np.minimum(LOGNORM / (LOGNORM.std(0) + 1e-3), 10)
-    with pytest.warns(InputKindWarning, match='m: found fractions .* input to "lognorm" if'):
-        assert detect_input(block_of(scaled), "m").kind == "lognorm"
+    """Logarithms to which a correction of batches was added, say."""
+    changed = LOGNORM * np.random.default_rng(3).uniform(0.6, 1.4, LOGNORM.shape)
+    with pytest.warns(InputKindWarning, match='m: found fractions .* input .--values. to "lognor'):
+        assert detect_input(block_of(changed), "m").kind == "lognorm"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert detect_input(block_of(scaled), "m", "lognorm").kind == "lognorm"
+        assert detect_input(block_of(changed), "m", "lognorm").kind == "lognorm"
+
+
+@pytest.mark.parametrize("most", [10, np.inf])
+def test_scaled_values_are_refused(most: float) -> None:
+    """Divided by the standard deviation of their gene, not centred, perhaps clipped."""
+    scaled = np.minimum(LOGNORM / (LOGNORM.std(0) + 1e-9), most)
+    scaled[:, LOGNORM.std(0) == 0] = 0
+    with pytest.raises(InputError, match=r"q.h5ad: found .* standard deviation is 1 in every gene"):
+        detect_input(block_of(scaled), "q.h5ad")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputKindWarning)
+        assert detect_input(block_of(scaled), "q.h5ad", "counts").kind == "counts"
+
+
+@pytest.mark.parametrize("seed", range(7))
+def test_few_values_are_no_raw_counts_by_chance(seed: int) -> None:
+    """Of cells with few counts some are nearly whole on some scale."""
+    rng = np.random.default_rng(seed)
+    counts = rng.poisson(0.1, (1_511, 37)) + (np.arange(37) == seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in (1, 2):
+            matrix = np.log1p(normalise(counts))[:, seed % 2 :: step]
+            assert detect_input(block_of(matrix), "r").kind == "lognorm"
 
 
 MIXTURES = {

@@ -5,79 +5,30 @@ from __future__ import annotations
 import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import chisquare
 
 from cellpatch_fast.cells import RaggedCells
 from cellpatch_fast.preprocessing.masking import MaskCounts, Masked, Masking, Measured, mask
 from cellpatch_fast.preprocessing.masking_compiled import hash_integer
 
-VOCABULARY = 1_009
-INPUTS = 3
-TYPES = [  # of genes and values: all of them, and each size of both
-    (torch.uint16, torch.uint8),
-    (torch.uint16, torch.float16),
-    (torch.uint16, torch.bfloat16),
-    (torch.int32, torch.float32),
-    (torch.uint32, torch.float32),
-    (torch.int64, torch.float64),
-]
-
-
-def draw_measured(seed: int = 0) -> Measured:
-    """One input that measured nearly all tokens, one a quarter of them, one none."""
-    shares = np.array([[0.97], [0.25], [0.0]])
-    return Measured(np.random.default_rng(seed).random((INPUTS, VOCABULARY)) < shares)
-
-
-def cells_of(rows: list[list[int]], *, genes: torch.dtype, values: torch.dtype) -> RaggedCells:
-    """Cells of these tokens; an entry's value is 1 + its position in the cell, modulo 7."""
-    lengths = [len(row) for row in rows]
-    positions = np.concatenate([np.arange(length) for length in [0, *lengths]])
-    return RaggedCells(
-        torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int64),
-        torch.tensor([token for row in rows for token in row], dtype=torch.int64).to(genes),
-        torch.from_numpy(1 + positions % 7).to(values),
-    )
-
-
-def draw_rows(lengths: list[int], seed: int = 0, repeated: float = 0.0) -> list[list[int]]:
-    """Ordered tokens of cells, of which a share is taken again."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for length in lengths:
-        row = rng.choice(VOCABULARY, length, replace=False)
-        again = row[: length // 2][rng.random(length // 2) < repeated]
-        rows.append(np.sort(np.concatenate([row[: length - len(again)], again])).tolist())
-    return rows
-
-
-def draw_cells(lengths: list[int], seed: int = 0, repeated: float = 0.0) -> RaggedCells:
-    return cells_of(draw_rows(lengths, seed, repeated), genes=torch.uint16, values=torch.uint8)
-
-
-def pairs_of(cells: RaggedCells) -> list[list[tuple[int, float]]]:
-    """(token, value) of each cell's entries."""
-    genes, values = cells.genes.long().tolist(), cells.values.double().tolist()
-    bounds = cells.offsets.tolist()
-    return [list(zip(genes[a:b], values[a:b], strict=True)) for a, b in pairwise(bounds)]
-
-
-def tokens_of(cells: RaggedCells) -> list[tuple[int, ...]]:
-    return [tuple(token for token, _ in cell) for cell in pairs_of(cells)]
-
-
-def assert_same(one: RaggedCells, other: RaggedCells) -> None:
-    for name in ("offsets", "genes", "values"):
-        a, b = getattr(one, name), getattr(other, name)
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b), name
+from .masked import (
+    INPUTS,
+    TYPES,
+    VOCABULARY,
+    assert_same,
+    cells_of,
+    draw_cells,
+    draw_measured,
+    draw_rows,
+    pairs_of,
+    run,
+    tokens_of,
+)
 
 
 def predicted_of(hidden: int, masking: Masking) -> tuple[int, int]:
@@ -177,27 +128,6 @@ def test_every_type_is_kept_and_gives_the_same(genes: torch.dtype, values: torch
     assert pairs_of(masked.decoder) == pairs_of(expected.decoder)
 
 
-def run(
-    cells: RaggedCells,
-    identities: np.ndarray | None = None,
-    *,
-    measured: Measured | None = None,
-    inputs: np.ndarray | None = None,
-    masking: Masking | None = None,
-    seed: int = 5,
-    epoch: int = 2,
-) -> Masked:
-    return mask(
-        cells,
-        np.arange(len(cells)) if identities is None else identities,
-        measured=measured or draw_measured(),
-        inputs=inputs,
-        masking=masking,
-        seed=seed,
-        epoch=epoch,
-    )
-
-
 class TestACellsMasksDependOnItsIdentityAlone:
     LENGTHS = (0, 401, 1, 2, 3, 113, 700, 5, 59, 0, 211)
     MASKING = Masking(max_encoder=97, max_decoder=89)
@@ -258,66 +188,6 @@ class TestACellsMasksDependOnItsIdentityAlone:
             found.append(int(hash_integer(np.uint64(state))))
             state = (state + 0x9E3779B97F4A7C15) % 2**64
         assert found == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-
-
-class TestChoicesAreUniform:
-    """Chi-square over all sets that can be chosen, each as likely as any other.
-
-    With the fixed seeds the outcome is always the same; p below 0.001 would be a fault in all
-    likelihood.
-    """
-
-    CELLS = 20_000
-
-    def masked(self, row: list[int], masking: Masking, measured: int) -> Masked:
-        cells = cells_of([row] * self.CELLS, genes=torch.uint16, values=torch.uint8)
-        table = np.arange(VOCABULARY)[None] < measured
-        return run(cells, measured=Measured(table), masking=masking)
-
-    def assert_uniform(self, chosen: list[tuple[int, ...]], among: list[int], size: int) -> None:
-        found = Counter(chosen)
-        possible = list(combinations(among, size))
-        assert found.total() == sum(found[sets] for sets in possible)
-        assert chisquare([found[sets] for sets in possible]).pvalue > 0.001
-
-    def test_of_what_is_hidden(self) -> None:
-        row = [0, 2, 3, 5, 7, 11, 13]
-        masked = self.masked(row, Masking(zeros=0), measured=VOCABULARY)
-        self.assert_uniform(tokens_of(masked.decoder), row, 2)
-
-    def test_of_what_the_encoder_sees_within_its_cap(self) -> None:
-        row = [0, 2, 3, 5, 7, 11, 13]
-        masked = self.masked(row, Masking(max_encoder=3), measured=VOCABULARY)
-        self.assert_uniform(tokens_of(masked.encoder), row, 3)
-
-    def test_of_what_the_decoder_predicts_within_its_cap(self) -> None:
-        row = [0, 2, 3, 5, 7, 11, 13]
-        masked = self.masked(row, Masking(0.7, zeros=0, max_decoder=3), measured=VOCABULARY)
-        self.assert_uniform(tokens_of(masked.decoder), row, 3)
-
-    @pytest.mark.parametrize(("measured", "method"), [(12, "rejection"), (8, "list")])
-    def test_of_zeros(self, measured: int, method: str) -> None:
-        row = [0, 3, 7]  # of which one is hidden; two zeros
-        assert (2 * (len(row) + 2) <= measured) == (method == "rejection")
-        masked = self.masked(row, Masking(zeros=2), measured)
-        zeros = [
-            tuple(token for token in cell if token not in row) for cell in tokens_of(masked.decoder)
-        ]
-        self.assert_uniform(zeros, [token for token in range(measured) if token not in row], 2)
-
-    def test_and_independent_between_neighbours(self) -> None:
-        """Of cells with consecutive identities, and of what is hidden and the zeros of a cell."""
-        row = [0, 3, 5, 7, 9]
-        masked = self.masked(row, Masking(0.2, zeros=1), measured=15)
-        prompts = tokens_of(masked.decoder)
-        hidden = [next(token for token in cell if token in row) for cell in prompts]
-        zeros = [next(token for token in cell if token not in row) for cell in prompts]
-        others = [token for token in range(15) if token not in row]
-        for pairs, possible in (
-            (Counter(pairwise(hidden)), [(a, b) for a in row for b in row]),
-            (Counter(zip(hidden, zeros, strict=True)), [(a, b) for a in row for b in others]),
-        ):
-            assert chisquare([pairs[pair] for pair in possible]).pvalue > 0.001
 
 
 class TestCaps:

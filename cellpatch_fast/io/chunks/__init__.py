@@ -13,6 +13,7 @@ Two-dimensional arrays are read as the flat sequence of their rows: cell after c
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -89,32 +90,26 @@ def chunks_of(array: StoredArray | np.ndarray) -> Chunks:
     return LibraryChunks(array) if direct is None else direct
 
 
-def read_range(chunks: Chunks, start: int, out: np.ndarray) -> None:
-    """Read the elements ``start : start + len(out)`` into ``out`` with all cores."""
-    stop, size = start + len(out), chunks.chunk
+def read_whole(array: StoredArray | np.ndarray) -> np.ndarray:
+    """All of ``array``, of one or two dimensions, in the machine's byte order; with all cores.
 
-    def decode(numbers: range) -> None:
-        whole = range(max(numbers.start, -(-start // size)), min(numbers.stop, stop // size))
-        if stop == chunks.length:
-            whole = range(whole.start, numbers.stop)  # the last chunk ends with the array
-        if whole:
-            chunks.read(whole, out[whole.start * size - start : whole.stop * size - start])
-        for number in numbers:
-            if number not in whole:
-                first, last = number * size, min((number + 1) * size, chunks.length)
-                decoded = np.empty(last - first, chunks.dtype)
-                chunks.read([number], decoded)
-                begin, end = max(first, start), min(last, stop)
-                out[begin - start : end - start] = decoded[begin - first : end - first]
+    Raises
+    ------
+    ChunkError
+        If a chunk cannot be read or decoded.
+    """
+    with contextlib.closing(chunks_of(array)) as chunks:
+        out = np.empty(chunks.length, chunks.dtype)
+        numbers = range(-(-chunks.length // chunks.chunk))
+        together = max(1, TASK_BYTES // (chunks.chunk * chunks.dtype.itemsize))
 
-    numbers = range(start // size, -(-stop // size))
-    together = max(1, TASK_BYTES // (size * chunks.dtype.itemsize))
-    tasks = [numbers[first : first + together] for first in range(0, len(numbers), together)]
-    if len(tasks) == 1:
-        decode(tasks[0])
-        return
-    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
-        deque(pool.map(decode, tasks), maxlen=0)
+        def decode(first: int) -> None:
+            last = min(first + together, len(numbers))
+            chunks.read(numbers[first:last], out[first * chunks.chunk : last * chunks.chunk])
+
+        with ThreadPoolExecutor(usable_cores()) as workers:
+            deque(workers.map(decode, numbers[::together]), maxlen=0)
+    return out.reshape(array.shape)
 
 
 def stretches(values: np.ndarray) -> Iterator[tuple[int, int]]:

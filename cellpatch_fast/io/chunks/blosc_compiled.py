@@ -4,7 +4,7 @@ A call of numcodecs costs some 20 µs of Python per chunk, as much as decoding a
 store's chunk, and only one thread at a time can spend them: from the third thread on nothing would
 be gained. Its extension module contains the C library's function ``blosc_decompress_ctx``, which
 compiled code can call at its address. Where a build hides it, `decompressor` is 0 and chunks go
-through numcodecs one by one.
+through numcodecs one by one. Checksums behind chunks are compared here too, by Google's C function.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 from .codecs_compiled import accumulate
 
+CHECKSUM = 4  # bytes behind a chunk
 HEADER = 16  # bytes of a Blosc chunk: versions, flags, type size; sizes of content, block, chunk
 
 
@@ -32,6 +33,31 @@ def decompressor() -> int:
     except (AttributeError, OSError):
         return 0
     return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+@cache
+def summer() -> int:
+    """The address of ``crc32c_value(source, size)``, or 0."""
+    try:
+        from google_crc32c import _crc32c
+
+        function = ctypes.CDLL(_crc32c.__file__).crc32c_value
+    except (ImportError, AttributeError, OSError):  # a build without C, or that hides it
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+@intrinsic
+def _sum(typing: Any, address: Any, source: Any, size: Any) -> Any:
+    """Call the function at ``address``: the checksum of ``size`` bytes."""
+    signature = types.uint32(types.intp, types.uintp, types.uintp)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        function = ir.FunctionType(ir.IntType(32), [word, word]).as_pointer()
+        return builder.call(builder.inttoptr(arguments[0], function), arguments[1:])
+
+    return signature, generate
 
 
 @intrinsic
@@ -50,7 +76,14 @@ def _decompress(typing: Any, address: Any, source: Any, target: Any, size: Any) 
 
 @njit(nogil=True, cache=True)
 def unpack_blosc(
-    address: int, packed: Any, starts: Any, stops: Any, out: Any, chunk: int, delta: bool
+    address: int,
+    summer: int,
+    packed: Any,
+    starts: Any,
+    stops: Any,
+    out: Any,
+    chunk: int,
+    delta: bool,
 ) -> int:
     """Decode chunks one behind the other.
 
@@ -58,6 +91,8 @@ def unpack_blosc(
     ----------
     address
         See `decompressor`.
+    summer
+        See the function of that name; 0 where no checksum follows a chunk.
     packed
         uint8: the stored bytes.
     starts, stops
@@ -76,7 +111,16 @@ def unpack_blosc(
     """
     size = chunk * out.itemsize
     for number in range(len(starts)):
-        header = packed[starts[number] : stops[number]]
+        stop = stops[number]
+        if summer:
+            stop -= CHECKSUM
+            if stop < starts[number]:
+                return number
+            content = packed[starts[number] : stop]
+            stored = _little(packed[stop : stops[number]], 0)
+            if _sum(summer, content.ctypes.data, len(content)) != stored:
+                return number
+        header = packed[starts[number] : stop]
         if len(header) < HEADER:
             return number
         # The library trusts what the header says of the size of the chunk.

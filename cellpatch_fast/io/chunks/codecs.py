@@ -51,13 +51,21 @@ class Pipeline:
         Of bytes, the outermost (undone first) in front.
     delta
         Whether the numbers are differences, to be summed up (modulo their type's range).
+
+    Attributes
+    ----------
+    only_blosc
+        Whether Blosc is all there is, but for a checksum behind it (``checked``).
+    plain
+        Whether what is stored is the numbers themselves.
     """
 
     def __init__(self, codecs: Sequence[Codec], delta: bool = False) -> None:
         *self._outer, self._last = [*codecs] or [Copy()]
         self.delta = delta
-        self.only_blosc = not self._outer and isinstance(self._last, Blosc)
-        self.plain = not codecs and not delta  # what is stored is the numbers themselves
+        self.checked = [type(codec) for codec in self._outer] == [Crc32c]
+        self.only_blosc = isinstance(self._last, Blosc) and (self.checked or not self._outer)
+        self.plain = not codecs and not delta
 
     def decode(self, packed: Packed, out: np.ndarray) -> None:
         """Decode a whole chunk into ``out``, one-dimensional and contiguous."""
@@ -158,9 +166,9 @@ class Crc32c:
     def unpack(self, packed: Packed, size: int) -> Packed:
         content = memoryview(packed)[:-4]
         stored = int.from_bytes(packed[-4:], "little")
-        found = google_crc32c.value(np.frombuffer(content, np.uint8))
-        if len(packed) < 4 or found != stored:
-            raise ValueError(f"its checksum is {stored:08x}, but its content has {found:08x}")
+        computed = google_crc32c.value(np.frombuffer(content, np.uint8))
+        if len(packed) < 4 or computed != stored:
+            raise ValueError(f"its checksum is {stored:08x}, but its content has {computed:08x}")
         return content
 
     def unpack_into(self, packed: Packed, out: np.ndarray) -> None:
@@ -192,10 +200,10 @@ class Lzf:
         return out.data
 
     def unpack_into(self, packed: Packed, out: np.ndarray) -> None:
-        found = int(unpack_lzf(_constant(packed), out))
-        if found < 0:
+        size = int(unpack_lzf(_constant(packed), out))
+        if size < 0:
             raise ValueError("it is no whole LZF block")
-        _expect(found, len(out))
+        _expect(size, len(out))
 
 
 COPY = Copy()
@@ -237,9 +245,9 @@ STEPS: Mapping[str, type[Codec]] = {
 }
 
 
-def _expect(found: int, size: int) -> None:
-    if found != size:
-        raise ValueError(f"it holds {found} bytes instead of {size}")
+def _expect(held: int, size: int) -> None:
+    if held != size:
+        raise ValueError(f"it holds {held} bytes instead of {size}")
 
 
 def _constant(packed: Packed) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ...errors import summary
 from ..interfaces import ChunkError
-from .blosc_compiled import decompressor, unpack_blosc
+from .blosc_compiled import decompressor, summer, unpack_blosc
 from .codecs import Pipeline
 from .files import Range, Ranges
 
@@ -111,25 +111,30 @@ class DirectChunks(ABC):
         """Read and decode runs of compressed chunks, as many at once as adjoin in ``out``."""
         for group in _groups(runs, self._files.most):
             ends = [None if run.stops[-1] == FILE_END else int(run.stops[-1]) for run in group]
-            content, places, found = self._files.fetch(
+            content, places, counts = self._files.fetch(
                 [
                     Range(run.file, int(run.starts[0]), end)
                     for run, end in zip(group, ends, strict=True)
                 ]
             )
             starts, stops = [], []
-            for run, place, count in zip(group, places, found, strict=True):
+            for run, place, count in zip(group, places, counts, strict=True):
                 if isinstance(count, Exception):
                     self._fail(numbers[run.first], summary(count), count)
                 if count is None and not self._may_lack(run.file):
                     self._fail(numbers[run.first], "there is no such file")
                 starts.append(run.starts - run.starts[0] + place)
                 stops.append(self._ends(run, count or 0, numbers) + place)
-            if found == [None]:
+            if counts == [None]:
                 self._target(out, group[0].first)[...] = self._fill_value()
                 continue
             self._decode_all(
-                *(group[0], content, np.concatenate(starts), np.concatenate(stops), numbers, out)
+                first=group[0],
+                content=content,
+                starts=np.concatenate(starts),
+                stops=np.concatenate(stops),
+                numbers=numbers,
+                out=out,
             )
 
     def _ends(self, run: Located, count: int, numbers: np.ndarray) -> np.ndarray:
@@ -158,18 +163,28 @@ class DirectChunks(ABC):
         """Decode chunks, from the ``first`` one on, that lie in ``content``."""
         target = out[first.first * self.chunk : (first.first + len(starts)) * self.chunk]
         done = len(target) // self.chunk  # whole ones
-        if first.pipeline.only_blosc and decompressor() and done:
+        pipeline = first.pipeline
+        compiled = decompressor() and (summer() or not pipeline.checked)
+        if pipeline.only_blosc and compiled and done:
             bits = target[: done * self.chunk].view(f"u{self.dtype.itemsize}")
-            places = starts[:done], stops[:done]
-            delta = first.pipeline.delta
-            if unpack_blosc(decompressor(), content, *places, bits, self.chunk, delta) >= 0:
+            damaged = unpack_blosc(
+                address=decompressor(),
+                summer=summer() if pipeline.checked else 0,
+                packed=content,
+                starts=starts[:done],
+                stops=stops[:done],
+                out=bits,
+                chunk=self.chunk,
+                delta=pipeline.delta,
+            )
+            if damaged >= 0:
                 done = 0  # one by one, they tell what is wrong
         else:
             done = 0
         for which in range(done, len(starts)):
             place = first.first + which
             packed = content[starts[which] : stops[which]].data
-            self._decode(int(numbers[place]), first.pipeline, packed, self._target(out, place))
+            self._decode(int(numbers[place]), pipeline, packed, self._target(out, place))
 
     def _decode(self, chunk: int, pipeline: Pipeline, packed: memoryview, out: np.ndarray) -> None:
         try:

@@ -32,14 +32,14 @@ class Range(NamedTuple):
 class Fetched(NamedTuple):
     """Bytes of several ranges.
 
-    ``content`` (uint8) has the bytes of range ``r`` from ``starts[r]`` on. ``found[r]`` says how
+    ``content`` (uint8) has the bytes of range ``r`` from ``starts[r]`` on. ``counts[r]`` says how
     many there are, less than asked for if the file ends; None if there is no such file, or what
     went wrong in reading it.
     """
 
     content: np.ndarray
     starts: list[int]
-    found: list[int | Exception | None]
+    counts: list[int | Exception | None]
 
 
 class Ranges(Protocol):
@@ -113,17 +113,17 @@ class LocalFiles:
             except OSError as error:
                 opened.append(error)
         buffer = self._buffer(total)
-        found: list[int | Exception | None] = []
+        counts: list[int | Exception | None] = []
         for place, wanted in zip(starts, opened, strict=True):
             if not isinstance(wanted, tuple):
-                found.append(wanted)
+                counts.append(wanted)
                 continue
             descriptor, start, size = wanted
             try:
-                found.append(descriptor.fill(start, [buffer[place : place + size]]))
+                counts.append(descriptor.fill(start, [buffer[place : place + size]]))
             except OSError as error:
-                found.append(error)
-        return Fetched(np.frombuffer(buffer, np.uint8), starts, found)
+                counts.append(error)
+        return Fetched(np.frombuffer(buffer, np.uint8), starts, counts)
 
     def fill(self, file: str, start: int, buffers: Sequence[memoryview]) -> int:
         return self._descriptor(file).fill(start, buffers)
@@ -137,10 +137,10 @@ class LocalFiles:
         with self._lock:
             if self._closed:
                 raise OSError("the array was closed")
-            found = self._open.get(file)
-            if found is not None:
+            descriptor = self._open.get(file)
+            if descriptor is not None:
                 self._open.move_to_end(file)
-                return found
+                return descriptor
         opened = Descriptor(os.open(f"{self._folder}/{file}", os.O_RDONLY | os.O_CLOEXEC))
         with self._lock:
             if not self._closed:

@@ -32,25 +32,25 @@ class StoreFiles:
 
         starts, total = [], 0
         parts: list[np.ndarray] = []
-        found: list[int | Exception | None] = []
+        counts: list[int | Exception | None] = []
         for wanted, content in zip(ranges, sync(self._get(ranges)), strict=True):
             starts.append(total)
             if content is None or isinstance(content, Exception):
-                found.append(content)
+                counts.append(content)
                 continue
             if isinstance(content, BaseException):
                 raise content
             part = content.as_numpy_array().view(np.uint8)
             asked = -wanted.start if wanted.start < 0 else (wanted.stop or 0) - wanted.start
             if len(part) > asked > 0:
-                found.append(
+                counts.append(
                     OSError("the server sends whole files where parts of them are asked for")
                 )
                 continue
-            found.append(len(part))
+            counts.append(len(part))
             parts.append(part)
             total += len(part)
-        return Fetched(np.concatenate([np.empty(0, np.uint8), *parts]), starts, found)
+        return Fetched(np.concatenate([np.empty(0, np.uint8), *parts]), starts, counts)
 
     async def _get(self, ranges: Sequence[Range]) -> list[Buffer | BaseException | None]:
         from zarr.abc.store import RangeByteRequest, SuffixByteRequest

@@ -103,29 +103,29 @@ class ShardedChunks(ZarrChunks):
         for first, last in stretches(shards):
             key, index = self._shard(int(shards[first]), int(chunks[first]))
             starts, sizes = index[inner[first:last]].T
-            found = Located(first, key, starts, starts + sizes, self._pipeline)
+            located = Located(first, key, starts, starts + sizes, self._pipeline)
             if starts.min() != LEFT_OUT:
-                yield found
+                yield located
                 continue
             for begin, end in stretches(starts == LEFT_OUT):
                 if starts[begin] != LEFT_OUT:
-                    yield found.part(begin, end)
+                    yield located.part(begin, end)
 
     def _shard(self, shard: int, chunk: int) -> tuple[str, np.ndarray]:
         """A shard's key and index; ``chunk`` is one that is wanted from it."""
-        found = self._shards.get(shard)
-        if found is None:
+        entry = self._shards.get(shard)
+        if entry is None:
             with self._lock:
-                found = self._shards.get(shard)
-                if found is None:
+                entry = self._shards.get(shard)
+                if entry is None:
                     key = self._key(shard)
                     try:
-                        found = self._shards[shard] = key, self._read_index(key)
+                        entry = self._shards[shard] = key, self._read_index(key)
                     except MemoryError:
                         raise
                     except Exception as error:
                         self._fail(chunk, summary(error), error)
-        return found
+        return entry
 
     def _read_index(self, key: str) -> np.ndarray:
         """int64 [chunks, 2]: offset and size of each chunk in the shard ``key``."""

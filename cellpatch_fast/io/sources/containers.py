@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from ...errors import InputError
 from ..interfaces import COPY_AGAIN, StoredArray, reading
 from . import remote
 from .arrays import Hdf5Array, ZarrArray, absent_chunks, local_keys
+from .identity import content_digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,6 @@ NOT_ANNDATA = (
     "matrix.mtx)"
 )
 SPARSE_PARTS = ("indptr", "indices", "data")
-ZARR_METADATA = ("zarr.json", ".zgroup", ".zarray", ".zattrs", ".zmetadata")  # 3, and 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +56,6 @@ class Container:
     path: Path | None
     file_format: str
     close_root: Callable[[], None]
-    _arrays: ExitStack = field(default_factory=ExitStack, init=False)
 
     def __contains__(self, key: str) -> bool:
         with reading(self.name, f"its element {key!r}"):
@@ -79,9 +77,7 @@ class Container:
         """
         if not hasattr(element, "shape"):
             raise InputError(f"{self.name}: {key} is a group, not an array. {COPY_AGAIN}.")
-        array = ZarrArray(element, may_lack) if self._is_zarr else Hdf5Array(element)
-        self._arrays.callback(array.close)
-        return array
+        return ZarrArray(element, may_lack) if self._is_zarr else Hdf5Array(element)
 
     def absent_chunks(self, element: Any, thorough: bool = True) -> list[tuple[str, int, int]]:
         """Key, first row and end of a Zarr array's chunks (or shards) that are not stored.
@@ -103,18 +99,15 @@ class Container:
         return [] if present is None else absent_chunks(element, present)
 
     def identity(self, key: str) -> str:
-        """Changes when the content does, as far as that can be told without reading it."""
-        if self.path is not None:
-            return identity(self.path, key)
-        with reading(self.name, "its metadata"):
-            arrays = [key, *(f"{key}/{part}" for part in SPARSE_PARTS)]
-            version_3 = self.file_format == "Zarr v3"
-            names = ZARR_METADATA[:1] if version_3 else ZARR_METADATA[1:]
-            return remote.identity(self.root, ["", "obs", "var", *arrays], names)
+        """Changes when the matrix ``key``, obs or var do; see `identity` for what that reads."""
+        raw = raw_prefix(self)
+        var = f"{raw}var" if raw and key == f"{raw}X" else "var"
+        with reading(self.name, "its content"):
+            parts = [(part, part != key) for part in ("obs", var, key) if part in self.root]
+            return content_digest((self.root[part], whole) for part, whole in parts)
 
     def close(self) -> None:
-        """Close the file, and what reading its arrays has opened."""
-        self._arrays.close()
+        """Close the file."""
         self.close_root()
 
     @property
@@ -164,32 +157,6 @@ def _zipped_root(path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
         tops = {name.split("/")[0] for name in archive.namelist()}
     return tops.pop() if len(tops) == 1 else ""
-
-
-def identity(path: Path, key: str) -> str:
-    """Changes when the file at ``path`` does, or the Zarr folder's metadata or list of chunks."""
-    if path.is_file():
-        return files_identity([path])
-    matrix = path / key
-    folders = [matrix, *(matrix / part for part in SPARSE_PARTS)]
-    metadata = (
-        folder / name
-        for folder in (path, path / "obs", path / "var", *folders)
-        for name in ZARR_METADATA
-    )
-    chunks = (folder / inner for folder in folders for inner in ("", "c"))
-    return files_identity([found for found in (*metadata, *chunks) if found.exists()])
-
-
-def files_identity(paths: list[Path]) -> str:
-    """Name, size and time of the last change of files (of folders no size).
-
-    Copying a file, or moving it within a disk, with its times does not change this.
-    """
-    facts = [(path.name, path.is_file(), path.stat()) for path in paths]
-    return repr(
-        [(name, facts.st_size * is_file, facts.st_mtime_ns) for name, is_file, facts in facts]
-    )
 
 
 def layer_names(container: Container) -> list[str]:

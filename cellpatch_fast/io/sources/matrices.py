@@ -1,9 +1,13 @@
-"""Cells x genes matrices that do not fit in memory, as blocks of cells in CSR form.
+"""Cells x genes matrices that do not fit in memory, and the one way to read cells of them.
 
-`CsrMatrix` and `DenseMatrix` stream; a column-compressed (CSC) matrix is turned into rows first,
-see `transpose`. Whatever the layout, a block's entries are the same, with one freedom: CSR files
-keep their entries in the order they were written, while from CSC and dense files they come in
-ascending column order; a dense matrix cannot tell a stored zero from none, so zeros are dropped.
+`CsrMatrix` and `DenseMatrix` are read by rows; a column-compressed (CSC) matrix is turned into
+rows first, see `transpose`. Whatever the layout, a cell's entries are the same, with one freedom:
+CSR files keep them in the order in which they were written, while from CSC and dense files they
+come in ascending column order; a dense matrix cannot tell a stored zero from none, so zeros are
+dropped.
+
+A `RowReader` gathers any cells, in any number of threads: the loader's workers read their windows
+with it, and `read_blocks` reads runs of cells for whoever looks at a matrix.
 
 Nothing here changes a value. What is checked is what would make the arithmetic of blocks wrong:
 offsets that decrease or do not fit the data, and columns that do not exist.
@@ -11,25 +15,67 @@ offsets that decrease or do not fit the data, and columns that do not exist.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 
 from ...cells import CellBlock
 from ...errors import InputError
-from ..chunks import DENSE_BYTES
+from ..chunks import chunks_of
+from ..chunks.gathering import EntryChunks, Shared
 from ..interfaces import COPY_AGAIN, StoredArray
-from .arrays import SequentialReader
 
-MAX_CELLS = 65_536
-MAX_ENTRIES = 8_000_000
-DENSE_VALUES = 4_000_000  # values of a dense matrix that are searched for non-zeros at a time
+MAX_ENTRIES = 8_000_000  # of a block
+
+Room = Callable[[str, int, np.dtype[Any]], np.ndarray]  # memory by purpose, length and type
+
+
+def new_memory(purpose: str, length: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """Memory of its own for every array that is read."""
+    return np.empty(length, dtype)
+
+
+class RowReader(Protocol):
+    """Reads cells of a matrix, whichever are asked for."""
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """int64 [cells + 1]: where a cell's stored entries start; of a dense matrix every gene
+        counts as one."""
+
+    @property
+    def entry_bytes(self) -> int:
+        """Memory that reading needs per stored entry."""
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Memory that reading needs in any case."""
+
+    def share(self, rows: np.ndarray) -> Sequence[Shared]:
+        """What `read` of ``rows`` may share with the reads before and after it.
+
+        To be called in the order of the reads, from one thread.
+        """
+
+    def read(
+        self, rows: np.ndarray, shared: Sequence[Shared], room: Room = new_memory
+    ) -> CellBlock:
+        """The cells ``rows``, int64, ascending and each once; columns as they are stored."""
+
+    def close(self) -> None:
+        """Give back what reading has opened."""
 
 
 class Matrix(Protocol):
-    """Something that yields blocks of cells."""
+    """Cells x genes, somewhere."""
+
+    @property
+    def name(self) -> str:
+        """File and element, for messages."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,21 +89,44 @@ class Matrix(Protocol):
     def entries(self) -> int | None:
         """Stored entries; None if that is unknown before reading."""
 
-    def blocks(
-        self, start: int, stop: int, max_cells: int, max_entries: int
-    ) -> Iterator[CellBlock]: ...
+    def reader(self) -> RowReader:
+        """A reader of the cells; the caller closes it."""
+
+
+def read_blocks(
+    matrix: Matrix, ranges: Iterable[tuple[int, int]], max_entries: int, whole: bool = True
+) -> Iterator[CellBlock]:
+    """The cells ``start : stop`` of each range, as blocks of up to ``max_entries`` stored entries.
+
+    Unless the ranges are wanted ``whole``, each ends with its first block.
+
+    Raises
+    ------
+    InputError
+        If a chunk is damaged, or an entry has a column that does not exist.
+    """
+    with contextlib.closing(matrix.reader()) as reader:
+        for first, last in ranges:
+            blocks = plan_blocks(reader.offsets, first, last, max_entries)
+            for start, stop in blocks if whole else islice(blocks, 1):
+                rows = np.arange(start, stop)
+                block = reader.read(rows, reader.share(rows))
+                check_indices(
+                    block.indices, matrix.shape[1], matrix.name, "gene", block.indptr, start
+                )
+                yield CellBlock(start, block.indptr, signed_indices(block.indices), block.data)
 
 
 def plan_blocks(
-    indptr: np.ndarray, start: int, stop: int, max_cells: int, max_entries: int
+    indptr: np.ndarray, start: int, stop: int, max_entries: int
 ) -> Iterator[tuple[int, int]]:
-    """Cut the cells ``start : stop`` into runs as long as both limits allow.
+    """Cut the cells ``start : stop`` into runs with up to ``max_entries`` entries.
 
-    A cell with more than ``max_entries`` entries is a run of its own.
+    A cell with more is a run of its own.
     """
     while start < stop:
         reach = int(np.searchsorted(indptr, indptr[start] + max_entries, side="right")) - 1
-        end = min(max(reach, start + 1), start + max_cells, stop)
+        end = min(max(reach, start + 1), stop)
         yield start, end
         start = end
 
@@ -80,18 +149,8 @@ class CsrMatrix:
     def entries(self) -> int:
         return int(self.indptr[-1])
 
-    def blocks(
-        self, start: int, stop: int, max_cells: int, max_entries: int
-    ) -> Iterator[CellBlock]:
-        indices = SequentialReader(self.indices, self.name, self.indptr)
-        data = SequentialReader(self.data, self.name, self.indptr)
-        for begin, end in plan_blocks(self.indptr, start, stop, max_cells, max_entries):
-            offsets = self.indptr[begin : end + 1]
-            first, last = int(offsets[0]), int(offsets[-1])
-            columns = indices.rows(first, last)
-            check_indices(columns, self.shape[1], self.name, "gene", offsets, begin)
-            values = numbers(data.rows(first, last))
-            yield CellBlock(begin, offsets - first, signed_indices(columns), values)
+    def reader(self) -> CsrReader:
+        return CsrReader(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,22 +167,67 @@ class DenseMatrix:
     def dtype(self) -> np.dtype[Any]:
         return self.array.dtype
 
-    def blocks(
-        self, start: int, stop: int, max_cells: int, max_entries: int
-    ) -> Iterator[CellBlock]:
-        genes = self.shape[1]
-        rows_held = max(1, DENSE_BYTES // (genes * self.dtype.itemsize))
-        reader = SequentialReader(self.array, self.name, most=rows_held)
-        rows = max(1, min(DENSE_VALUES // genes, max_cells))
-        for begin in range(start, stop, rows):
-            end = min(begin + rows, stop)
-            indptr, indices, data = dense_to_csr(reader.rows(begin, end))
-            for first, last in plan_blocks(indptr, 0, end - begin, max_cells, max_entries):
-                offsets = indptr[first : last + 1]
-                entries = slice(offsets[0], offsets[-1])
-                yield CellBlock(
-                    begin + first, offsets - offsets[0], indices[entries], data[entries]
-                )
+    def reader(self) -> DenseReader:
+        return DenseReader(self)
+
+
+class CsrReader:
+    """The cells of a CSR matrix; see `RowReader`."""
+
+    def __init__(self, matrix: CsrMatrix) -> None:
+        self.offsets = matrix.indptr
+        self._arrays = [
+            EntryChunks(matrix.name, matrix.indptr, chunks_of(array))
+            for array in (matrix.indices, matrix.data)
+        ]
+        stored = sum(array.chunks.dtype.itemsize for array in self._arrays)
+        self.entry_bytes = stored + 12  # at most: int32 columns and float64 values made of them
+        self.fixed_bytes = sum(array.chunk_bytes for array in self._arrays)
+
+    def share(self, rows: np.ndarray) -> Sequence[Shared]:
+        return [array.share(rows) for array in self._arrays]
+
+    def read(
+        self, rows: np.ndarray, shared: Sequence[Shared], room: Room = new_memory
+    ) -> CellBlock:
+        indptr = np.concatenate([[0], np.cumsum(self.offsets[rows + 1] - self.offsets[rows])])
+        columns, values = (
+            room(purpose, int(indptr[-1]), array.chunks.dtype)
+            for purpose, array in zip(("columns", "values"), self._arrays, strict=True)
+        )
+        for array, target, shares in zip(self._arrays, (columns, values), shared, strict=True):
+            array.gather(rows, indptr[:-1], target, shares)
+        return CellBlock(0, indptr, columns, numbers(values), rows)
+
+    def close(self) -> None:
+        for array in self._arrays:
+            array.close()
+
+
+class DenseReader:
+    """The cells of a dense matrix; see `RowReader`."""
+
+    def __init__(self, matrix: DenseMatrix) -> None:
+        cells, self._genes = matrix.shape
+        self.offsets = np.arange(cells + 1, dtype=np.int64) * self._genes
+        self._array = EntryChunks(matrix.name, self.offsets, chunks_of(matrix.array))
+        # If no value is 0: the values, their places, columns, and copies of both.
+        self.entry_bytes = 2 * self._array.chunks.dtype.itemsize + 8 + 8 + 12
+        self.fixed_bytes = self._array.chunk_bytes
+
+    def share(self, rows: np.ndarray) -> Sequence[Shared]:
+        return [self._array.share(rows)]
+
+    def read(
+        self, rows: np.ndarray, shared: Sequence[Shared], room: Room = new_memory
+    ) -> CellBlock:
+        dense = room("dense", len(rows) * self._genes, self._array.chunks.dtype)
+        self._array.gather(rows, np.arange(len(rows)) * self._genes, dense, shared[0])
+        indptr, indices, data = dense_to_csr(dense.reshape(len(rows), self._genes))
+        return CellBlock(0, indptr, indices, data, rows)
+
+    def close(self) -> None:
+        self._array.close()
 
 
 def dense_to_csr(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -171,17 +275,17 @@ def check_indices(
 def check_offsets(indptr: np.ndarray, owners: int, indices: int, data: int, name: str) -> None:
     """Raise `InputError` unless ``indptr`` cuts ``indices`` and ``data`` among ``owners``."""
     if len(indptr) != owners + 1:
-        found = f"indptr has {len(indptr)} elements; {owners} rows or columns need {owners + 1}"
+        fault = f"indptr has {len(indptr)} elements; {owners} rows or columns need {owners + 1}"
     elif indptr[0] != 0:
-        found = f"indptr starts at {indptr[0]}, not at 0"
+        fault = f"indptr starts at {indptr[0]}, not at 0"
     elif (indptr[1:] < indptr[:-1]).any():
         place = int(np.flatnonzero(indptr[1:] < indptr[:-1])[0])
-        found = f"indptr decreases after position {place}"
+        fault = f"indptr decreases after position {place}"
     elif not indptr[-1] == indices == data:
-        found = f"indptr ends at {indptr[-1]}, but there are {indices} indices and {data} values"
+        fault = f"indptr ends at {indptr[-1]}, but there are {indices} indices and {data} values"
     else:
         return
-    raise InputError(f"{name}: {found}. {COPY_AGAIN}, or have it written anew.")
+    raise InputError(f"{name}: {fault}. {COPY_AGAIN}, or have it written anew.")
 
 
 def check_dtype(dtype: np.dtype[Any], name: str) -> None:

@@ -6,13 +6,14 @@ What is in memory is handed on as views; what is backed is read like the file th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import InputError
+from ...genes.names import first_names
 from . import containers
 from .matrices import CsrMatrix, DenseMatrix, Matrix, check_dtype, check_offsets
 from .stored import stored_matrix
@@ -20,6 +21,27 @@ from .transpose import CscMatrix
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+
+def require_anndata(value: object, expected: str) -> None:
+    """Raise `InputError`, which begins with what is ``expected``, for what is no AnnData object."""
+    from anndata import AnnData
+
+    if isinstance(value, AnnData):
+        return
+    if isinstance(value, str | Path):
+        reason = f"the path {str(value)!r}: read it first (anndata.read_h5ad)"
+    elif isinstance(modalities := getattr(value, "mod", None), Mapping):  # MuData
+        reason = (
+            f"a {type(value).__name__} that holds {first_names(list(modalities)) or 'none'}: pass "
+            "the one with genes, as in mdata['rna']"
+        )
+    else:
+        reason = (
+            f"{type(value).__module__}.{type(value).__qualname__}: anndata.AnnData(X, obs, var) "
+            "makes one of cells x genes"
+        )
+    raise InputError(f"{expected}, found {reason}")
 
 
 def matrix_of(
@@ -103,4 +125,4 @@ def _backed(stored: Any, memory_limit: int) -> tuple[Matrix, Callable[[], str], 
         file_format = "h5ad"
     container = containers.Container(root, str(path), path, file_format, lambda: None)
     matrix = stored_matrix(container, key, memory_limit)
-    return matrix, lambda: containers.identity(path, key), container.close
+    return matrix, lambda: container.identity(key), container.close

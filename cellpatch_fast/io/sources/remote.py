@@ -8,7 +8,6 @@ would be zeros; for what `chunks_zarr` reads, a missing one is an error when it 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 WEB = ("http", "https")
 SILENCE = 60  # seconds without a byte after which a web server is given up
 QUESTIONS = 64  # that a store is asked at a time
-VERSION_FACTS = ("ETag", "etag", "size", "Last-Modified", "LastModified", "generation", "mtime")
 
 
 def open_group(address: str) -> tuple[zarr.Group, Callable[[], None]]:
@@ -98,8 +96,8 @@ def present_keys(array: zarr.Array[Any], thorough: bool) -> set[str] | None:
     if not thorough and zarr_chunks(array) is not None:
         return None
     keys = [array.metadata.encode_chunk_key(position) for position in chunk_positions(array)]
-    found = sync(_ask(array.store.exists, [f"{array.path}/{key}" for key in keys]))
-    return {key for key, there in zip(keys, found, strict=True) if there}
+    answers = sync(_ask(array.store.exists, [f"{array.path}/{key}" for key in keys]))
+    return {key for key, there in zip(keys, answers, strict=True) if there}
 
 
 def _protocols(store: Any) -> Sequence[str]:
@@ -121,25 +119,3 @@ async def _ask(question: Callable[[str], Any], keys: Iterable[str]) -> list[Any]
             return await question(key)
 
     return await asyncio.gather(*(one(key) for key in keys))
-
-
-def identity(root: zarr.Group, folders: Sequence[str], names: Sequence[str]) -> str:
-    """A digest of the metadata files ``names`` in ``folders``, and of what is known of their age.
-
-    Chunks that are replaced while all metadata stays the same go unnoticed.
-    """
-    from zarr.core.buffer import default_buffer_prototype
-    from zarr.core.sync import sync
-
-    store: Any = root.store
-    prototype = default_buffer_prototype()
-
-    async def facts(key: str) -> tuple[str, bytes, list[str]] | None:
-        content = await store.get(key, prototype)
-        if content is None:
-            return None
-        info = await store.fs._info(f"{store.path}/{key}")
-        return key, content.to_bytes(), [str(info.get(fact)) for fact in VERSION_FACTS]
-
-    keys = [f"{folder}/{name}".lstrip("/") for folder in folders for name in names]
-    return hashlib.sha256(repr(sync(_ask(facts, keys))).encode()).hexdigest()

@@ -2,12 +2,12 @@
 
 `open_source` takes a path (.h5ad; AnnData .zarr, version 2 or 3, also zipped; 10x .h5 or .mtx),
 the address of a .zarr store, or an AnnData object, and gives a `CellSource`, whose
-`CellSource.blocks` cut the chosen matrix (X, a layer or raw) into CSR blocks. A file of any size
-takes bounded memory: 8 bytes per cell for ``indptr``, one block, and what decoding needs. obs
-and var are read whole.
+`CellSource.read_cells` gives the cells of the chosen matrix (X, a layer or raw) as CSR blocks. A
+file of any size takes bounded memory: 8 bytes per cell for ``indptr``, one block, and what
+decoding needs. obs and var are read whole.
 
     with open_source("atlas.h5ad", layer="counts") as source:
-        for block in source.blocks():
+        for block in source.read_cells([(0, 500), (90_000, 90_500)]):
             ...
 
 What a file is gets decided by its content, not by its name.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,8 @@ from ...config import Reading
 from ...errors import InputError
 from ..interfaces import COPY_AGAIN, is_address
 from . import containers, memory, tenx
-from .matrices import MAX_CELLS, MAX_ENTRIES, CsrMatrix, DenseMatrix, Matrix
+from .identity import files_digest
+from .matrices import MAX_ENTRIES, CsrMatrix, DenseMatrix, Matrix, read_blocks
 from .stored import stored_matrix
 from .tables import FrameTable, StoredTable, Table
 from .transpose import MEMORY_LIMIT, CscMatrix
@@ -95,40 +96,43 @@ class CellSource:
             raise ValueError(f"{self.name}: the source is closed")
         return self._matrix
 
-    def blocks(
+    def read_cells(
         self,
-        start: int = 0,
-        stop: int | None = None,
+        ranges: Iterable[tuple[int, int]] | None = None,
         *,
-        max_cells: int = MAX_CELLS,
         max_entries: int = MAX_ENTRIES,
+        whole: bool = True,
     ) -> Iterator[CellBlock]:
-        """The cells ``start : stop`` in file order, each in exactly one block.
+        """Cells in file order, each range in blocks of its own.
+
+        They are read as the loader reads them, chunk by chunk: few ranges of a large file cost
+        little, and a chunk that two ranges meet in is decoded once.
 
         Parameters
         ----------
-        start, stop
-            Positions of the first cell and after the last; all cells by default.
-        max_cells
-            A block has at most so many cells,
+        ranges
+            Positions ``(start, stop)`` of the first cell and after the last; all cells by default.
         max_entries
-            and so many entries, unless a single cell has more.
+            A block has at most so many stored entries, unless a single cell has more. A dense
+            matrix stores one for every gene.
+        whole
+            Whether a range with more entries goes on in further blocks, or ends with its first.
 
         Raises
         ------
         InputError
             If the file is damaged; the message names the place and the cells.
         ValueError
-            If the range or a limit makes no sense, or the source is closed.
+            If a range or the limit makes no sense, or the source is closed.
         """
-        stop = self.n_cells if stop is None else stop
-        if self._closed:
-            raise ValueError(f"{self.name}: the source is closed")
-        if not 0 <= start <= stop <= self.n_cells:
-            raise ValueError(f"cells {start}:{stop} are not within 0:{self.n_cells}")
-        if max_cells < 1 or max_entries < 1:
-            raise ValueError("max_cells and max_entries must be at least 1")
-        return self._matrix.blocks(start, stop, max_cells, max_entries)
+        ranges = [(0, self.n_cells)] if ranges is None else list(ranges)
+        matrix = self.matrix
+        for start, stop in ranges:
+            if not 0 <= start <= stop <= self.n_cells:
+                raise ValueError(f"cells {start}:{stop} are not within 0:{self.n_cells}")
+        if max_entries < 1:
+            raise ValueError("max_entries must be at least 1 for cells to be read")
+        return read_blocks(matrix, ranges, max_entries, whole)
 
     def read_obs(self) -> pd.DataFrame:
         """Annotation of the cells, one row each, in file order."""
@@ -145,7 +149,7 @@ class CellSource:
         return FrameTable(self.read_obs()) if self._obs_table is None else self._obs_table()
 
     def fingerprint(self) -> str:
-        """A string that changes when the input does, for resuming; costs no reading of a file."""
+        """A string that changes when the input does; `identity` says what is read for it."""
         facts = (self._identity(), self._element, self._matrix.shape, self._matrix.entries)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -249,8 +253,8 @@ def _open_container(path: Path) -> containers.Container:
         return containers.open_hdf5(path)
     if zipfile.is_zipfile(path):
         return containers.open_zarr(path)
-    found = "is neither HDF5 nor zipped Zarr" if path.stat().st_size else "is empty (0 bytes)"
-    raise InputError(f"{path} {found}. {containers.NOT_ANNDATA}; copy or download it again.")
+    content = "is neither HDF5 nor zipped Zarr" if path.stat().st_size else "is empty (0 bytes)"
+    raise InputError(f"{path} {content}. {containers.NOT_ANNDATA}; copy or download it again.")
 
 
 def _container_source(
@@ -296,6 +300,7 @@ def _container_source(
 
 def _memory_source(adata: AnnData, reading: Reading, memory_limit: int) -> CellSource:
     name = "AnnData object"
+    memory.require_anndata(adata, "an input must be a path or an AnnData object")
     layers, raw = sorted(adata.layers), adata.raw
     element = _chosen(name, reading, layers, adata.X is not None, raw is not None)
     if reading.layer is not None:
@@ -337,7 +342,7 @@ def _tenx_source(
         var=adata.var,
         read_obs=lambda: adata.obs,
         contents={"layers": [], "raw": False, "obs_columns": list(adata.obs.columns)},
-        identity=lambda: containers.files_identity(tenx.files(path)),
+        identity=lambda: files_digest(tenx.files(path)),
     )
 
 

@@ -5,12 +5,12 @@ Only ``indptr`` is read here, since every check and every block needs it.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 
-from ...errors import InputError, InputWarning
+from ...errors import InputError, warn
+from ..chunks import read_whole
 from ..interfaces import COPY_AGAIN, StoredArray, reading
 from .containers import SPARSE_PARTS, Container, refuse_absent, text
 from .matrices import CsrMatrix, DenseMatrix, Matrix, check_dtype, check_offsets
@@ -62,10 +62,8 @@ def _sparse_parts(
     if data.shape[0]:  # else the offsets are all zero and need not be stored
         refuse_absent(absent["indptr"], "indptr", name)
     refuse_absent(absent["data"], "data", name)
-    offsets = np.empty(indptr.shape[0], indptr.dtype)
     with reading(name, "indptr"):
-        indptr.read(0, offsets)
-    offsets = offsets.astype(np.int64, copy=False)
+        offsets = read_whole(indptr).astype(np.int64, copy=False)
     check_offsets(offsets, owners, indices.shape[0], data.shape[0], name)
     gaps = [gap for gap in absent["indices"] if not _may_be_zeros(offsets, *gap[1:])]
     refuse_absent(gaps, "indices", name)
@@ -104,10 +102,8 @@ def _dense(container: Container, element: Any, key: str, name: str) -> DenseMatr
     check_dtype(array.dtype, name)
     if absent:
         # a writer may leave out chunks of zeros, so this need not be damage
-        warnings.warn(
+        warn(
             f"{name}: {len(absent)} chunks (the first is {absent[0][0]!r}) are not stored, so "
-            f"they are read as zeros. If that is not meant, copy the store again.",
-            InputWarning,
-            stacklevel=4,
+            f"they are read as zeros. If that is not meant, copy the store again."
         )
     return DenseMatrix(name, element.shape, array)

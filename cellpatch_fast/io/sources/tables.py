@@ -45,12 +45,23 @@ class Table(Protocol):
 
 
 class FrameTable:
-    """A table in memory."""
+    """A table in memory. Names of columns that are no strings, such as 0, are taken as such.
+
+    Raises
+    ------
+    InputError
+        If two columns then have the same name.
+    """
 
     def __init__(self, frame: pd.DataFrame) -> None:
         self._frame = frame
         self.index_name = str(frame.index.name or "_index")
-        self.columns = [str(column) for column in frame.columns if column != self.index_name]
+        names = [str(column) for column in frame.columns]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"obs has several columns called {twice!r}: rename or drop some")
+        self._places = {name: place for place, name in enumerate(names)}
+        self.columns = [name for name in names if name != self.index_name]
 
     def __len__(self) -> int:
         return len(self._frame)
@@ -58,15 +69,18 @@ class FrameTable:
     def is_text(self, column: str) -> bool:
         from pandas.api.types import infer_dtype
 
-        values = self._frame[column]
+        values = self._series(column)
         return not values.hasnans and infer_dtype(values, skipna=False) == "string"
 
     def texts(self, column: str, start: int, stop: int) -> np.ndarray:
-        values = self._frame.index if column == self.index_name else self._frame[column]
+        values = self._frame.index if column == self.index_name else self._series(column)
         return values[start:stop].astype(str).to_numpy(object)
 
     def values(self, column: str) -> Any:
-        return self._frame[column]._values  # what anndata itself writes
+        return self._series(column)._values  # what anndata itself writes
+
+    def _series(self, column: str) -> pd.Series[Any]:
+        return self._frame.iloc[:, self._places[column]]
 
 
 class StoredTable:

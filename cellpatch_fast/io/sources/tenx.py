@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ...errors import InputError, InputWarning
+from ...errors import InputError, warn
 from ..interfaces import reading
 
 if TYPE_CHECKING:
@@ -75,8 +75,7 @@ def _genes_only(adata: AnnData, path: Path) -> AnnData:
     if kinds is None or (kinds == GENES).all():
         return adata
     others = ", ".join(f"{n} {kind}" for kind, n in kinds[kinds != GENES].value_counts().items())
-    found = f"{path}: features that are not genes are left out: {others}"
-    warnings.warn(found, InputWarning, stacklevel=4)
+    warn(f"{path}: features that are not genes are left out: {others}")
     with _without_name_warnings():
         return adata[:, (kinds == GENES).to_numpy()].copy()
 

@@ -1,11 +1,11 @@
 """From columns to rows: a CSC matrix as a CSR matrix, in bounded memory.
 
 A cell's entries are scattered over a whole CSC file, so rows can only be had by reordering all
-of it. What fits the memory limit is reordered in memory by scipy. More than that goes through
-an external bucket sort: count the entries of each cell; cut the cells into buckets that can be
-sorted in memory; stream the columns once, appending each entry to its bucket's place in a
-temporary file; sort each bucket there. The outcome is an ordinary CSR matrix whose indices and
-data are temporary files, so it is streamed like any other, any number of times.
+of it. What fits the memory limit is reordered in memory by scipy. More than that is sorted through
+a file, see `sorting`: count the entries of each cell, so that every bucket of cells has its place;
+read the columns once, a piece at a time, and append the piece's entries, by cells, to the places
+of their buckets; sort each bucket there. The outcome is an ordinary CSR matrix whose indices and
+data are temporary files, so it is read like any other, any number of times.
 
 Both ways keep the order of columns within a cell, so their results are identical. The temporary
 files have no name: they are gone when closed, even if the process is killed.
@@ -13,25 +13,31 @@ files have no name: they are gone when closed, even if the process is killed.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ...cells import CellBlock
+from ...devices import usable_cores
 from ...errors import InputError, summary
+from ..chunks import chunks_of
+from ..chunks.gathering import EntryChunks
 from ..interfaces import StoredArray
-from .arrays import SequentialReader
-from .matrices import CsrMatrix, check_indices, plan_blocks, signed_indices
+from ..sorting import Runs, by_bucket, by_row
+from .matrices import CsrMatrix, RowReader, check_indices, plan_blocks, signed_indices
 
 MEMORY_LIMIT = 512 * 2**20
-BUCKET_CELLS = 65_536  # a cell's position in its bucket fits uint16
+MOST_THREADS = 8  # that decode columns: one that sorts them keeps no more busy
+UINT32, COLUMN = np.dtype(np.uint32), np.dtype(np.int32)
 
 
 class CscMatrix:
-    """A column-compressed matrix; the first call of `blocks` turns it into rows.
+    """A column-compressed matrix; its first reader turns it into rows.
 
     Parameters
     ----------
@@ -58,12 +64,10 @@ class CscMatrix:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return self.data.dtype
+        return self.data.dtype.newbyteorder("=")
 
-    def blocks(
-        self, start: int, stop: int, max_cells: int, max_entries: int
-    ) -> Iterator[CellBlock]:
-        return self.rows().blocks(start, stop, max_cells, max_entries)
+    def reader(self) -> RowReader:
+        return self.rows().reader()
 
     def rows(self) -> CsrMatrix:
         """This matrix by rows; kept, because it is costly."""
@@ -82,37 +86,55 @@ class CscMatrix:
         self._rows = None
 
     @property
-    def _memory_entries(self) -> int:
+    def most(self) -> int:
         """Entries that can be sorted at once: the sort needs up to 64 bytes for each."""
         return max(1, self._memory_limit // 64)
 
 
 def _sort_in_memory(columns: CscMatrix) -> CsrMatrix:
+    with _reading(columns, columns.indices, columns.data) as read:
+        indices, data = read(0, columns.entries)
+    check_indices(indices, columns.shape[0], columns.name, "cell", columns.indptr, 0)
+    indptr, genes, values = _by_rows(indices, data, columns.indptr, columns.shape)
+    return CsrMatrix(columns.name, columns.shape, indptr.astype(np.int64), genes, values)
+
+
+def _by_rows(
+    indices: np.ndarray, data: np.ndarray, offsets: np.ndarray, shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """indptr, indices and data of a CSC matrix by rows; columns stay in order within a row."""
     from scipy import sparse
 
-    indices = _reader(columns, columns.indices).rows(0, columns.entries)
-    data = _reader(columns, columns.data).rows(0, columns.entries)
-    check_indices(indices, columns.shape[0], columns.name, "cell", columns.indptr, 0)
     # scipy moves the values only; seen as integers, every dtype is one that it knows
     bits = data.view(f"u{data.dtype.itemsize}")
-    parts = (bits, signed_indices(indices), columns.indptr)
-    rows = sparse.csc_array(parts, shape=columns.shape).tocsr()
-    indptr = rows.indptr.astype(np.int64)
-    return CsrMatrix(columns.name, columns.shape, indptr, rows.indices, rows.data.view(data.dtype))
+    rows = sparse.csc_array((bits, signed_indices(indices), offsets), shape=shape).tocsr()
+    return rows.indptr, rows.indices, rows.data.view(data.dtype)
 
 
 def _sort_on_disk(columns: CscMatrix) -> CsrMatrix:
-    dtypes = (np.dtype(np.uint16), np.dtype(np.int32), columns.dtype)
-    _check_disk(columns.name, columns.entries * sum(dtype.itemsize for dtype in dtypes))
-    indptr = _count_cells(columns)
-    buckets = list(plan_blocks(indptr, 0, columns.shape[0], BUCKET_CELLS, columns._memory_entries))
-    rows, genes, values = (TemporaryArray(columns.entries, dtype) for dtype in dtypes)
+    entry_bytes = COLUMN.itemsize + columns.dtype.itemsize
+    _check_disk(columns.name, columns.entries * entry_bytes)
+    indptr, run_offsets = _count_cells(columns)
+    runs = int(run_offsets[-1])
+    _check_disk(columns.name, columns.entries * entry_bytes + runs * 2 * UINT32.itemsize)
+    starts = np.array(
+        [start for start, _ in plan_blocks(indptr, 0, columns.shape[0], columns.most)]
+    )
+    bounds = np.append(starts, columns.shape[0])
+    buckets = _Buckets(
+        starts=starts,
+        runs=TemporaryArray(2 * runs, UINT32),
+        columns=TemporaryArray(columns.entries, COLUMN),
+        values=TemporaryArray(columns.entries, columns.dtype),
+        run_bounds=run_offsets[bounds],
+        entry_bounds=indptr[bounds],
+    )
     try:
-        _scatter(columns, indptr, buckets, rows, genes, values)
-        _sort_buckets(indptr, buckets, rows, genes, values)
+        _scatter(columns, buckets)
+        buckets.sort()
     except BaseException as error:
-        genes.close()
-        values.close()
+        buckets.columns.close()
+        buckets.values.close()
         if isinstance(error, OSError):
             raise InputError(
                 f"{columns.name}: cannot write its temporary copy by cells ({summary(error)}). "
@@ -120,75 +142,96 @@ def _sort_on_disk(columns: CscMatrix) -> CsrMatrix:
             ) from error
         raise
     finally:
-        rows.close()
-    return CsrMatrix(columns.name, columns.shape, indptr, genes, values)
+        buckets.runs.close()
+    return CsrMatrix(columns.name, columns.shape, indptr, buckets.columns, buckets.values)
 
 
-def _sort_buckets(
-    indptr: np.ndarray,
-    buckets: list[tuple[int, int]],
-    rows: TemporaryArray,
-    genes: TemporaryArray,
-    values: TemporaryArray,
-) -> None:
-    """Order the entries of each bucket by cell; within a cell they are in order already."""
-    for start, stop in buckets:
-        first, last = int(indptr[start]), int(indptr[stop])
-        order = np.argsort(rows.take(first, last), kind="stable")
-        genes.write(first, genes.take(first, last)[order])
-        values.write(first, values.take(first, last)[order])
+@dataclass(frozen=True, eq=False)
+class _Buckets:
+    """Runs of cells, each bucket's where the entries of its cells will be in the end.
+
+    Parameters
+    ----------
+    starts
+        int64 [buckets]: the first cell of each.
+    runs, columns, values
+        Cell (in its bucket) and length of each run, in turn; their entries.
+    run_bounds, entry_bounds
+        int64 [buckets + 1]: the places of each bucket's runs and entries.
+    """
+
+    starts: np.ndarray
+    runs: TemporaryArray
+    columns: TemporaryArray
+    values: TemporaryArray
+    run_bounds: np.ndarray
+    entry_bounds: np.ndarray
+
+    def append(self, bucket: int, part: Runs, run: int, entry: int) -> None:
+        """Put the runs of a bucket at its places from ``run`` and ``entry`` on."""
+        rows = part.rows - self.starts[bucket]
+        self.runs.write(2 * run, np.stack([rows, part.lengths], axis=1).astype(UINT32).reshape(-1))
+        self.columns.write(entry, part.columns)
+        self.values.write(entry, part.values)
+
+    def sort(self) -> None:
+        """Order the entries of each bucket by cell."""
+        for bucket in range(len(self.starts)):
+            first, last = self.entry_bounds[bucket : bucket + 2]
+            runs = self.runs.take(*(2 * self.run_bounds[bucket : bucket + 2]))
+            ordered = by_row(
+                Runs(
+                    rows=runs[::2],
+                    lengths=runs[1::2],
+                    columns=self.columns.take(first, last),
+                    values=self.values.take(first, last),
+                )
+            )
+            self.columns.write(first, ordered.columns)
+            self.values.write(first, ordered.values)
 
 
-def _count_cells(columns: CscMatrix) -> np.ndarray:
-    """int64 [cells + 1]: where the entries of each cell will start."""
+def _count_cells(columns: CscMatrix) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [cells + 1], twice: where the entries of each cell will start, and its runs."""
     cells = columns.shape[0]
-    counts = np.zeros(cells, np.int64)
-    indices = _reader(columns, columns.indices)
-    for first, last, offsets, gene in _pieces(columns):
-        piece = indices.rows(first, last)
-        check_indices(piece, cells, columns.name, "cell", offsets, gene)
-        counts += np.bincount(signed_indices(piece), minlength=cells)
-    return np.concatenate([[0], np.cumsum(counts)])
+    entries, runs = np.zeros(cells, np.int64), np.zeros(cells, np.int64)
+    with _reading(columns, columns.indices) as read:
+        for first, last, offsets, gene in _pieces(columns):
+            (indices,) = read(first, last)
+            check_indices(indices, cells, columns.name, "cell", offsets, gene)
+            counts = np.bincount(signed_indices(indices), minlength=cells)
+            entries += counts
+            runs += counts > 0
+    return np.concatenate([[0], np.cumsum(entries)]), np.concatenate([[0], np.cumsum(runs)])
 
 
-def _scatter(
-    columns: CscMatrix,
-    indptr: np.ndarray,
-    buckets: list[tuple[int, int]],
-    rows: TemporaryArray,
-    genes: TemporaryArray,
-    values: TemporaryArray,
-) -> None:
-    """Append every entry to its bucket, which has the place of its cells' entries."""
-    starts = np.array([start for start, _ in buckets])
-    sizes = [stop - start for start, stop in buckets]
-    # a narrow type is what makes the stable sort below a radix sort
-    kind = np.uint16 if len(buckets) <= 2**16 else np.uint32
-    bucket_of_cell = np.repeat(np.arange(len(buckets), dtype=kind), sizes)
-    cursors = indptr[starts]
-    indices, data = _reader(columns, columns.indices), _reader(columns, columns.data)
-    for first, last, offsets, gene in _pieces(columns):
-        cells = signed_indices(indices.rows(first, last))
-        bucket = bucket_of_cell[cells]
-        order = np.argsort(bucket, kind="stable")
-        piece_rows = (cells - starts[bucket])[order].astype(np.uint16)
-        piece_genes = np.arange(gene, gene + len(offsets) - 1, dtype=np.int32)
-        piece_genes = np.repeat(piece_genes, np.diff(offsets))[order]
-        piece_values = data.rows(first, last)[order]
-        counts = np.bincount(bucket, minlength=len(buckets))
-        ends = np.cumsum(counts)
-        for which in np.flatnonzero(counts):
-            part = slice(ends[which] - counts[which], ends[which])
-            rows.write(cursors[which], piece_rows[part])
-            genes.write(cursors[which], piece_genes[part])
-            values.write(cursors[which], piece_values[part])
-        cursors += counts
+def _scatter(columns: CscMatrix, buckets: _Buckets) -> None:
+    """Append the runs of every piece to their buckets."""
+    next_run, next_entry = buckets.run_bounds[:-1].copy(), buckets.entry_bounds[:-1].copy()
+    with _reading(columns, columns.indices, columns.data) as read:
+        for first, last, offsets, gene in _pieces(columns):
+            indices, data = read(first, last)
+            shape = columns.shape[0], len(offsets) - 1
+            indptr, genes, values = _by_rows(indices, data, offsets - first, shape)
+            lengths = np.diff(indptr)
+            rows = np.flatnonzero(lengths)
+            runs = Runs(
+                rows=rows,
+                lengths=lengths[rows],
+                columns=(genes + gene).astype(COLUMN, copy=False),
+                values=values.astype(columns.dtype, copy=False),
+            )
+            bucket_of_run = np.searchsorted(buckets.starts, rows, side="right") - 1
+            for bucket, part in by_bucket(runs, bucket_of_run):
+                buckets.append(bucket, part, next_run[bucket], next_entry[bucket])
+                next_run[bucket] += len(part.rows)
+                next_entry[bucket] += len(part.columns)
 
 
 def _pieces(columns: CscMatrix) -> Iterator[tuple[int, int, np.ndarray, int]]:
     """Runs of entries as long as memory allows: first, last, offsets of the columns in it
     (clipped to it), first column. One column may be longer than a piece."""
-    size = columns._memory_entries
+    size = columns.most
     for first in range(0, columns.entries, size):
         last = min(first + size, columns.entries)
         gene = int(np.searchsorted(columns.indptr, first, side="right")) - 1
@@ -196,8 +239,23 @@ def _pieces(columns: CscMatrix) -> Iterator[tuple[int, int, np.ndarray, int]]:
         yield first, last, np.clip(columns.indptr[gene : end + 1], first, last), gene
 
 
-def _reader(columns: CscMatrix, array: StoredArray | np.ndarray) -> SequentialReader:
-    return SequentialReader(array, columns.name, columns.indptr, noun="genes")
+@contextlib.contextmanager
+def _reading(
+    columns: CscMatrix, *arrays: StoredArray | np.ndarray
+) -> Iterator[Callable[[int, int], list[np.ndarray]]]:
+    """Gives a function that reads the entries ``first : last`` of ``arrays`` with all cores."""
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(ThreadPoolExecutor(min(usable_cores(), MOST_THREADS)))
+
+        def reader(array: StoredArray | np.ndarray) -> Callable[[int, int], np.ndarray]:
+            if isinstance(array, np.ndarray):
+                return lambda first, last: array[first:last]
+            entries = EntryChunks(columns.name, columns.indptr, chunks_of(array), owner="gene")
+            stack.callback(entries.close)
+            return lambda first, last: entries.read(first, last, workers)
+
+        readers = [reader(array) for array in arrays]
+        yield lambda first, last: [read(first, last) for read in readers]
 
 
 def _check_disk(name: str, needed: int) -> None:

@@ -1,11 +1,9 @@
 """Putting cells into any other order, with files where memory would not do.
 
-Cells come in one order and are needed in another: cell ``c`` in row ``rows[c]``. The rows are cut
-into buckets that fit in memory, each with a file. First every cell is appended to the file of its
-row's bucket, in the order in which cells come; then bucket by bucket is read, sorted in memory
-and handed on. So each byte is written and read once, in long runs, whatever the order.
+Cells come in one order and are needed in another: cell ``c`` in row ``rows[c]``. They are sorted by
+rows, see `sorting`, with a file for each bucket.
 
-A piece of a bucket file is: int64 numbers of cells and entries; the cells' places in the bucket,
+A piece of a bucket file is: int64 numbers of cells and entries; the cells' rows in the bucket,
 uint32; their lengths, uint32; their genes; their values. Cells are gathered before they are
 appended, and files are opened only for that, so thousands of buckets need neither thousands of
 open files nor tiny pieces.
@@ -24,11 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
 from ...cells import RaggedCells
 from ...errors import InputError
-from .partial import DELETE, replace_json, to_disk
+from ...files import make_folders, to_disk, write_whole
+from ..sorting import Runs, by_bucket, by_row
+from .partial import DELETE
 
 BUCKET_BYTES = 1 << 27  # of a bucket; sorting it takes three times as much memory
 GATHERED_BYTES = 1 << 26  # of cells that are appended together, which takes as much again twice
@@ -101,7 +100,7 @@ class Buckets:
         self._checkpoint_bytes = checkpoint_bytes or max(
             CHECKPOINT_BYTES, CHECKPOINT_FILE_BYTES * self._buckets
         )
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         if (folder / STATE).exists():
             self._resume()
         else:
@@ -156,24 +155,17 @@ class Buckets:
             return
         cells = RaggedCells.concatenate(self._gathered)
         rows = self._rows[self.next_cell - len(cells) : self.next_cell]
-        buckets = rows // self._bucket_rows
-        order = np.argsort(buckets, kind="stable")
-        cells = _in_order(cells, order)
-        offsets, places = cells.offsets.numpy(), (rows % self._bucket_rows)[order].astype(UINT32)
-        lengths = np.diff(offsets).astype(UINT32)
-        genes, values = (array.numpy() for array in (cells.genes, cells.values))
-        first = 0
-        for bucket, count in zip(*np.unique(buckets, return_counts=True), strict=True):
-            last = first + int(count)
-            entries = slice(offsets[first], offsets[last])
-            with self._file(int(bucket)).open("ab") as file:
-                file.write(np.array([count, entries.stop - entries.start], "<i8").tobytes())
-                for array, part in (
-                    *((places, slice(first, last)), (lengths, slice(first, last))),
-                    *((genes, entries), (values, entries)),
-                ):
-                    file.write(array[part].tobytes())
-            first = last
+        runs = Runs(
+            rows=(rows % self._bucket_rows).astype(UINT32),
+            lengths=cells.lengths.numpy().astype(UINT32),
+            columns=cells.genes.numpy(),
+            values=cells.values.numpy(),
+        )
+        for bucket, part in by_bucket(runs, rows // self._bucket_rows):
+            with self._file(bucket).open("ab") as file:
+                file.write(np.array([len(part.rows), len(part.columns)], "<i8").tobytes())
+                for array in part:
+                    file.write(array.tobytes())
         self._unsafe += self._gathered_now
         self._gathered, self._gathered_now = [], 0
 
@@ -182,15 +174,14 @@ class Buckets:
         for file in files:
             if file.exists():
                 to_disk(file)
-        replace_json(
-            self._folder / STATE,
-            {
-                "cells": self.next_cell,
-                "unknown_entries": self.unknown_entries,
-                "bucket_rows": self._bucket_rows,
-                "sizes": [file.stat().st_size if file.exists() else 0 for file in files],
-            },
-        )
+        to_disk(self._folder)  # the files' names
+        state = {
+            "cells": self.next_cell,
+            "unknown_entries": self.unknown_entries,
+            "bucket_rows": self._bucket_rows,
+            "sizes": [file.stat().st_size if file.exists() else 0 for file in files],
+        }
+        write_whole(self._folder / STATE, json.dumps(state))
         self._unsafe = 0
 
     def _resume(self) -> None:
@@ -214,16 +205,14 @@ class Buckets:
         file = self._file(bucket)
         try:
             pieces = list(self._pieces(np.fromfile(file, np.uint8)))
-            places, lengths, genes, values = map(np.concatenate, zip(*pieces, strict=True))
+            runs = Runs(*map(np.concatenate, zip(*pieces, strict=True)))
         except (OSError, ValueError) as error:
             raise self._damage(f"{file.name} cannot be read ({error})") from error
-        if not np.array_equal(np.sort(places), np.arange(count)):
+        if not np.array_equal(np.sort(runs.rows), np.arange(count)):
             raise self._damage(f"{file.name} does not hold each of its {count} cells once")
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        cells = RaggedCells(*map(torch.from_numpy, (offsets, genes, values)))
-        order = np.empty(count, np.int64)
-        order[places] = np.arange(count)
-        return _in_order(cells, order)
+        runs = by_row(runs)
+        offsets = np.concatenate([[0], np.cumsum(runs.lengths, dtype=np.int64)])
+        return RaggedCells(*map(torch.from_numpy, (offsets, runs.columns, runs.values)))
 
     def _pieces(self, content: np.ndarray) -> Iterator[list[np.ndarray]]:
         """Places, lengths, genes and values of each piece of a file."""
@@ -247,29 +236,3 @@ class Buckets:
 
     def _damage(self, what: str) -> InputError:
         return InputError(f"{self._folder}: {what}. {DELETE}: {self._folder.parent.parent}.")
-
-
-def _in_order(cells: RaggedCells, order: np.ndarray) -> RaggedCells:
-    """The cells ``order``, int64 [cells], in that order; `RaggedCells.take` without its index."""
-    offsets = cells.offsets.numpy()
-    to_offsets = np.concatenate([[0], np.cumsum(np.diff(offsets)[order])])
-    genes, values = cells.genes.numpy(), cells.values.numpy()
-    to_genes, to_values = np.empty_like(genes), np.empty_like(values)
-    for array, to_array in ((genes, to_genes), (values, to_values)):
-        bits = f"u{array.itemsize}"  # Numba knows no float16
-        _copy_cells(offsets, order, array.view(bits), to_offsets, to_array.view(bits))
-    return RaggedCells(*map(torch.from_numpy, (to_offsets, to_genes, to_values)))
-
-
-@njit(nogil=True, cache=True)
-def _copy_cells(
-    offsets: Any,  # [c + 1]
-    order: Any,  # [c]
-    entries: Any,  # [n]
-    to_offsets: Any,  # [c + 1]
-    to_entries: Any,  # [n]
-) -> None:
-    for place in range(len(order)):
-        first = offsets[order[place]]
-        target = slice(to_offsets[place], to_offsets[place + 1])
-        to_entries[target] = entries[first : first + target.stop - target.start]

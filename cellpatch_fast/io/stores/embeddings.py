@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .partial import PartialStore, to_disk
+from ...files import names_to_disk, to_disk
+from ..interfaces import reading
+from .partial import DELETE, PartialStore
 
 if TYPE_CHECKING:
     import zarr
@@ -101,13 +103,28 @@ class EmbeddingWriter(PartialStore):
         size = 0
         for file in self._shard_files(shard):
             to_disk(file)
+            names_to_disk(file, self.store)
             size += file.stat().st_size
         self._shards[shard] = {**counts, "bytes": size}
         self._write_journal()
 
     def read(self, key: str, start: int, stop: int) -> np.ndarray:
-        """Rows that are written already."""
-        rows: np.ndarray = self._arrays[key][start:stop]
+        """Rows that are written already.
+
+        Raises
+        ------
+        InputError
+            If they are damaged.
+        """
+        array = self._arrays[key]
+        rows = np.empty((stop - start, *array.shape[1:]), array.dtype)
+        size = array.chunks[0]
+        for chunk in range(start // size, -(-stop // size)):
+            first, last = max(start, chunk * size), min(stop, (chunk + 1) * size)
+            file = f"obsm/{key}/c/{first // array.shards[0]}/0"
+            what = f"rows {first} to {last - 1} of obsm/{key}, stored in the chunk file {file}"
+            with reading(str(self.store), what, DELETE):
+                rows[first - start : last - start] = array[first:last]
         return rows
 
     def add_columns(self, columns: Mapping[str, Any]) -> None:
@@ -122,6 +139,8 @@ class EmbeddingWriter(PartialStore):
 
     def finish(self) -> dict[str, int]:
         """Complete the store and give it its name; returns the counts' sums over all shards."""
+        from anndata.io import write_elem
+
         if not self._prepared or self.missing:
             raise ValueError("the store is not complete")
         shards = self._shards.values()
@@ -130,6 +149,10 @@ class EmbeddingWriter(PartialStore):
             for name in next(iter(shards))
             if name != "bytes"
         }
+        for key in self.widths:
+            params: Any = self._root[f"uns/{key}/params"]
+            for name, count in counts.items():
+                write_elem(params, name, count)
         self._root.attrs[ATTRIBUTE] = {
             "settings": self.settings,
             "counts": counts,
@@ -155,14 +178,14 @@ class EmbeddingWriter(PartialStore):
                 self._shards[shard] = counts
         for shard in self.missing:
             for file in self._shard_files(shard):
-                shutil.rmtree(file.parent, ignore_errors=True)
-        for leftover in self.store.glob("*.partial"):
-            leftover.unlink()
+                if file.parent.exists():
+                    shutil.rmtree(file.parent)
 
     def _create(self, write_obs: Callable[[zarr.Group], None]) -> None:
         import pandas as pd
         import zarr
         from anndata.io import write_elem
+        from zarr.codecs import Crc32cCodec
 
         self._root = zarr.open_group(
             self.store,
@@ -182,7 +205,7 @@ class EmbeddingWriter(PartialStore):
                 dtype=self.dtype,
                 chunks=(CHUNK_ROWS, width),
                 shards=(self.shard_rows, width),
-                compressors=None,  # floats of an embedding hardly compress
+                compressors=Crc32cCodec(),  # floats of an embedding hardly compress
                 attributes={"encoding-type": "array", "encoding-version": "0.2.0"},
             )
             for key, width in self.widths.items()

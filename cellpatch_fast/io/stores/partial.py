@@ -7,11 +7,14 @@ It grows beside its final place::
         cellpatch-lock           held by the one process that writes
         store/                   becomes OUTPUT, in one step, when everything is in it
         work/                    what only the writing needs
+        replaced/                the old store, while the new one takes its place
+        discarded/               the old store, while it is deleted
 
 So whatever is called OUTPUT is complete. Files are written once, in whole; the journal is
-replaced in one step when they are on the disk. A kill at any moment thus loses at most the file
-in work, and a resumed run ends with the same bytes as an uninterrupted one. A run that differs in
-anything the content depends on (model, inputs, settings) does not continue an old one: it is
+replaced in one step when they are on the disk, and so are their names: first the files, then the
+folders from below, then the journal. A kill or a power cut at any moment thus loses at most the
+file in work, and a resumed run ends with the same bytes as an uninterrupted one. A run that differs
+in anything the content depends on (model, inputs, settings) does not continue an old one: it is
 refused, with the difference named.
 
 Nothing is ever deleted that is not a store of the same kind, and an old one is replaced only when
@@ -33,6 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ...errors import InputError
+from ...files import is_unfinished, make_folders, to_disk, tree_to_disk, write_whole
 from ..interfaces import reading
 
 if TYPE_CHECKING:
@@ -40,14 +44,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("cellpatch_fast")
 
-FORMAT_VERSION = 1  # of the journal
+FORMAT_VERSION = 2  # of the journal and what it speaks of
 
 JOURNAL = "cellpatch-journal.json"
 LOCK = "cellpatch-lock"
 STORE = "store"
 WORK = "work"
-REPLACED = "replaced"  # where an old store waits for its deletion
-OURS = {JOURNAL, f"{JOURNAL}.new", LOCK, STORE, WORK, REPLACED}
+REPLACED = "replaced"  # the old store, complete
+DISCARDED = "discarded"  # what is left of it
+OURS = {JOURNAL, LOCK, STORE, WORK, REPLACED, DISCARDED}
 DELETE = "Delete the folder and start anew"
 
 
@@ -101,6 +106,7 @@ class PartialStore(ABC):
                 shutil.rmtree(folder)
         with _anndata_settings():
             self._create(write_obs)
+        tree_to_disk(self.partial)
         self._prepared = True
         self._write_journal()
 
@@ -137,26 +143,29 @@ class PartialStore(ABC):
             "prepared": self._prepared,
             "done": self._done(),
         }
-        replace_json(self.partial / JOURNAL, journal)
+        write_whole(self.partial / JOURNAL, json.dumps(journal))
 
     def _publish(self) -> None:
         """Give the complete store its name."""
+        tree_to_disk(self.store)
         if is_taken(self.output):
-            os.rename(self.output, self.partial / REPLACED)
-        os.rename(self.store, self.output)
+            _rename(self.output, self.partial / REPLACED)
+        _rename(self.store, self.output)
         _remove(self.partial)
 
     def _open(self, overwrite: bool) -> None:
         """Go on with the work in `partial` if there is any, else claim it."""
-        strangers = {path.name for path in self.partial.iterdir()} - OURS
+        strangers = _names_in(self.partial) - OURS
         if strangers:
             raise InputError(
                 f"{self.partial} holds {', '.join(sorted(strangers)[:3])}, so it is no unfinished "
                 f"{self.KIND}: move it away, or choose another output"
             )
         replaced = self.partial / REPLACED
-        if replaced.exists() and not self.output.exists():  # killed between two renamings
-            os.rename(replaced, self.output)
+        if replaced.exists() and not is_taken(self.output):  # killed between two renamings
+            _rename(replaced, self.output)
+        _discard(self.partial)  # killed while it was deleted
+        _forget_journals(self.partial)
         try:
             journal = unfinished_facts(self.partial)
             if journal is not None:
@@ -166,6 +175,9 @@ class PartialStore(ABC):
                 raise
             journal = None
         if journal is not None and journal["prepared"] and (self.store / "zarr.json").is_file():
+            for path in self.store.rglob("*"):
+                if is_unfinished(path) or (path.suffix == ".partial" and path.is_file()):
+                    path.unlink()  # Zarr begins every file under the latter kind of name
             with reading(str(self.store), "the unfinished store", DELETE):
                 self._resume(journal["done"])
             self._prepared = True
@@ -177,11 +189,13 @@ class PartialStore(ABC):
             "kind": self.KIND,
             **self.settings,
             "version of cellpatch-fast": version("cellpatch-fast"),
+            "format version": FORMAT_VERSION,
         }
         before = {
             "kind": journal["kind"],
             **journal["settings"],
             "version of cellpatch-fast": journal["version"],
+            "format version": journal["format_version"],
         }
         if before != now:
             raise InputError(
@@ -257,25 +271,13 @@ def unfinished_facts(partial: Path) -> dict[str, Any] | None:
 def tidy(output: Path) -> None:
     """Remove what a run that was killed after its last step has left beside a finished store."""
     partial = partial_of(output)
-    if partial.is_dir() and {path.name for path in partial.iterdir()} <= OURS - {STORE}:
+    if partial.is_dir() and _names_in(partial) <= OURS - {STORE}:
         with contextlib.suppress(InputError):  # another process is at work there
             lock = locked(partial)
-            _remove(partial)
-            os.close(lock)
-
-
-def replace_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one step: a kill leaves the old one or the new one, on the disk."""
-    replacement = path.with_name(f"{path.name}.new")
-    replacement.write_text(json.dumps(content))
-    to_disk(replacement)
-    os.replace(replacement, path)
-
-
-def to_disk(path: Path) -> None:
-    """Return when the file's content is on the disk, not only in the system's memory."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+            try:
+                _remove(partial)
+            finally:
+                os.close(lock)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -289,18 +291,48 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _remove(partial: Path) -> None:
     """Delete the folder of a store that is finished; the journal says until the end whose it is."""
-    for name in (REPLACED, WORK):
-        if (partial / name).exists():
-            shutil.rmtree(partial / name)
-    for name in (f"{JOURNAL}.new", JOURNAL, LOCK):
+    _discard(partial)
+    if (partial / WORK).exists():
+        shutil.rmtree(partial / WORK)
+    _forget_journals(partial)
+    for name in (JOURNAL, LOCK):
         (partial / name).unlink(missing_ok=True)
     partial.rmdir()
+
+
+def _names_in(partial: Path) -> set[str]:
+    """What lies there, but for journals that a kill has left half-written."""
+    return {path.name for path in partial.iterdir() if not is_unfinished(path, {JOURNAL})}
+
+
+def _forget_journals(partial: Path) -> None:
+    """Delete those that a kill has left half-written."""
+    for path in partial.iterdir():
+        if is_unfinished(path, {JOURNAL}):
+            path.unlink()
+
+
+def _discard(partial: Path) -> None:
+    """Delete an old store, under a name that says that it is no longer complete."""
+    discarded = partial / DISCARDED
+    if discarded.exists():
+        shutil.rmtree(discarded)
+    if (partial / REPLACED).exists():
+        _rename(partial / REPLACED, discarded)
+        shutil.rmtree(discarded)
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Rename a folder; its new name is on the disk before anything else happens."""
+    os.rename(source, target)
+    to_disk(target.parent)
+    to_disk(source.parent)
 
 
 def locked(partial: Path) -> int:
     """Make the folder and lock it; the system takes the lock back when the process ends."""
     while True:
-        partial.mkdir(parents=True, exist_ok=True)
+        make_folders(partial)
         path = partial / LOCK
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -313,7 +345,8 @@ def locked(partial: Path) -> int:
         except OSError as error:
             logger.warning(
                 "%s cannot be locked (%s): see to it that no other process writes there",
-                *(partial, error.strerror),
+                partial,
+                error.strerror,
             )
         if path.exists() and os.path.samestat(path.stat(), os.fstat(lock)):
             return lock

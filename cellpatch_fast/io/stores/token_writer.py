@@ -7,7 +7,7 @@ a shard.
 
 The codecs are standard, so any Zarr v3 reader that has numcodecs' delta reads the store: token
 differences (tokens ascend within a cell, so the high bytes are nearly all 0) and values of a few
-bits, both through Blosc's shuffles and LZ4.
+bits, both through Blosc's shuffles and LZ4, with a CRC-32C behind each chunk.
 
 A resumed run must not depend on where the interrupted one was. Cells are appended in batches, and
 a shard that is full is noted together with the first cell of the batch that filled it, the
@@ -18,10 +18,8 @@ that cell again and skips the entries that are on the disk already.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,12 +31,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import torch
 
-from .partial import PartialStore, to_disk
+from ...files import names_to_disk
+from .partial import PartialStore
 from .shards import EntryArray, ShardFile
 from .tokens import (
     ATTRIBUTE,
     FORMAT_VERSION,
     KIND,
+    consolidate,
     gene_dtype,
     narrowed,
     value_dtype,
@@ -175,13 +175,13 @@ class TokenWriter(PartialStore):
         cells = narrowed(cells, self._vocabulary.size, self._preprocessing, self.next_cell)
         entries = (cells.genes.numpy(), cells.values.numpy())
         self._lengths_file().write(cells.lengths.numpy().astype("<u4").tobytes())
-        known = min(self._skip, cells.entries)
-        self._skip -= known
-        while known < cells.entries:
-            count = min(self._chunk - self._filled, cells.entries - known)
+        written = min(self._skip, cells.entries)
+        self._skip -= written
+        while written < cells.entries:
+            count = min(self._chunk - self._filled, cells.entries - written)
             for buffer, array in zip(self._buffers, entries, strict=True):
-                buffer[self._filled : self._filled + count] = array[known : known + count]
-            known += count
+                buffer[self._filled : self._filled + count] = array[written : written + count]
+            written += count
             self._filled += count
             if self._filled == self._chunk:
                 self._end_chunk(here)
@@ -207,9 +207,6 @@ class TokenWriter(PartialStore):
         self._files = []
         self._lengths_file().flush()
         counts = self._write_metadata(entries)
-        for path in self.store.rglob("*"):
-            if path.is_file():
-                to_disk(path)
         self._publish()
         return counts
 
@@ -266,6 +263,8 @@ class TokenWriter(PartialStore):
             for file in files:
                 closing.callback(file.close)
             genes, values = (file.finish() for file in files)
+        for file in files:
+            names_to_disk(file.path, self.store)
         os.fsync(self._lengths_file().fileno())
         self._shards.append(replace(checkpoint, genes=genes, values=values))
         self._write_journal()
@@ -278,14 +277,17 @@ class TokenWriter(PartialStore):
 
     def _create(self, write_obs: Callable[[zarr.Group], None]) -> None:
         import zarr
+        from zarr.codecs import Crc32cCodec, ZstdCodec
 
         self.work.mkdir()
+        (self.work / LENGTHS).touch()
         root = zarr.open_group(self.store, mode="w", zarr_format=3)
         write_obs(root)
         root.create_array(
             "measured",
             data=np.array([*self._measured.values()], np.uint8),
             chunks=(1, self._vocabulary.size),
+            compressors=[ZstdCodec(), Crc32cCodec()],
             config=WHOLE,
         )
 
@@ -300,10 +302,10 @@ class TokenWriter(PartialStore):
         self._chunk, self._shard_chunks = done["chunk_entries"], done["shard_chunks"]
         self._buffers = self._new_buffers()
         lengths = self.work / LENGTHS
-        known = lengths.stat().st_size // 4 if lengths.exists() else 0
+        with_length = lengths.stat().st_size // 4 if lengths.exists() else 0
         for number, facts in enumerate(done["shards"]):
             shard = Checkpoint(**facts)
-            if shard.cells > known or not self._is_whole(number, shard):
+            if shard.cells > with_length or not self._is_whole(number, shard):
                 break
             self._shards.append(shard)
         self._begun = len(self._shards) * self._shard_chunks
@@ -331,12 +333,13 @@ class TokenWriter(PartialStore):
                 if int(file.name) >= len(self._shards):
                     file.unlink()
             (folder / "zarr.json").unlink(missing_ok=True)
-        shutil.rmtree(self.store / "offsets", ignore_errors=True)
+        if (self.store / "offsets").exists():
+            shutil.rmtree(self.store / "offsets")
 
     def _write_metadata(self, entries: int) -> dict[str, int]:
         """Everything that is known only now: shapes, offsets and counts."""
         import zarr
-        from zarr.codecs import BloscCodec
+        from zarr.codecs import BloscCodec, Crc32cCodec
         from zarr.codecs.numcodecs import Delta
 
         lengths = np.fromfile(self.work / LENGTHS, "<u4")  # [c]
@@ -358,7 +361,10 @@ class TokenWriter(PartialStore):
                 data=offsets,
                 chunks=(min(OFFSETS_CHUNK, len(offsets)),),
                 filters=Delta(dtype="<i8"),
-                compressors=BloscCodec(cname="lz4", clevel=5, shuffle="shuffle", typesize=8),
+                compressors=[
+                    BloscCodec(cname="lz4", clevel=5, shuffle="shuffle", typesize=8),
+                    Crc32cCodec(),
+                ],
                 config=WHOLE,
             )
             root.attrs[ATTRIBUTE] = {
@@ -374,23 +380,5 @@ class TokenWriter(PartialStore):
                 "shuffled": self._shuffled,
                 "inputs": [*self._measured],
             }
-            _consolidate(self.store)
+            consolidate(self.store)
         return counts
-
-
-def _consolidate(store: Path) -> None:
-    """All metadata in the root's file as well: a remote store then opens with one request.
-
-    The order is that of the names, not the one in which the file system lists them, so that the
-    same store has the same bytes.
-    """
-    import zarr
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Consolidated metadata is currently not part")
-        zarr.consolidate_metadata(store)
-    file = store / "zarr.json"
-    content = json.loads(file.read_text())
-    metadata = content["consolidated_metadata"]["metadata"]
-    content["consolidated_metadata"]["metadata"] = dict(sorted(metadata.items()))
-    file.write_text(json.dumps(content, indent=2))

@@ -20,7 +20,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.codecs import numcodecs as v3
 from zarr.storage import LocalStore, MemoryStore, ZipStore
 
-from cellpatch_fast.io.chunks import read_range
+from cellpatch_fast.io.chunks.gathering import EntryChunks
 from cellpatch_fast.io.interfaces import ChunkError, Chunks
 from cellpatch_fast.io.sources.arrays import ZarrArray, absent_chunks, local_keys
 
@@ -144,8 +144,9 @@ def check(reader: Chunks, expected: np.ndarray, seed: int) -> None:
         reader.read(numbers, out)
         np.testing.assert_array_equal(out, elements(reader, expected, numbers))
     first, last = sorted(random_state.choices(range(len(expected) + 1), k=2))
-    part = np.empty(last - first, reader.dtype)
-    read_range(reader, first, part)
+    entries = EntryChunks("cells", np.array([0, reader.length]), reader)
+    with ThreadPoolExecutor(2) as workers:
+        part = entries.read(first, last, workers)
     np.testing.assert_array_equal(part, expected[first:last])
 
 

@@ -86,10 +86,10 @@ def test_lzf_stays_within_bounds_on_damaged_blocks(
 def test_running_sums_wrap_around_as_numcodecs_has_them(dtype: str, length: int, seed: int) -> None:
     values = np.random.default_rng(seed).integers(0, 2**63, length).astype(dtype)
     codec = numcodecs.Delta(dtype)
-    found = np.asarray(codec.encode(values)).copy()
-    accumulate(found.view(f"u{found.itemsize}"))
-    np.testing.assert_array_equal(found, values)
-    np.testing.assert_array_equal(found, codec.decode(codec.encode(values)))
+    decoded = np.asarray(codec.encode(values)).copy()
+    accumulate(decoded.view(f"u{decoded.itemsize}"))
+    np.testing.assert_array_equal(decoded, values)
+    np.testing.assert_array_equal(decoded, codec.decode(codec.encode(values)))
 
 
 @pytest.mark.parametrize("element", [1, 2, 3, 4, 8, 16])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from cellpatch_fast.io.chunks import LibraryChunks, chunks_of
 from cellpatch_fast.io.interfaces import ChunkError
-from cellpatch_fast.io.sources.arrays import Hdf5Array, SequentialReader
+from cellpatch_fast.io.sources.arrays import Hdf5Array
 
 from .chunked import CHUNK, DTYPES, LENGTH, check, descriptors, failure, hammer, target, values_of
 
@@ -66,7 +66,6 @@ def test_equal_to_h5py(length: int, chunk: int | None, dtype: str, filters: str,
         for reader in filter(None, (direct, LibraryChunks(array))):
             check(reader, values, seed)
             reader.close()
-        array.close()
 
 
 @pytest.mark.parametrize("filters", FILTERS)
@@ -199,16 +198,3 @@ def test_damaged_chunk(compression: str, shuffle: bool) -> None:
         others = [number for number in range(20) if number != 7]
         reader.read(others, target(reader, others))
         reader.close()
-
-
-def test_sequential_reading_names_the_cells() -> None:
-    """A file that is cut while it is read sequentially: chunk, cells and remedy are named."""
-    values = np.arange(LENGTH)
-    with stored(values, chunks=(CHUNK,), compression="gzip") as dataset:
-        array = Hdf5Array(dataset)
-        reader = SequentialReader(array, "cells.h5ad", owners=np.arange(0, LENGTH + 11, 10))
-        np.testing.assert_array_equal(reader.rows(0, 100), values[:100])
-        os.truncate(dataset.file.filename, dataset.id.get_chunk_info(7).byte_offset + 1)
-        with pytest.raises(ValueError, match=r"cells 37 to 42.*/group/values, chunk 7.*copy"):
-            reader.rows(100, LENGTH)
-        array.close()

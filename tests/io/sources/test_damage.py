@@ -27,7 +27,7 @@ Store = Callable[..., Path]
 def refusal(data: Any, **options: Any) -> str:
     """The message with which reading all of ``data`` is refused; it has a cause if it is a file."""
     with pytest.raises(InputError) as caught, open_source(data, **options) as source:
-        for _ in source.blocks(max_entries=50):
+        for _ in source.read_cells(max_entries=50):
             pass
     message = str(caught.value)
     assert "\n" not in message
@@ -50,7 +50,7 @@ def test_other_files_are_no_anndata(tmp_path: Path) -> None:
     zarr.open_group(tmp_path / "other.zarr", mode="w")
     (tmp_path / "folder.zarr").mkdir()
     shutil.make_archive(str(tmp_path / "archive"), "zip", tmp_path / "folder.zarr")
-    for path, found in {
+    for path, fault in {
         text: "neither HDF5 nor zipped Zarr",
         empty: "is empty",
         tmp_path / "other.h5": "holds no obs and var",
@@ -59,7 +59,7 @@ def test_other_files_are_no_anndata(tmp_path: Path) -> None:
         tmp_path / "archive.zip": "cannot read the Zarr store",
     }.items():
         message = refusal(path)
-        assert found in message
+        assert fault in message
         assert ".h5ad" in message or "copy or download it again" in message
 
 
@@ -181,7 +181,7 @@ def test_missing_dense_chunk_warns(stored: Store) -> None:
     path = stored("zarr-v3", "dense")
     (path / "X/c/2/1").unlink()
     with pytest.warns(UserWarning, match="1 chunks .* are not stored"), open_source(path) as source:
-        assert sum(len(block) for block in source.blocks()) == CELLS
+        assert sum(len(block) for block in source.read_cells()) == CELLS
 
 
 def test_chunks_of_zeros_may_be_left_out(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_chunks_of_zeros_may_be_left_out(tmp_path: Path) -> None:
     for matrix in (one_gene, sparse.csr_matrix((5, 3), dtype=np.float32)):
         path = write_plain(anndata.AnnData(matrix), tmp_path, "zarr-v3")
         with open_source(path) as source:
-            assert sum(len(block.data) for block in source.blocks()) == matrix.nnz
+            assert sum(len(block.data) for block in source.read_cells()) == matrix.nnz
         shutil.rmtree(path)
 
 
@@ -219,15 +219,15 @@ def test_layer_and_raw_exclude_each_other() -> None:
 
 @pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
 @pytest.mark.parametrize("container", ["h5ad", "zarr-v2", "zarr-v3", "memory"])
-@pytest.mark.parametrize(("cells", "genes", "found"), [(0, 7, "0 cells"), (7, 0, "0 genes")])
+@pytest.mark.parametrize(("cells", "genes", "fault"), [(0, 7, "0 cells"), (7, 0, "0 genes")])
 def test_nothing_to_read(
-    tmp_path: Path, container: str, layout: str, cells: int, genes: int, found: str
+    tmp_path: Path, container: str, layout: str, cells: int, genes: int, fault: str
 ) -> None:
     empty = sparse.csr_matrix((cells, genes), dtype=np.float32)
     matrix = {"csr": empty, "csc": empty.tocsc(), "dense": empty.toarray()}[layout]
     adata = anndata.AnnData(matrix)
     data = adata if container == "memory" else write_plain(adata, tmp_path, container)
-    assert f"X holds {found} (its shape is {cells} x {genes})" in refusal(data)
+    assert f"X holds {fault} (its shape is {cells} x {genes})" in refusal(data)
 
 
 def lengthen(values: np.ndarray) -> np.ndarray:
@@ -251,7 +251,7 @@ def negative(values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("key", "change", "found"),
+    ("key", "change", "fault"),
     [
         ("indptr", lengthen, f"indptr has {CELLS + 2} elements"),
         ("indptr", shift, "indptr starts at 1"),
@@ -274,11 +274,11 @@ def test_inconsistent_matrix(
     container: str,
     key: str,
     change: Callable[[np.ndarray], np.ndarray],
-    found: str,
+    fault: str,
 ) -> None:
     path = stored(container)
     replace(path, f"X/{key}", change)
-    assert found in refusal(path)
+    assert fault in refusal(path)
 
 
 def test_column_out_of_range_names_its_cell(stored: Store) -> None:

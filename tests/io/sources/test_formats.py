@@ -155,8 +155,8 @@ def test_10x(tmp_path: Path, form: str) -> None:
         path = write_10x_mtx(tmp_path, genes_only, prefix)
         path = path / f"{prefix}matrix.mtx.gz" if "file" in form else path
     with open_source(path) as source:
-        found = all_of(source, max_entries=89)
-        assert_same(found.astype(np.float32), EXPECTED["X"])
+        matrix = all_of(source, max_entries=89)
+        assert_same(matrix.astype(np.float32), EXPECTED["X"])
         assert list(source.read_obs().index) == BARCODES
         names = source.var["gene_ids"] if form == "hdf5" else source.var.index
         assert list(names) == IDS

@@ -1,7 +1,8 @@
 """A file larger than the memory that the process may have is streamed whole.
 
-The limit is on data (heap and private mappings) and set after the imports, so it is what reading
-may add. That it bites is shown by anndata's own reader, which loads the file and must fail.
+The limit is on data (heap and private mappings) and set after the imports and compilation, so it is
+what reading may add. That it bites is shown by anndata's own reader, which loads the file and must
+fail.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ import anndata, scipy.sparse, zarr  # what any run has imported
 from cellpatch_fast.io.sources.source import open_source
 
 path, how, limit, memory_limit = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+for layout in (scipy.sparse.csr_matrix, scipy.sparse.csc_matrix):  # what any run has compiled
+    with open_source(anndata.AnnData(layout([[3.0, 0.0], [5.0, 7.0]])), memory_limit=1) as source:
+        list(source.read_cells())
 with open("/proc/self/status") as status:
     used = next(int(line.split()[1]) for line in status if line.startswith("VmData")) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (used + limit, used + limit))
@@ -43,7 +47,7 @@ if how == "whole":
 else:
     cells = entries = total = 0
     with open_source(path, memory_limit=memory_limit) as source:
-        for block in source.blocks(max_entries=1_000_000):
+        for block in source.read_cells(max_entries=1_000_000):
             cells += len(block)
             entries += len(block.data)
             total += int(block.data.sum(dtype="float64"))

@@ -238,3 +238,23 @@ def test_column_of_another_length_is_refused(tmp_path: Path) -> None:
     consolidate(path)
     with open_source(path) as source, pytest.raises(InputError, match="25 values for 23 rows"):
         written([source.obs_table()], tmp_path)
+
+
+def test_names_of_columns_need_not_be_strings(tmp_path: Path) -> None:
+    columns: dict[object, list[object]] = {0: [2, 3, 5], 1.5: ["x", "y", "z"], ("a", 7): [1, 2, 3]}
+    numbered = pd.DataFrame(columns, index=["c1", "c2", "c3"])
+    numbered.columns = pd.Index(list(columns), tupleize_cols=False)
+    table = FrameTable(numbered)
+    assert table.columns == ["0", "1.5", "('a', 7)"]
+    assert table.is_text("1.5")
+    assert not table.is_text("0")
+    read = written([table], tmp_path)
+    assert read["0"].tolist() == [2, 3, 5]
+    assert read["1.5"].tolist() == ["x", "y", "z"]
+    assert read["('a', 7)"].tolist() == [1, 2, 3]
+
+
+def test_columns_of_one_name_are_refused() -> None:
+    twice = pd.DataFrame([[1, 2, 3]], columns=["0", "kind", 0])
+    with pytest.raises(InputError, match="obs has several columns called '0': rename or drop some"):
+        FrameTable(twice)

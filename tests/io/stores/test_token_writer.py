@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import pytest
@@ -208,57 +204,6 @@ def test_whole_shards_are_not_written_again(output: Path) -> None:
         writer.finish()
     after = [output / "genes" / "c" / shard.name for shard in shards[:-1]]
     assert [shard.stat().st_mtime_ns for shard in after] == times
-
-
-class Killed(BaseException):
-    """As if the process ended: nothing is caught, nothing is tidied."""
-
-
-def count_steps(output: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int | None) -> int:
-    """Run, and be killed before the ``kill_at``-th step that changes what is on the disk."""
-    steps = 0
-
-    def stepping(function: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*arguments: Any, **options: Any) -> Any:
-            nonlocal steps
-            thread = threading.current_thread()  # not Zarr's own steps
-            if thread is threading.main_thread() or thread.name.startswith("cellpatch-write"):
-                if kill_at is not None and steps >= kill_at:
-                    raise Killed
-                steps += 1
-            return function(*arguments, **options)
-
-        return step
-
-    with monkeypatch.context() as patch:
-        for name in ("replace", "rename", "unlink", "rmdir", "fsync", "truncate"):
-            patch.setattr(os, name, stepping(getattr(os, name)))
-        for name in ("unlink", "rmdir", "mkdir"):
-            patch.setattr(Path, name, stepping(getattr(Path, name)))
-        try:
-            write_store(output, CELLS, ends=[5, 11, 18], overwrite=True)
-        except Killed:
-            pass
-        else:
-            assert kill_at is None
-    return steps
-
-
-def test_run_can_be_killed_before_any_step(
-    tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What has the output's name is always complete."""
-    steps = count_steps(tmp_path / "counted.zarr", monkeypatch, None)
-    assert steps > 60
-    for kill_at in [*range(0, steps - 12, 9), *range(steps - 12, steps)]:
-        output = tmp_path / f"{kill_at}.zarr"
-        count_steps(output, monkeypatch, kill_at)
-        if output.exists():
-            assert tree(output) == expected, kill_at
-        else:
-            write_store(output, CELLS, ends=[7, 18])
-        assert tree(output) == expected, kill_at
-        shutil.rmtree(output)
 
 
 @pytest.mark.parametrize("array", ["genes", "values"])

@@ -154,8 +154,19 @@ def test_opening_warns_of_nothing(path: Path) -> None:
     assert not [warning for warning in caught if warning.category is not ResourceWarning]
 
 
+def test_store_of_format_version_1_is_read(path: Path) -> None:
+    """It was written before there were checksums."""
+    old = Path(__file__).parents[2] / "data" / "token-store-1.zip"
+    with TokenStore(old) as store, TokenStore(path) as new:
+        assert np.array_equal(read_chunks(store.genes), CELLS.genes.numpy())
+        assert np.array_equal(read_chunks(store.values), CELLS.values.numpy())
+        assert np.array_equal(store.offsets, CELLS.offsets.numpy())
+        assert np.array_equal(store.measured(), new.measured())
+        assert store.counts == new.counts
+
+
 @pytest.mark.parametrize(
-    ("found", "named"), [(2, "2"), (0, "0"), ("1", "'1'"), (None, "None"), (True, "True")]
+    ("found", "named"), [(3, "3"), (0, "0"), ("1", "'1'"), (None, "None"), (True, "True")]
 )
 def test_other_format_version(path: Path, found: Any, named: str) -> None:
     change_facts(path, lambda facts: facts.update(format_version=found, version="7.1.0"))

@@ -9,16 +9,20 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
+from concurrent.futures import Executor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numba import njit
 
-from ..errors import InputError
-from ..io.chunks import stretches
-from ..io.interfaces import ChunkError, Chunks, remedy
+from ...errors import InputError
+from ..interfaces import ChunkError, Chunks, remedy
+from . import stretches
 
 BESIDE_BYTES = 1 << 23  # of chunks that are decoded beside their place at a time
+PART = 1 << 18  # entries that one worker decodes at a time, about
 
 
 class SharedChunk:
@@ -42,10 +46,23 @@ Shared = dict[int, SharedChunk]  # by the number of the chunk
 
 
 class EntryChunks:
-    """One stored array of a source, and the chunk that the next window may need again."""
+    """One stored array of a matrix, and the chunk that the next window may need again.
 
-    def __init__(self, name: str, offsets: np.ndarray, chunks: Chunks) -> None:
-        self._name, self._offsets, self.chunks = name, offsets, chunks
+    Parameters
+    ----------
+    name
+        File (and element), for messages.
+    offsets
+        int64 [owners + 1]: owner ``o`` has the entries ``offsets[o] : offsets[o + 1]``.
+    chunks
+        The array; closed with this.
+    owner
+        What an owner is: ``"cell"`` or ``"gene"``.
+    """
+
+    def __init__(self, name: str, offsets: np.ndarray, chunks: Chunks, owner: str = "cell") -> None:
+        self._name, self._offsets, self._owner = name, offsets, owner
+        self.chunks = chunks
         self._last: SharedChunk | None = None
 
     def close(self) -> None:
@@ -57,12 +74,18 @@ class EntryChunks:
         """Of a decoded chunk; three may be there: two shared ones, and one beside its place."""
         return 3 * min(self.chunks.chunk, self.chunks.length) * self.chunks.dtype.itemsize
 
-    def share(self, rows: np.ndarray, in_order: bool) -> Shared:
-        """The border chunks of a window that has ``rows``."""
-        if not (in_order and len(rows)):
+    def share(self, rows: np.ndarray) -> Shared:
+        """The border chunks of a window that has ``rows``: none unless these are ascending.
+
+        To be called in the order of the windows, from one thread.
+        """
+        if not len(rows) or (rows[1:] <= rows[:-1]).any():
             return {}
+        return self.share_entries(int(self._offsets[rows[0]]), int(self._offsets[rows[-1] + 1]))
+
+    def share_entries(self, first: int, last: int) -> Shared:
+        """The border chunks of the entries ``first : last``."""
         size = self.chunks.chunk
-        first, last = int(self._offsets[rows[0]]), int(self._offsets[rows[-1] + 1])
         shared = {}
         before = self._last  # of another iteration, perhaps, which may go on meanwhile
         if before is not None and before.chunk == first // size:
@@ -76,7 +99,34 @@ class EntryChunks:
         self, rows: np.ndarray, places: np.ndarray, target: np.ndarray, shared: Shared
     ) -> None:
         """Copy the entries of ascending ``rows`` to where each row's place in ``target`` starts."""
-        starts, stops = self._offsets[rows], self._offsets[rows + 1]
+        self._copy(self._offsets[rows], self._offsets[rows + 1], places, target, shared)
+
+    def read(self, first: int, last: int, workers: Executor) -> np.ndarray:
+        """The entries ``first : last``, decoded by all ``workers``; see `share` for the order."""
+        out = np.empty(last - first, self.chunks.dtype)
+        step = -(-PART // self.chunks.chunk) * self.chunks.chunk
+        bounds = [first, *range(first // step * step + step, last, step), last]
+        parts = [
+            (start, out[start - first : stop - first], self.share_entries(start, stop))
+            for start, stop in pairwise(bounds)
+        ]
+
+        def decode(part: tuple[int, np.ndarray, Shared]) -> None:
+            start, target, shared = part
+            starts, stops, places = np.array([[start], [start + len(target)], [0]])
+            self._copy(starts, stops, places, target, shared)
+
+        deque(workers.map(decode, parts), maxlen=0)
+        return out
+
+    def _copy(
+        self,
+        starts: np.ndarray,
+        stops: np.ndarray,
+        places: np.ndarray,
+        target: np.ndarray,
+        shared: Shared,
+    ) -> None:
         pieces = _split(starts, stops, places, self.chunks.chunk)
         if (np.diff(pieces[:, 0]) < 0).any():  # rows that come several times
             pieces = pieces[np.argsort(pieces[:, 0], kind="stable")]
@@ -87,9 +137,9 @@ class EntryChunks:
             last = min(first + self.chunks.chunk, self.chunks.length)
             low = int(np.searchsorted(self._offsets, first, side="right")) - 1
             high = int(np.searchsorted(self._offsets, last, side="left")) - 1
-            cells = f"{low} to {high}" if high > low else str(low)
+            owners = f"{low} to {high}" if high > low else str(low)
             raise InputError(
-                f"{self._name}: cannot read cells {cells}, stored in {error.place} "
+                f"{self._name}: cannot read {self._owner}s {owners}, stored in {error.place} "
                 f"({error.reason}). {remedy(self._name)}."
             ) from error
 
@@ -114,8 +164,7 @@ class EntryChunks:
             elif (chunk := int(numbers[first])) in shared:
                 beside[first] = False
                 _copy(shared[chunk].decoded(), pieces[bounds[first] : bounds[last]], target)
-        own = np.repeat(beside, np.diff(bounds))  # the pieces of chunks decoded beside
-        self._gather_beside(numbers[beside], pieces[own], target)
+        self._gather_beside(numbers[beside], pieces[np.repeat(beside, np.diff(bounds))], target)
 
     def _gather_beside(self, numbers: np.ndarray, pieces: np.ndarray, target: np.ndarray) -> None:
         """Copy the ``pieces`` of chunks ``numbers``, which are decoded elsewhere."""
@@ -162,7 +211,7 @@ def _split(starts: Any, stops: Any, places: Any, chunk: int) -> Any:
         if stops[row] > starts[row]:
             pieces += (stops[row] - 1) // chunk - starts[row] // chunk + 1
     out = np.empty((pieces, 4), np.int64)
-    made = 0
+    count = 0
     end, next_place = -1, -1
     for row in range(len(starts)):
         start, place = starts[row], places[row]
@@ -170,17 +219,17 @@ def _split(starts: Any, stops: Any, places: Any, chunk: int) -> Any:
         while start < stops[row]:
             number = start // chunk
             stop = min(stops[row], (number + 1) * chunk)
-            if joined and made and out[made - 1, 0] == number:
-                out[made - 1, 2] += stop - start
+            if joined and count and out[count - 1, 0] == number:
+                out[count - 1, 2] += stop - start
             else:
-                out[made] = (number, start - number * chunk, stop - start, place)
-                made += 1
+                out[count] = (number, start - number * chunk, stop - start, place)
+                count += 1
             joined = False
             place += stop - start
             start = stop
         if stops[row] > starts[row]:
             end, next_place = stops[row], place
-    return out[:made]
+    return out[:count]
 
 
 def copy_rows(
