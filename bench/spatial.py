@@ -22,7 +22,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -97,7 +97,7 @@ def measure(job: Job, folder: Path, recipe: Recipe) -> Score:
 
 def measure_all(
     jobs: Sequence[Job], folder: Path, recipe: Recipe, processes: int
-) -> dict[str, Scores]:
+) -> Mapping[str, Scores]:
     """Scores by tissue, method and seed: those that are kept, and all others."""
     missing = [job for job in jobs if not job.file(folder).exists()]
     for variable in THREADS:  # of the processes below

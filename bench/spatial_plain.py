@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor, nn
 
+from cellpatch_fast.spatial.embedding import WHOLE_SPOTS
 from cellpatch_fast.spatial.fitting import Fit
 from cellpatch_fast.spatial.graphs import SpatialGraph
-from cellpatch_fast.spatial.pieces import whole
+from cellpatch_fast.spatial.pieces import TILE_SPOTS, piece_around, tiles_of, whole
 from cellpatch_fast.spatial.settings import SpatialSettings
 from cellpatch_fast.spatial.stagate import Stagate, StagateConfig
 
@@ -74,13 +75,13 @@ def dense_step(model: nn.Module, x: Tensor, edges: Tensor, upstream: bool = Fals
     return step
 
 
-def plain(expression: sparse.csr_matrix, graph: SpatialGraph) -> Step:
+def plain(expression: sparse.csr_matrix, graph: SpatialGraph, places: np.ndarray) -> Step:
     torch.manual_seed(0)
     model = PlainStagate(expression.shape[1])
     return dense_step(model, torch.from_numpy(expression.toarray()), edges_of(graph))
 
 
-def upstream(expression: sparse.csr_matrix, graph: SpatialGraph) -> Step:
+def upstream(expression: sparse.csr_matrix, graph: SpatialGraph, places: np.ndarray) -> Step:
     """stagate-modern's network."""
     from STAGATE_pyG import STAGATE
 
@@ -90,14 +91,21 @@ def upstream(expression: sparse.csr_matrix, graph: SpatialGraph) -> Step:
     return dense_step(model, x, edges_of(graph), upstream=True)
 
 
-def ours(expression: sparse.csr_matrix, graph: SpatialGraph, **changes: str) -> Step:
+def ours(
+    expression: sparse.csr_matrix, graph: SpatialGraph, places: np.ndarray, **changes: str
+) -> Step:
+    """As `embed_tissue` computes it: in tiles, where there are many spots."""
     settings = SpatialSettings.preset("default", **changes)
     torch.manual_seed(settings.seed)
     network = Stagate(StagateConfig(expression.shape[1], tie=settings.tie))
     fit = Fit(network, None, settings, spots=len(graph))
-    pieces = [whole(expression, graph)]
+    if len(graph) <= WHOLE_SPOTS:
+        pieces = [whole(expression, graph)]
+    else:
+        tiles = tiles_of(places, graph.slices, TILE_SPOTS)
+        pieces = [piece_around(tile, expression, graph) for tile in tiles]
     return lambda: fit.step(pieces)
 
 
-def aliased(expression: sparse.csr_matrix, graph: SpatialGraph) -> Step:
-    return ours(expression, graph, tie="alias")
+def aliased(expression: sparse.csr_matrix, graph: SpatialGraph, places: np.ndarray) -> Step:
+    return ours(expression, graph, places, tie="alias")

@@ -73,7 +73,7 @@ def test_plain_stagate_computes_what_ours_does() -> None:
     from cellpatch_fast.spatial.pieces import whole
     from cellpatch_fast.spatial.stagate import Stagate, StagateConfig
 
-    expression, graph = tissue(41, 29)
+    expression, graph, _ = tissue(41, 29)
     plain, ours = PlainStagate(29, 13, 5), Stagate(StagateConfig(29, hidden=13, output=5))
     with torch.no_grad():
         plain.hidden_weight.copy_(ours.hidden_weight)
