@@ -81,8 +81,17 @@ def tree_to_disk(folder: Path) -> None:
 
 
 def make_folders(path: Path) -> None:
-    """Make a folder, and those above it that are missing, and see their names to the disk."""
-    if not path.is_dir():
-        make_folders(path.parent)
-        path.mkdir(exist_ok=True)
-        to_disk(path.parent)
+    """Make a folder, and those above it that are missing, and see their names to the disk.
+
+    Raises
+    ------
+    NotADirectoryError
+        If a file is in the way.
+    """
+    if path.is_dir():
+        return
+    if path.exists():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    make_folders(path.parent)
+    path.mkdir(exist_ok=True)
+    to_disk(path.parent)

@@ -104,20 +104,48 @@ def test_damage_that_shows_late_leaves_what_was_done(
     output: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And it is not called finished."""
+    """And it is not called finished. Of a large file: a small one is read to tell it apart."""
+    sample_the_beginning(monkeypatch)
+    for name, number in (("WHOLE_BYTES", 1), ("BLOCK_BYTES", 1), ("LEAST_BLOCKS", 2)):
+        monkeypatch.setattr(f"cellpatch_fast.io.sources.identity.{name}", number)
+    path = damaged_within(write_zarr(make_cells(), tmp_path / "cells.zarr"))
+    code, err = embed_command(path)
+    assert code == 1
+    assert "the chunk file X/data/c/7" in err
+    assert not output.exists()
+    assert partial_of(output).exists()
+
+
+def test_damage_that_shows_at_once_is_named(
+    embed_command: Embed,
+    make_cells: MakeCells,
+    tmp_path: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sample_the_beginning(monkeypatch)
+    path = damaged_within(write_zarr(make_cells(), tmp_path / "cells.zarr"))
+    code, err = embed_command(path)
+    assert code == 1
+    assert "cannot read X/data from row 0 on" in err
+    assert "copy or download it again" in err
+    assert not output.exists()
+
+
+def sample_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a matrix holds is told from its first ten cells."""
     monkeypatch.setattr("cellpatch_fast.loading.inputs.SAMPLE_CELLS", 10)
-    path = write_zarr(make_cells(), tmp_path / "cells.zarr")
+    monkeypatch.setattr("cellpatch_fast.loading.inputs.SAMPLE_RUNS", 1)
+
+
+def damaged_within(path: Path) -> Path:
+    """A Zarr file in small chunks, of which the eighth of the values is damaged."""
     for part in ("data", "indices"):
         array = zarr.open_array(path / "X" / part)
         settings: dict[str, Any] = {"chunks": (500,), "attributes": dict(array.attrs)}
         zarr.create_array(path / "X" / part, data=np.asarray(array), overwrite=True, **settings)
-    last = max((path / "X" / "data" / "c").iterdir(), key=lambda chunk: int(chunk.name))
-    last.write_bytes(b"\xa5" * 100)
-    code, err = embed_command(path)
-    assert code == 1
-    assert f"the chunk file X/data/c/{last.name}" in err
-    assert not output.exists()
-    assert partial_of(output).exists()
+    (path / "X" / "data" / "c" / "7").write_bytes(b"\xa5" * 100)
+    return path
 
 
 @pytest.mark.parametrize("cells", [0, 5])

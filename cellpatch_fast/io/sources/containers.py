@@ -104,7 +104,8 @@ class Container:
         var = f"{raw}var" if raw and key == f"{raw}X" else "var"
         with reading(self.name, "its content"):
             parts = [(part, part != key) for part in ("obs", var, key) if part in self.root]
-            return content_digest((self.root[part], whole) for part, whole in parts)
+            elements = ((self.root[part], whole) for part, whole in parts)
+            return content_digest(elements, self.name)
 
     def close(self) -> None:
         """Close the file."""

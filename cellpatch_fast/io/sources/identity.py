@@ -18,17 +18,25 @@ from typing import Any
 
 import numpy as np
 
+from ..interfaces import reading
+
 WHOLE_BYTES = 1 << 26  # of an array of numbers, decoded
 BLOCK_BYTES = 1 << 18  # what is read at a time, but for chunks that are larger
 LEAST_BLOCKS = 8
 PARTS = ("codes", "categories", "values", "mask", "indptr", "indices", "data")  # of a group
 
 
-def content_digest(elements: Iterable[tuple[Any, bool]]) -> str:
-    """A digest of groups and arrays of HDF5 or Zarr, each with whether all of it is to be read."""
+def content_digest(elements: Iterable[tuple[Any, bool]], name: str) -> str:
+    """A digest of groups and arrays of HDF5 or Zarr, each with whether all of it is to be read.
+
+    Raises
+    ------
+    InputError
+        If an array of the file called ``name`` is damaged: which one, and where.
+    """
     digest = hashlib.blake2b()
     for element, whole in elements:
-        for piece in _pieces(element, whole):
+        for piece in _pieces(element, whole, name):
             digest.update(piece)
     return digest.hexdigest()
 
@@ -42,18 +50,20 @@ def files_digest(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _pieces(element: Any, whole: bool) -> Iterator[bytes]:
+def _pieces(element: Any, whole: bool, name: str) -> Iterator[bytes]:
     """Attributes, names and content of an element and of all that is in it."""
     attributes = {key: np.asarray(value).tolist() for key, value in dict(element.attrs).items()}
     yield repr(sorted(attributes.items())).encode()
     if not hasattr(element, "shape"):
-        for name in _names(element, attributes):
-            yield repr(name).encode()
-            yield from _pieces(element[name], whole)
+        for part in _names(element, attributes):
+            yield repr(part).encode()
+            yield from _pieces(element[part], whole, name)
         return
     yield repr((element.shape, str(element.dtype))).encode()
     for rows in _ranges(element, whole) if element.shape else [()]:
-        values = np.asarray(element[rows])
+        where = f" from row {rows.start:,} on" if isinstance(rows, slice) else ""
+        with reading(name, f"{element.name.strip('/')}{where}"):
+            values = np.asarray(element[rows])
         if values.dtype.hasobject or values.dtype.kind == "T":  # strings of any length
             yield repr(values.tolist()).encode()
         else:

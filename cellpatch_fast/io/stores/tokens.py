@@ -190,7 +190,7 @@ class TokenStore:
     def fingerprint(self) -> str:
         """A string that changes when the content does; reads obs, but no genes and values."""
         with reading(self.name, "obs"):
-            obs = content_digest([(self._container.root["obs"], True)])
+            obs = content_digest([(self._container.root["obs"], True)], self.name)
         facts = [self._facts, self.n_cells, self.entries, obs]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
