@@ -68,9 +68,15 @@ def synthetic_tissue(
     >>> synthetic_tissue(300, layers=3).obs["layer"].nunique()
     3
     """
-    for name, value, least in (("spots", spots, 4), ("layers", layers, 1), ("genes", genes, 1)):
-        if value < least:
-            raise InputError(f"{name} must be at least {least}, found {value}")
+    counts = (("spots", spots, 4), ("layers", layers, 1), ("genes", genes, 1), ("seed", seed, 0))
+    for name, number, least in counts:
+        if number < least:
+            raise InputError(f"{name} must be at least {least}, found {number}")
+    if genes > (most := len(columns_by_rank())):
+        raise InputError(f"genes must be at most {most:,}, found {genes:,}")
+    for name, factor in (("depth", depth), ("marker_fold", marker_fold)):
+        if not 0 < factor < np.inf:
+            raise InputError(f"{name} must be positive and finite, found {factor}")
     import pandas as pd
     from anndata import AnnData
 

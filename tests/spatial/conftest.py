@@ -15,7 +15,7 @@ from cellpatch_fast.spatial.graphs import SpatialGraph, spatial_graph
 from cellpatch_fast.spatial.settings import SpatialSettings
 
 SPOTS, GENES = 110, 41
-SMALL = {"epochs": 5, "hidden": 13, "output": 7}  # settings of a network
+SMALL: dict[str, Any] = {"epochs": 5, "hidden": 13, "output": 7}  # settings of a network
 
 
 @pytest.fixture

@@ -213,8 +213,9 @@ def test_slices_are_refined_by_themselves() -> None:
     ],
 )
 def test_what_has_no_domains_is_refused(changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"embedding": noise(), "count": 4, "starts": 2} | changes
     with pytest.raises(InputError, match=message):
-        find_domains(**{"embedding": noise(), "count": 4, "starts": 2} | changes)
+        find_domains(**arguments)
 
 
 def test_mclust_without_r_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from cellpatch_fast.spatial import embedding as embedding_module
 from cellpatch_fast.spatial.embedding import SpatialEmbedding, embed_tissue
 from cellpatch_fast.spatial.fitting import Fit
 from cellpatch_fast.spatial.graphs import SpatialGraph, spatial_graph
+from cellpatch_fast.spatial.pieces import PieceFiles
 from cellpatch_fast.spatial.settings import PRESETS, SpatialSettings
 
 from ..training.conftest import untimed
@@ -134,14 +135,14 @@ def test_a_tissue_beyond_memory_gives_the_bits_of_one_in_memory(
 ) -> None:  # fmt: skip
     path = tmp_path / "tissue.h5ad"
     tissue.write_h5ad(path)
-    options = {"settings": {"variable_genes": 23}, "tile_spots": 37}
+    options: dict[str, Any] = {"settings": {"variable_genes": 23}, "tile_spots": 37}
     expected = embed(tissue, graph, places, tissue_model, **options)
     assert same(embed(path, graph, places, tissue_model, **options), expected)
     monkeypatch.setattr(embedding_module, "WHOLE_SPOTS", SPOTS - 1)
     monkeypatch.setattr(embedding_module, "MEMORY", 1_000)
     folders: list[Path] = []
 
-    class Files(embedding_module.PieceFiles):
+    class Files(PieceFiles):
         def __init__(self, folder: Path) -> None:
             folders.append(folder)
             super().__init__(folder)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 
 from cellpatch_fast.errors import InputError
+from cellpatch_fast.spatial.choices import GraphKind
 from cellpatch_fast.spatial.graphs import spatial_graph
 
 from ..examples import examples
@@ -76,16 +77,15 @@ def test_the_radius_that_is_chosen_gives_scattered_spots_six_neighbours() -> Non
 def test_no_edge_leads_from_one_slice_to_another() -> None:
     places = np.random.default_rng(0).random((61, 2))
     slices = np.random.default_rng(1).choice(["a", "b", "c"], 61)
-    for kind in ("radius", "nearest"):
-        graph = spatial_graph(places, kind=kind, slices=slices)  # type: ignore[arg-type]
+    kinds: tuple[GraphKind, ...] = ("radius", "nearest")
+    for kind in kinds:
+        graph = spatial_graph(places, kind=kind, slices=slices)
         rows, columns = graph.distances.nonzero()
         assert len(rows)
         assert (slices[rows] == slices[columns]).all()
         for name in "abc":  # each is what it would be alone
             spots = np.flatnonzero(slices == name)
-            alone = spatial_graph(
-                places[spots], kind=kind, radius=graph.radius  # type: ignore[arg-type]
-            )  # fmt: skip
+            alone = spatial_graph(places[spots], kind=kind, radius=graph.radius)
             part = graph.distances[spots][:, spots]
             np.testing.assert_allclose(part.toarray(), alone.distances.toarray())
 

@@ -29,7 +29,7 @@ from .conftest import SPOTS
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_to_pyplot")
 
-QUICK = {"epochs": 5, "hidden": 13}
+QUICK: dict[str, Any] = {"epochs": 5, "hidden": 13}
 
 Run = Callable[..., SpatialRun]
 
@@ -50,8 +50,8 @@ def run(file: Path, output: Path) -> Run:
     """``run(model, **options)``: with a small network."""
 
     def start(model: CellPatch | None = None, **options: Any) -> SpatialRun:
-        options = {"data": file, "output": output, "domains": 3} | QUICK | options
-        return spatial_run(options.pop("data"), options.pop("output"), model, **options)
+        given: dict[str, Any] = {"data": file, "output": output, "domains": 3} | QUICK | options
+        return spatial_run(given.pop("data"), given.pop("output"), model, **given)
 
     return start
 

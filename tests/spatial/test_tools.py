@@ -56,9 +56,10 @@ def test_the_grid_and_slices_come_from_obs(tissue: AnnData) -> None:
 def test_the_embedding_is_that_of_the_graph_that_is_there(
     tissue: AnnData, places: np.ndarray, tissue_model: CellPatch
 ) -> None:
+    nearest: dict[str, Any] = {"kind": "nearest", "neighbours": 3}
     for graph, options in (
         (spatial_graph(places), {}),
-        (spatial_graph(places, kind="nearest", neighbours=3), {"kind": "nearest", "neighbours": 3}),
+        (spatial_graph(places, **nearest), nearest),
     ):
         cp.tl.spatial_graph(tissue, **options)
         embedded(tissue, model=tissue_model)
