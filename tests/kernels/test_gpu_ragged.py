@@ -22,6 +22,7 @@ from torch import Tensor
 from ..examples import examples
 
 launch = pytest.importorskip("cellpatch_fast.kernels.gpu.ragged_launch")
+launching = pytest.importorskip("cellpatch_fast.kernels.gpu.launching")
 faults = pytest.importorskip("cellpatch_fast.kernels.gpu.faults")
 
 TOLERANCE = 1e-5
@@ -315,7 +316,8 @@ OFFSETS = "offsets do not start at 0, decrease, or end beyond the entries"
 def raised_later(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Callable[[], None]:
     """As on a GPU, where the call that is wrong does not know it; raises when called."""
     faults.faults(device).zero_()
-    monkeypatch.setattr(launch, "raise_faults", lambda device: None)
+    for module in (launch, launching):
+        monkeypatch.setattr(module, "raise_faults", lambda device: None)
 
     def synchronize() -> None:
         if device.type == "cuda":

@@ -22,6 +22,7 @@ from .conditioning import rounding
 from .test_gpu_ragged import KINDS, TOLERANCE, each_kind, error, make_problem, on, poison
 
 launch = pytest.importorskip("cellpatch_fast.kernels.gpu.ragged_launch")
+launching = pytest.importorskip("cellpatch_fast.kernels.gpu.launching")
 faults = pytest.importorskip("cellpatch_fast.kernels.gpu.faults")
 
 WITH_TABLES = [kind for kind, options in KINDS.items() if "rows" in options]
@@ -258,7 +259,8 @@ def test_ids_and_amounts_beyond_their_tables_are_left_out(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, deterministic: bool
 ) -> None:
     """Reported, and without a part in gradients of the rows that there are."""
-    monkeypatch.setattr(launch, "raise_faults", lambda device: None)
+    for module in (launch, launching):
+        monkeypatch.setattr(module, "raise_faults", lambda device: None)
     problem = make_problem(device, [3, 5, 4], rows=11, amounts=7)
     assert problem.ids is not None
     assert problem.amounts is not None
